@@ -1,0 +1,3 @@
+"""Fine-tune image models, and decide by experiment how."""
+
+__version__ = "0.1.0"

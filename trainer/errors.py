@@ -1,0 +1,63 @@
+"""How a run ends other than by finishing: one exception a cause, each with its exit code.
+
+The message is what the user reads: one clear paragraph that says what is wrong, where, and what to type instead.
+The codes follow sysexits.h where it has one, and the shell's 128 + signal for interruptions.
+"""
+
+from __future__ import annotations
+
+
+class Ending(Exception):
+    """A known way for a run to end; `code` is what the process returns."""
+
+    code = 1
+
+
+class Usage(Ending):
+    """A setting that is unknown, impossible or contradicts another."""
+
+    code = 64
+
+
+class BadData(Ending):
+    """A data set, cache entry or checkpoint that cannot be read as what it claims to be."""
+
+    code = 65
+
+
+class NoWeights(Ending):
+    """Weights that are not to be had: offline, gated, mistyped."""
+
+    code = 69
+
+
+class Numerics(Ending):
+    """A loss or gradient that is not finite."""
+
+    code = 70
+
+
+class OutOfMemory(Ending):
+    """The device has no room for the smallest piece of work."""
+
+    code = 71
+
+
+class Storage(Ending):
+    """A file that cannot be written or read, a loader process that died."""
+
+    code = 74
+
+
+class Locked(Ending):
+    """Another live process owns the run folder."""
+
+    code = 75
+
+
+class Interrupted(Ending):
+    """SIGINT (130) or SIGTERM (143); state up to the last finished step is kept."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'}")
+        self.code = 128 + signal
