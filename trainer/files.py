@@ -1,0 +1,240 @@
+"""Files that are whole or absent: atomic writes, digests that are remembered, a lock that a dead owner cannot keep."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from trainer import errors
+
+PARTIAL = ".partial-"
+"""How the name of an unfinished file or folder begins; nobody may read what is behind it."""
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Put `data` (text as UTF-8) at `path`: after a crash the file holds the old bytes or the new, never a part. Makes missing folders.
+
+    Raises errors.Storage where the file cannot be written; then the old file is as it was.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    temporary = partial(path)
+    with storage("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+            publish(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Like `write`, for a value made of what JSON has. NaN and infinity are kept as Python spells them."""
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises errors.Storage where it cannot be read, errors.BadData where it is not JSON."""
+    with storage("read", path):
+        data = path.read_bytes()
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise errors.BadData(f"{path} is not the JSON file it claims to be: {error}. Restore it, or move it away.") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces. Raises errors.Storage where it cannot be read."""
+    with storage("read", path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def partial(path: Path) -> Path:
+    """A name beside `path` that nobody else uses, to write to before `publish`."""
+    return path.with_name(f"{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give the finished file `temporary` its name at once and for good. Raises OSError."""
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes (or a folder's names) are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk. Raises OSError."""
+    try:
+        fsync(path)
+    except OSError as error:
+        # Some network file systems cannot sync a folder and say EINVAL; their renames are as durable as they get.
+        if error.errno != errno.EINVAL:
+            raise
+
+
+@contextlib.contextmanager
+def storage(verb: str, path: Path) -> Iterator[None]:
+    """Turn an OSError inside into errors.Storage that names `path` ("Could not <verb> <path>: reason")."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno, "")
+        raise errors.Storage(f"Could not {verb} {path}: {error.strerror or error}.{remedy}") from error
+
+
+_CHOOSE = "choose another folder with out=<folder>."
+_REMEDIES = {
+    errno.ENOSPC: f" Free some space there, or {_CHOOSE}",
+    errno.EDQUOT: f" Free some of your quota there, or {_CHOOSE}",
+    errno.EFBIG: f" Raise the limit on the size of a file (ulimit -f), or {_CHOOSE}",
+    errno.EROFS: f" Make it writable, or {_CHOOSE}",
+    errno.EACCES: f" Ask for the right to it, or {_CHOOSE}",
+    errno.EPERM: f" Ask for the right to it, or {_CHOOSE}",
+    errno.ENOTDIR: f" A file stands where a folder should be: move it away, or {_CHOOSE}",
+    errno.EEXIST: f" A file stands where a folder should be: move it away, or {_CHOOSE}",
+}
+
+
+class Digests:
+    """sha256 of files, remembered in a small SQLite file at `path` that several processes may share.
+
+    A file is known again by (device, inode, size, mtime, ctime): whoever changes its bytes and puts size and mtime back cannot put
+    ctime back. `verify=True` reads every file anyhow. A database that is broken or cannot be written only means hashing again.
+    """
+
+    __slots__ = ("_known", "_new", "path", "verify")
+
+    _RACY = 2 * 10**9  # ns; the coarsest clock of a file system in use (FAT) ticks every 2 s
+    _BATCH = 1000
+
+    def __init__(self, path: Path, verify: bool = False):
+        self.path = path
+        self.verify = verify
+        self._new: dict[str, tuple[str, str]] = {}
+        self._known = self._read()
+
+    def of(self, path: Path) -> str:
+        """Hex sha256 of the file at `path`. Raises errors.Storage where it cannot be read."""
+        with storage("read", path):
+            now = time.time_ns()
+            name, state = _identity(os.stat(path))
+            known = self._known.get(name)
+            if known and known[0] == state and not self.verify:
+                return known[1]
+            with open(path, "rb") as file:
+                # Of the open file, before its first byte is read: a change that comes later shows as another ctime.
+                status = os.fstat(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file changed just now may change again within the same tick of the file system's clock, and would look the same.
+        if max(status.st_mtime_ns, status.st_ctime_ns) < now - self._RACY:
+            name, state = _identity(status)
+            self._known[name] = self._new[name] = (state, digest)
+            if len(self._new) >= self._BATCH:
+                self.flush()
+        return digest
+
+    def flush(self) -> None:
+        """Write what was learnt since the last flush; call it after the last file."""
+        rows = [(name, state, digest) for name, (state, digest) in self._new.items()]
+        self._new.clear()
+        if not rows:
+            return
+        # A failure is no harm: the next process reads those files again.
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database, database:
+                # One row a file, so edited files replace their rows; text, since an inode may exceed SQLite's signed 64 bits.
+                database.execute("CREATE TABLE IF NOT EXISTS digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
+                database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        # A connection a use, never kept: SQLite must not be carried through a fork.
+        with contextlib.suppress(sqlite3.Error, OSError):
+            if self.path.is_file():
+                with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database:
+                    rows = database.execute("SELECT file, state, sha256 FROM digests").fetchall()
+                return {file: (state, digest) for file, state, digest in rows}
+        return {}
+
+
+def _identity(status: os.stat_result) -> tuple[str, str]:
+    return f"{status.st_dev}:{status.st_ino}", f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+class Lock:
+    """A context in which this process alone owns `path`; raises errors.Locked at once where another live one does.
+
+    The kernel frees it when its owner dies, however it dies. The file stays for ever: were it deleted, a process that has just opened it
+    and one that makes a new one would both hold "the" lock.
+    """
+
+    __slots__ = ("__weakref__", "_descriptor", "path")
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        with storage("open the lock", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with storage("lock", self.path):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise errors.Locked(self._held(descriptor)) from None
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _held_locks.add(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            _held_locks.discard(self)
+
+    def _held(self, descriptor: int) -> str:
+        owner = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
+        return f"{self.path.parent} is in use: {owner} holds {self.path.name}. Wait for it to end or stop it; fresh=true starts a run of its own."
+
+
+_held_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in list(_held_locks):
+        lock._close()
+
+
+# A forked child (a loader's worker) shares the lock's open file and would hold the lock on after its parent's death.
+os.register_at_fork(after_in_child=_forget_locks)
