@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import sqlite3
 import time
@@ -15,9 +17,12 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer import errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial-"
 """How the name of an unfinished file or folder begins; nobody may read what is behind it."""
@@ -28,17 +33,54 @@ def write(path: Path, data: bytes | str) -> None:
 
     Raises errors.Storage where the file cannot be written; then the old file is as it was.
     """
-    data = data.encode() if isinstance(data, str) else data
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lends a name to write one file to, which becomes `path` when the block ends well and is removed when it does not.
+
+    An OSError, of the block or of the renaming, becomes errors.Storage; then `path` is as it was. Makes missing folders.
+    """
     temporary = partial(path)
     with storage("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-            publish(temporary, path)
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        fsync_folder(path.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors' `save_file` for any dense tensors, on any device, contiguous or not, sharing memory or not. Raises OSError.
+
+    The file is neither atomic nor on the disk yet: `with replacing(path) as temporary: save_tensors(temporary, tensors)`.
+    """
+    import safetensors
+    import safetensors.torch
+
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage_of = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage_of in storages else tensor
+        storages.add(storage_of)
+    try:
+        safetensors.torch.save_file(plain, path, metadata)
+    except safetensors.SafetensorError as error:
+        # A full disk comes as "I/O error: No space left on device (os error 28)".
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
+    # safetensors makes files that only their owner may read; as readable as the folder is what any other file would be.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,15 +105,16 @@ def sha256(path: Path) -> str:
 
 
 def partial(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, to write to before `publish`."""
+    """A name beside `path` that nobody else uses, for what is not finished."""
     return path.with_name(f"{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Give the finished file `temporary` its name at once and for good. Raises OSError."""
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
