@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import errors, files
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    """A folder of files old enough to be remembered; a ctime cannot be set back, so they have to age."""
+    folder = tmp_path_factory.mktemp("old")
+    for number in range(8):
+        (folder / str(number)).write_text(str(number))
+    time.sleep(2.1)
+    return folder
+
+
+def counted(monkeypatch) -> list[int]:
+    """Counts the files that are really hashed."""
+    count, real = [0], files.hashlib.file_digest
+
+    def digest(*arguments):
+        count[0] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(files.hashlib, "file_digest", digest)
+    return count
+
+
+def test_a_written_file_holds_what_was_given_and_leaves_nothing_beside_it(tmp_path):
+    files.write(tmp_path / "new" / "note.txt", "größer")
+    files.write(tmp_path / "new" / "note.txt", b"bytes")
+    assert (tmp_path / "new" / "note.txt").read_bytes() == b"bytes"
+    assert os.listdir(tmp_path / "new") == ["note.txt"]
+
+
+def test_json_comes_back_equal_infinity_too(tmp_path):
+    value = {"loss": float("inf"), "name": "ß", "list": [1, None, True, 0.1 + 0.2]}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_not_json_is_bad_data_and_names_the_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(errors.BadData, match="a.json"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_a_missing_file_and_a_place_that_cannot_be_written_are_storage_errors_in_one_paragraph(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for action in (
+        lambda: files.read_json(tmp_path / "missing.json"),
+        lambda: files.sha256(tmp_path / "missing"),
+        lambda: files.write(tmp_path / "file" / "below", b""),
+        lambda: files.write(Path("/proc/nothing/can/be/made/here"), b""),
+        lambda: files.Lock(tmp_path / "file" / "lock").__enter__(),
+    ):
+        with pytest.raises(errors.Storage) as caught:
+            action()
+        assert "\n" not in str(caught.value) and ("missing" in str(caught.value) or "/" in str(caught.value))
+        assert caught.value.code == 74
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
+    script = """
+import resource, sys
+from pathlib import Path
+from trainer import errors, files
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    files.write(path, b"n" * 5000)
+except errors.Storage as error:
+    print(error)
+"""
+    files.write(tmp_path / "a", b"old")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    assert "too large" in done.stdout and str(tmp_path / "a") in done.stdout
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_block_that_raises_replaces_nothing(tmp_path):
+    files.write(tmp_path / "a", b"old")
+    with pytest.raises(RuntimeError), files.replacing(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_tensors_that_share_memory_or_are_not_contiguous_are_saved_as_they_look(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"base": base, "same": base, "row": base[1], "columns": base.T, "empty": torch.zeros(0, 3), "number": torch.tensor(7)}
+    folder = tmp_path / "readable by all"
+    folder.mkdir()
+    files.save_tensors(folder / "a.safetensors", tensors)
+    loaded = load_file(folder / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
+    (folder / "plain").touch()
+    assert (folder / "a.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
+
+
+def test_tensors_that_cannot_be_saved_give_an_os_error_with_its_number(tmp_path):
+    import torch
+
+    with pytest.raises(OSError) as caught:
+        files.save_tensors(tmp_path / "no folder" / "a", {"a": torch.zeros(3)})
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_digest_is_that_of_sha256sum(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256(tmp_path / "a") == files.Digests(tmp_path / "d.sqlite").of(tmp_path / "a") == expected
+
+
+def test_digests_are_remembered_by_later_processes_until_the_bytes_change(old, tmp_path, monkeypatch):
+    paths = [old / str(number) for number in range(5)]
+    hashed = counted(monkeypatch)
+    first = files.Digests(tmp_path / "d.sqlite")
+    digests = [first.of(path) for path in paths]
+    first.flush()
+    assert hashed == [5]
+    assert [files.Digests(tmp_path / "d.sqlite").of(path) for path in paths] == digests
+    assert hashed == [5]
+    assert [files.Digests(tmp_path / "d.sqlite", verify=True).of(path) for path in paths] == digests
+    assert hashed == [10]
+
+    # Other bytes under the same name, size and time: the ctime tells.
+    status = paths[0].stat()
+    paths[0].write_text("x")
+    os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert paths[0].stat().st_mtime_ns == status.st_mtime_ns
+    assert files.Digests(tmp_path / "d.sqlite").of(paths[0]) == files.sha256(paths[0]) != digests[0]
+
+
+def test_a_file_written_just_now_is_not_remembered_since_it_may_change_within_the_clocks_tick(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    hashed = counted(monkeypatch)
+    digests = files.Digests(tmp_path / "d.sqlite")
+    digests.of(tmp_path / "a")
+    digests.of(tmp_path / "a")
+    assert hashed == [2]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all", b"SQLite format 3\0" + bytes(84), "another table", "a folder"])
+def test_a_broken_database_of_digests_only_means_hashing_again(old, tmp_path, content):
+    database = tmp_path / "d.sqlite"
+    if content == "another table":
+        with sqlite3.connect(database) as connection:
+            connection.execute("CREATE TABLE digests (other INTEGER)")
+    elif content == "a folder":
+        database.mkdir()
+    else:
+        database.write_bytes(content)
+    digests = files.Digests(database)
+    assert digests.of(old / "7") == files.sha256(old / "7")
+    digests.flush()
+    assert files.Digests(database).of(old / "7") == files.sha256(old / "7")
+
+
+def test_four_processes_share_one_database_of_digests_and_lose_no_row(old, tmp_path):
+    database = tmp_path / "new" / "d.sqlite"
+    script = """
+import sys
+from pathlib import Path
+from trainer import files
+sys.stdin.read()
+for path in sys.argv[2:]:
+    digests = files.Digests(Path(sys.argv[1]))
+    digests.of(Path(path))
+    digests.flush()
+"""
+    paths = [old / str(number) for number in range(1, 8)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, str(database), *map(str, paths[number : number + 4])], stdin=subprocess.PIPE)
+        for number in range(4)
+    ]
+    for child in children:
+        child.stdin.close()
+    assert [child.wait() for child in children] == [0] * 4
+    assert len(files.Digests(database)._known) == 7
+
+
+def test_ten_thousand_known_files_are_looked_up_well_within_a_second(old, tmp_path):
+    name, state = files._identity((old / "7").stat())
+    with sqlite3.connect(tmp_path / "d.sqlite") as database:
+        database.execute("CREATE TABLE digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
+        database.executemany("INSERT INTO digests VALUES (?, ?, ?)", [(f"1:{number}", state, "0" * 64) for number in range(10_000)])
+        database.execute("INSERT INTO digests VALUES (?, ?, ?)", (name, state, files.sha256(old / "7")))
+    start = time.perf_counter()
+    digests = files.Digests(tmp_path / "d.sqlite")
+    for _ in range(10_000):
+        digests.of(old / "7")
+    assert time.perf_counter() - start < 1
+
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from trainer import errors, files
+try:
+    with files.Lock(Path(sys.argv[1])):
+        if "fork" in sys.argv and os.fork() == 0:
+            os.write(1, f"child {os.getpid()}\\n".encode())
+            time.sleep(60)
+        os.write(1, f"owner {os.getpid()}\\n".encode())
+        sys.stdin.read()
+except errors.Locked as error:
+    print(error)
+    sys.exit(error.code)
+"""
+
+
+def start_owner(path: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", OWNER, str(path), *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_second_process_is_refused_at_once_with_the_owners_name_and_may_follow_it(tmp_path):
+    path = tmp_path / "run" / "lock"
+    owner = start_owner(path)
+    pid = owner.stdout.readline().split()[1]
+    start = time.perf_counter()
+    second = start_owner(path)
+    message = second.communicate(timeout=10)[0]
+    assert second.returncode == 75 and time.perf_counter() - start < 2
+    assert f"process {pid} on " in message and str(path.parent) in message and message.count("\n") == 1
+    with pytest.raises(errors.Locked, match=pid), files.Lock(path):
+        pass
+    owner.communicate(timeout=10)
+    assert owner.returncode == 0
+    with files.Lock(path), pytest.raises(errors.Locked, match=str(os.getpid())), files.Lock(path):
+        pass
+    assert path.exists()
+
+
+def test_the_lock_of_a_killed_owner_is_taken_over_even_while_its_forked_worker_lives(tmp_path):
+    path = tmp_path / "lock"
+    owner = start_owner(path, "fork")
+    lines = dict(owner.stdout.readline().split() for _ in range(2))
+    try:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        os.kill(int(lines["child"]), 0)
+        with files.Lock(path):
+            assert f"process {os.getpid()} " in path.read_text()
+    finally:
+        os.kill(int(lines["child"]), signal.SIGKILL)
