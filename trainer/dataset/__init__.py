@@ -1,0 +1,142 @@
+"""Data sets: a settings class for each layout, samples out of it, and their split into training and validation."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import streams
+from trainer.dataset.sample import Sample, Source, Split
+from trainer.errors import BadData, Usage
+
+if TYPE_CHECKING:
+    from trainer.files import Digests
+
+__all__ = ["OPTIONS", "Dataset", "ImageFolder", "Pairs", "Sample", "Source", "Split", "read", "split"]
+
+
+@dataclass(slots=True)
+class Dataset:
+    """What all layouts have in common.
+
+    `resolution` is the side of a square (1024) or width x height ("832x576"); null: the model's own.
+    `validation_fraction` is the share of samples held out where the layout does not say itself; 0 trains without validation.
+    `limit` keeps only the first samples in the order of their ids (of each split, where the layout has splits itself).
+    """
+
+    path: str | None = None
+    resolution: str | None = None
+    validation_fraction: float = 0.15
+    limit: int | None = None
+    caption_column: str = "text"
+    image_column: str = "file_name"
+    caption_dropout: float = 0.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        self.size()
+        if not 0 <= self.validation_fraction < 1:
+            raise Usage(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise Usage(f"dataset.caption_dropout={self.caption_dropout} is no probability: type 0 to 1.")
+        if self.limit is not None and self.limit < 1:
+            raise Usage(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
+
+    def size(self) -> tuple[int, int] | None:
+        """(width, height) in pixels that was asked for; None: the model's own. Raises errors.Usage."""
+        if self.resolution is None:
+            return None
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(self.resolution))
+        width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not width or not height:
+            raise Usage(f"dataset.resolution={self.resolution} is no size: type 1024 for a square, or width x height like 832x576.")
+        return width, height
+
+    def folder(self) -> Path:
+        """The data set's folder. Raises errors.Usage where none was named, errors.BadData where it does not exist."""
+        if not self.path:
+            raise Usage("This data set needs a folder: type dataset.path=FOLDER.")
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise BadData(f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one.")
+        return folder
+
+    def read(self, digests: Digests) -> list[Sample]:
+        """All samples, in any order. Raises errors.BadData that lists every fault."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class ImageFolder(Dataset):
+    """Pictures and a metadata.jsonl that names and captions them."""
+
+    def read(self, digests: Digests) -> list[Sample]:
+        from trainer.dataset import imagefolder
+
+        return imagefolder.read(self, digests)
+
+
+@dataclass(slots=True)
+class Pairs(Dataset):
+    """Control pictures and the pictures to be made of them, paired by name, with an instruction each."""
+
+    def read(self, digests: Digests) -> list[Sample]:
+        from trainer.dataset import pairs
+
+        return pairs.read(self, digests)
+
+
+@dataclass(slots=True)
+class Demo(Dataset):
+    """A world of scenes and edits that the program draws itself: `pairs` samples to train on, `held_out` others to judge by."""
+
+    edits: list[str] = field(default_factory=lambda: ["night"])
+    pairs: int = 64
+    held_out: int = 32
+
+    def read(self, digests: Digests) -> list[Sample]:
+        from trainer.dataset import demo
+
+        unknown = [edit for edit in self.edits if edit not in demo.EDITS]
+        if unknown or not self.edits:
+            raise Usage(f"dataset.edits={self.edits}: the demo world draws {', '.join(demo.EDITS)}; type for example dataset.edits=[night]")
+        return demo.read(self, max(self.size()))
+
+
+OPTIONS = {"demo": Demo, "imagefolder": ImageFolder, "pairs": Pairs}
+
+
+def read(settings: Dataset, digests: Digests) -> list[Sample]:
+    """The samples of a data set in the order of their ids, `settings.limit` applied; of pictures only headers are read.
+
+    Raises errors.Usage without a path, and one errors.BadData that lists every fault.
+    """
+    groups = defaultdict(list)
+    for sample in sorted(settings.read(digests), key=lambda sample: sample.id):
+        groups[sample.split].append(sample)
+    return sorted((sample for group in groups.values() for sample in group[: settings.limit]), key=lambda sample: sample.id)
+
+
+def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
+    """Divide samples: as the layout says, else by a threshold on a hash of the id, so that added samples move no others.
+
+    `where` names the data set in messages. Raises errors.BadData where a side is empty that must not be.
+    """
+    sides = Split([], [])
+    for sample in samples:
+        held_out = sample.split == "validation" if sample.split else streams.fraction("split", sample.id) < fraction
+        (sides.validation if held_out else sides.train).append(sample)
+    counts = f"{where}: of {len(samples)} samples {len(sides.train)} are for training and {len(sides.validation)} for validation"
+    if not sides.train:
+        remedy = "type a smaller dataset.validation_fraction or a larger dataset.limit" if samples else "is this the right folder?"
+        raise BadData(f"{counts}. There is nothing to train on: {remedy}")
+    if fraction > 0 and not sides.validation:
+        raise BadData(
+            f"{counts}, at dataset.validation_fraction={fraction:g}. Add samples, type a larger fraction, "
+            "or type dataset.validation_fraction=0 to train without validation."
+        )
+    return sides

@@ -1,0 +1,109 @@
+"""What every data set is read as, and the checks that all readers share."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from trainer.errors import BadData
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FAULTS_LISTED = 20
+LONGEST_CAPTION = 10_000
+"""Characters; text encoders read some hundred tokens, so what is longer is another file's text."""
+
+
+class Source(Protocol):
+    """One picture, wherever it is. Sources are hashable, and equal where they name the same picture."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it: a path, or "demo 17 target"."""
+
+    def digest(self) -> str:
+        """Hex sha256 of the picture's content, never of its name."""
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels as `open` gives them, from the header alone. Raises errors.BadData."""
+
+    def open(self) -> Image:
+        """The picture decoded: 8-bit sRGB, upright, alpha laid over white. Raises errors.BadData."""
+
+
+@dataclass(slots=True, frozen=True)
+class Sample:
+    """One training example; `split` is "train" or "validation" where the layout says so itself."""
+
+    id: str
+    image: Source
+    caption: str
+    controls: tuple[Source, ...] = ()
+    split: str | None = None
+
+
+@dataclass(slots=True)
+class Split:
+    train: list[Sample]
+    validation: list[Sample]
+
+
+def identify(path: PurePath) -> str:
+    """The id of the sample whose target lies at this relative path: the path without its ending."""
+    # One Unicode form, for macOS decomposes file names: the same data set splits alike everywhere.
+    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
+
+
+def caption(value: object) -> str:
+    """The caption without white space around it. Raises ValueError with the reason where it is none."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("the caption is empty" if isinstance(value, str) else f"the caption is {value!r:.40}, not text")
+    text = value.strip()
+    if len(text) > LONGEST_CAPTION:
+        raise ValueError(f"the caption has {len(text)} characters, more than {LONGEST_CAPTION}")
+    return text
+
+
+def relative(name: object) -> PurePosixPath:
+    """A file name out of a data set's table. Raises ValueError with the reason where it could lead out of the data set's folder."""
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{name!r:.40} names no file")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or re.match("[A-Za-z]:", name):
+        raise ValueError(f"{name!r:.80} may lead out of the data set's folder; names are relative to it, with / between folders")
+    if re.search("[\0-\x1f\ud800-\udfff]", name):
+        raise ValueError(f"{name!r:.80} holds characters that no file name has")
+    return path
+
+
+def inside(folder: Path, path: Path) -> bool:
+    """Whether `path` lies in `folder` once all links are followed; opens nothing."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def clashes(places: Iterable[tuple[str, str]]) -> list[str]:
+    """A fault for every id that occurs twice or differs from another in case only; from (id, where it stands)."""
+    faults, seen = [], {}
+    for id, place in places:
+        first, where = seen.setdefault(id.casefold(), (id, place))
+        if where != place:
+            how = "is the same sample as" if first == id else "differs in case only from"
+            faults.append(f"{place}: {how} {where}")
+    return faults
+
+
+def refuse(faults: list[str], where: str, samples: int) -> None:
+    """End with one errors.BadData that counts all faults (a line each) and lists the first; nothing happens where there are none."""
+    if not faults:
+        return
+    lines = [f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)} in {samples} sample{'s' * (samples > 1)}. Mend or remove these:"]
+    lines += [f"  {fault}" for fault in faults[:FAULTS_LISTED]]
+    if len(faults) > FAULTS_LISTED:
+        lines.append(f"  ... and {len(faults) - FAULTS_LISTED} more")
+    raise BadData("\n".join(lines))
