@@ -8,13 +8,24 @@ machine all see the same stream, and drawing for one purpose cannot disturb anot
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def draws(*names: int | str) -> np.random.Generator:
     """An independent generator for these names; the same names give the same numbers on every machine."""
     return np.random.Generator(np.random.Philox(key=_key(names, 16)))
+
+
+def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
+    """Standard normal numbers for these names, float32 on the CPU."""
+    import torch
+
+    return torch.from_numpy(draws(*names).standard_normal(shape, dtype=np.float32))
 
 
 def number(*names: int | str) -> int:

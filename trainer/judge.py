@@ -1,0 +1,87 @@
+"""Measures a run's network as it is now: held-out loss, pictures, and how near they come to their targets."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config import Run
+from trainer.evaluation import held_out_loss, psnr
+from trainer.material import Material, drawn, held_out
+from trainer.method import swapped
+from trainer.sample import pictures
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.tracking.journal import Journal
+
+AT_ONCE = 32
+"""Samples a forward pass, where there is room."""
+
+
+class Judge:
+    """`average`, where given, are the weights to judge in place of the network's own."""
+
+    def __init__(
+        self, run: Run, material: Material, network: torch.nn.Module, device: torch.device, average: dict[str, torch.Tensor] | None = None
+    ):
+        self.run, self.material, self.network, self.device, self.average = run, material, network, device, average
+        self.encoder = run.model.encoder(device)
+        self.at_once = run.hardware.micro_batch_for(AT_ONCE, sum(p.numel() for p in network.parameters()))
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None) -> torch.Tensor:
+        """The family's prediction in the run's precision."""
+        with self.run.precision.autocast(self.device):
+            return self.run.model.predict(self.network, x, t, cond, guidance)
+
+    def evaluate(self, step: int, folder: Path, journal: Journal) -> float | None:
+        """Journal all that is measured at this step; the held-out loss, None without held-out samples."""
+        began = time.perf_counter()
+        values = {}
+        with self._judged():
+            views = held_out(self.run, self.material, self.run.evaluation.samples)
+            rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
+            if rows:
+                values |= held_out_loss(self.run.model, self.predict, rows, self.device, self.at_once)
+            values |= self._draw(step, folder, journal)
+        journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
+        return values.get("val/loss")
+
+    def draw(self, views: list, seeds: list[int]):
+        """One picture, uint8 (H, W, 3), for each view and seed; its parts must be cached."""
+        rows = [self.material.cache.row(view) for view in views]
+        with self._judged():
+            yield from pictures(self.run.model, self.predict, self.encoder, rows, seeds, self.run.sample, self.device, self.at_once)
+
+    def _judged(self):
+        self.network.eval()
+        return swapped(self.network, self.average)
+
+    def _draw(self, step: int, folder: Path, journal: Journal) -> dict[str, float]:
+        """Keep the first pictures as strips of control, before training, now and target; compare all with their targets."""
+        from trainer.dataset import strip
+
+        wanted = drawn(self.run, self.material)
+        here, first = (folder / "pictures" / f"step-{number:08d}" for number in (step, 0))
+        likeness = []
+        images = self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
+        for i, (image, (view, comparable)) in enumerate(zip(images, wanted, strict=True), 1):
+            if comparable:
+                likeness.append(psnr(image, view.pixels()))
+            if i > self.run.evaluation.shown:
+                continue
+            strip.save(here / f"{i}.png", image)
+            row = {"control": picture for picture in view.control_pixels()[:1]}
+            if step and (first / f"{i}.png").exists():
+                row["before training"] = strip.load(first / f"{i}.png")
+            row[f"step {step}"] = image
+            if comparable:
+                row["target"] = view.pixels()
+            path = here / f"{i}-strip.png"
+            strip.save(path, strip.strip(row))
+            words = re.sub(r"[^a-z0-9]+", "_", view.caption.lower()).strip("_")[:40]
+            journal.picture(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
+        return {"val/psnr": sum(likeness) / len(likeness)} if likeness else {}

@@ -1,0 +1,131 @@
+"""From cached samples to the micro-batches of a step; what a step holds is a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from trainer.cache import Cache, View
+from trainer.errors import Storage
+from trainer.signals import in_worker
+from trainer.streams import draws, fraction, normal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from trainer.dataset import Dataset, Sample
+    from trainer.model import Family
+
+STALLED = 600
+"""Seconds after which a silent loader worker counts as hanging."""
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return draws(seed, "order", epoch).permutation(count)
+
+
+def visits(seed: int, step: int, batch: int, count: int) -> list[tuple[int, int]]:
+    """(visit, sample index) of each place of the batch of a step (1, 2, ...).
+
+    Visits are numbered through the run; each epoch of `count` visits holds every sample once, in an order of its own, and batches run
+    across the border between two epochs.
+    """
+    first = (step - 1) * batch
+    return [(visit, int(_permutation(seed, visit // count, count)[visit % count])) for visit in range(first, first + batch)]
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of equal shapes -> one row of tensors (B, ...)."""
+    import torch
+
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(slots=True)
+class Batches:
+    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample."""
+
+    samples: list[Sample]
+    cache: Cache
+    family: Family
+    settings: Dataset
+    size: tuple[int, int]
+    seed: int
+    batch: int
+    micro_batch: int
+
+    def view(self, visit: int, index: int) -> View:
+        """The sample as it is seen at this visit: flipped or not, with its caption or without."""
+        sample, settings = self.samples[index], self.settings
+        return View(
+            sample,
+            *self.size,
+            flip=settings.flip and fraction(self.seed, "flip", visit, sample.id) < 0.5,
+            drop_caption=fraction(self.seed, "caption dropout", visit, sample.id) < settings.caption_dropout,
+        )
+
+    def row(self, visit: int, index: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        view = self.view(visit, index)
+        row = dict(self.cache.row(view))
+        name = view.sample.id
+        shape = tuple(row["latents"].shape)
+        # Half a unit in the last place keeps the quantile off 0, where a normal distribution has no finite value.
+        quantile = fraction(self.seed, "time", visit, name) + 2**-54
+        row["noise"] = normal(shape, self.seed, "noise", visit, name)
+        row["time"] = torch.tensor(self.family.objective.time(quantile, self.family.shift(*shape[1:])))
+        return row
+
+    def ids(self, step: int) -> list[str]:
+        """The samples of a step's batch."""
+        return [self.samples[index].id for _, index in visits(self.seed, step, self.batch, len(self.samples))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, step: int) -> tuple[int, list[dict[str, torch.Tensor]]]:
+        rows = [self.row(*visit) for visit in visits(self.seed, step, self.batch, len(self.samples))]
+        return step, [collate(rows[i : i + self.micro_batch]) for i in range(0, self.batch, self.micro_batch)]
+
+
+def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
+    """Steps `start` + 1 .. `stop`, read ahead by `workers` processes (0: in this one). Raises errors.Storage where a worker dies or hangs."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start + 1, stop + 1),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        timeout=STALLED if workers else 0,
+        collate_fn=_as_it_is,
+    )
+    step = start + 1
+    try:
+        for item in loader:
+            yield item
+            step += 1
+    except RuntimeError as error:
+        if not workers or "worker" not in str(error):
+            raise
+        raise Storage(
+            f"A process that loads data died or hung while reading step {step} (samples {', '.join(batches.ids(step)[:8])}): {error}. "
+            "The same command continues from the last checkpoint; hardware.workers=0 loads in the main process."
+        ) from error
+
+
+def _start_worker(worker: int) -> None:
+    import torch
+
+    in_worker()
+    torch.set_num_threads(1)
+
+
+def _as_it_is(item: object) -> object:
+    return item

@@ -1,0 +1,74 @@
+"""Training itself: one optimizer step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.errors import Numerics
+from trainer.streams import number
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = dict[str, "torch.Tensor"]
+
+
+@dataclass(slots=True, frozen=True)
+class Step:
+    """One finished optimizer step. `loss` is the mean over the global batch; `grad_norm` is before clipping."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+def fit(
+    parameters: list[torch.nn.Parameter],
+    losses: Callable[[Batch], torch.Tensor],
+    batches: Iterable[tuple[int, list[Batch]]],
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[int], float],
+    uninterrupted: Callable[[], AbstractContextManager],
+    *,
+    batch: int,
+    max_grad_norm: float,
+    seed: int,
+    average: list[torch.Tensor] | None = None,
+    decay: float = 0.0,
+) -> Iterator[Step]:
+    """Yield each step once its weights are updated; the caller logs, evaluates and saves in between.
+
+    `batches` yields (step, micro-batches); `losses` gives the loss of each sample of a micro-batch, (b,); `rate` the learning rate of a
+    step; `average`, where given, follows `parameters` as their exponential moving average. Raises errors.Numerics before an update that
+    is not finite, with weights and optimizer as they were.
+    """
+    import torch
+
+    for step, micro_batches in batches:
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for index, rows in enumerate(micro_batches):
+            # Dropout draws from torch's global generator: seeded here, nothing that ran before can change it.
+            torch.manual_seed(number(seed, "dropout", step, index))
+            # The sum over the samples by the global batch, never a mean of means: the last micro-batch may be smaller.
+            part = losses(rows).sum() / batch
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise Numerics(f"At step {step} the loss is {loss} and the gradient norm {norm}; nothing was updated with them.")
+        lr = rate(step)
+        with uninterrupted():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            if average is not None:
+                # Short memory at first (TensorFlow's num_updates rule), or the average keeps the untrained start.
+                torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
+            finished = Step(step, loss, norm, lr)
+        yield finished

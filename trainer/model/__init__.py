@@ -1,0 +1,188 @@
+"""What a model family answers. Adding a model is one Python file here and one yaml in conf/model.
+
+A family is a dataclass of its yaml values with behaviour and no live state. It says nothing about optimizers, batches,
+logging, noise or loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from trainer.errors import NoWeights, Usage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from trainer.files import Digests
+
+PACKAGE = "package:"
+
+
+class Dtype(Enum):
+    """torch's own names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(slots=True)
+class Suggested:
+    """Values that other rooms take from the model where the user has set none."""
+
+    resolution: int = 1024
+    steps: int = 1000
+    batch: int = 1
+    learning_rate: dict[str, float] = field(default_factory=dict)
+    """By method: `{lora: 1e-4, full: 1e-5}`."""
+    sample_steps: int = 28
+    guidance: float = 1.0
+    evaluation_images: int = 4
+    """Held-out samples drawn at each evaluation."""
+
+
+class Encoder(Protocol):
+    """The frozen parts that make what is cached, and turn latents into pictures; each is loaded when first used."""
+
+    def encode(self, part: str, pictures: Sequence[np.ndarray], caption: str) -> torch.Tensor:
+        """One part of one sample. `pictures`: uint8 (H, W, 3), those that the part is made from."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
+
+
+@dataclass(slots=True)
+class Family:
+    """`path` is a diffusers folder, a hub id, or `package:` and a folder of this package."""
+
+    path: str | None = None
+    revision: str | None = None
+    encoder_dtype: Dtype = Dtype.float32
+    suggested: Suggested = field(default_factory=Suggested)
+
+    components = ()
+    """Subfolders of the checkpoint that are needed."""
+    multiple = 1
+    """Pixels by which sides must be divisible."""
+    targets = ()
+    """Modules that a LoRA adapts where none are named."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise Usage("model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name")
+
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
+        """What is cached of one sample with this many controls, given the digest of each component."""
+        raise NotImplementedError
+
+    def spec(self, height: int, width: int, controls: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every cached tensor of one sample of `height` x `width` pixels."""
+        raise NotImplementedError
+
+    def encoder(self, device: torch.device) -> Encoder:
+        raise NotImplementedError
+
+    def network(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The denoiser with its weights."""
+        raise NotImplementedError
+
+    def skeleton(self) -> torch.nn.Module:
+        """The denoiser on the meta device: shapes and names without weights."""
+        raise NotImplementedError
+
+    def predict(
+        self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
+    ) -> torch.Tensor:
+        """The network's prediction for noisy latents `x` (B, C, h, w) at times `t` (B,) under `cond`, the collated row less the latents."""
+        raise NotImplementedError
+
+    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, folder: Path) -> Path:
+        """Write a LoRA (peft's names and configuration) as diffusers reads it."""
+        raise NotImplementedError
+
+    def save_checkpoint(self, network: torch.nn.Module, folder: Path) -> Path:
+        """Write the whole checkpoint with `network` in it, for `model.path` and diffusers."""
+        raise NotImplementedError
+
+    def shift(self, height: int, width: int) -> float:
+        """How far times move towards noise at a latent size."""
+        return 1.0
+
+    def folder(self) -> Path:
+        """Where the checkpoint lies on this machine; a hub id is downloaded (weights, configs and tokenizers only) or found in the hub's cache."""
+        if self.path.startswith(PACKAGE):
+            return Path(__file__).parents[1] / self.path.removeprefix(PACKAGE)
+        local = Path(self.path).expanduser()
+        if local.is_dir():
+            return local
+        if self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1:
+            raise NoWeights(
+                f"model.path={self.path}: there is no such folder, and it is no hub id (owner/name); type the path of a diffusers folder"
+            )
+        return self._from_hub()
+
+    def _from_hub(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        wanted = [f"{part}/{kind}" for part in self.components for kind in ("*.safetensors", "*.json", "*.txt", "*.model")]
+        try:
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=["model_index.json", *wanted]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise NoWeights(
+                f"model.path={self.path}: the weights are not to be had from the hub ({reason}). Type model.path=FOLDER for a copy on this "
+                f"machine, or log in (`hf auth login`) after accepting the model's terms on its page"
+            ) from error
+
+    def digest(self, digests: Digests) -> dict[str, str]:
+        """Component -> digest of its files' names and contents."""
+        folder = self.folder()
+        return {part: _folder_digest(folder / part, digests) for part in self.components}
+
+
+@dataclass(slots=True, frozen=True)
+class Made:
+    """What a cached part is made from: fields of the sample ("image", "controls", "caption"), and the digest of what makes it."""
+
+    fields: tuple[str, ...]
+    maker: str
+
+
+def made_by(*ingredients: object) -> str:
+    """One digest over all that makes a part, on the family's side."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_digest(folder: Path, digests: Digests) -> str:
+    if not folder.is_dir():
+        raise NoWeights(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in {".safetensors", ".json", ".txt", ".model"})
+    return made_by([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in files])
+
+
+def _file_digest(path: Path, digests: Digests) -> str:
+    # The hub's cache names large files by their sha256, so they need not be read again.
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64 and path.resolve().parent.name == "blobs":
+        return blob
+    return digests.of(path)
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family of this folder by the name of its module."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if not module.ispkg:
+            members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+            found[module.name] = next(c for c in members if isinstance(c, type) and issubclass(c, Family) and c is not Family)
+    return found

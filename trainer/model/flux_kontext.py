@@ -1,0 +1,239 @@
+"""FLUX.1 Kontext (Black Forest Labs 2025): a flow transformer that reads the control picture as further tokens.
+
+Follows diffusers' FluxKontextPipeline: the tensors that reach the transformer are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import BadData, Usage
+from trainer.model import Family, Made, made_by
+from trainer.objective import Flow
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+PATCH = 2
+"""Latent pixels a token side."""
+
+
+@dataclass(slots=True)
+class FluxKontext(Family):
+    text_length: int = 512
+    """T5 tokens a prompt. T5 sees no padding mask here, so training and sampling must use the same number."""
+    guidance: float = 1.0
+    """Guidance embedding in training, where the transformer was distilled with one."""
+    objective: Flow = field(default_factory=Flow)
+
+    components = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @property
+    def multiple(self) -> int:
+        return PATCH * self._scale()
+
+    def __post_init__(self) -> None:
+        Family.__post_init__(self)
+        if self.text_length < 1:
+            raise Usage(f"model.text_length={self.text_length} leaves no token for the prompt; type 512 for FLUX")
+
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
+        if controls > 1:
+            raise Usage(f"this model reads one control picture a sample, and the data set has {controls}; leave one in each sample")
+        dtype = self.encoder_dtype.value
+        picture = made_by(components["vae"], dtype)
+        parts = {
+            "latents": Made(("image",), picture),
+            "prompt": Made(("caption",), made_by(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype)),
+            "pooled": Made(("caption",), made_by(components["text_encoder"], components["tokenizer"], dtype)),
+        }
+        if controls:
+            parts["control"] = Made(("controls",), picture)
+        return parts
+
+    def spec(self, height: int, width: int, controls: int) -> dict[str, tuple[int, ...]]:
+        scale, transformer = self._scale(), self._config("transformer")
+        latents = (transformer["in_channels"] // PATCH**2, height // scale, width // scale)
+        spec = {
+            "latents": latents,
+            "prompt": (self.text_length, transformer["joint_attention_dim"]),
+            "pooled": (transformer["pooled_projection_dim"],),
+        }
+        return spec | {"control": latents} if controls else spec
+
+    def encoder(self, device: torch.device) -> FluxEncoder:
+        return FluxEncoder(self.folder(), device, self.encoder_dtype.value, self.text_length)
+
+    def network(self, dtype: torch.dtype) -> torch.nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel.from_pretrained(self.folder(), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)
+
+    def skeleton(self) -> torch.nn.Module:
+        import torch
+        from diffusers import FluxTransformer2DModel
+
+        with torch.device("meta"):
+            return FluxTransformer2DModel.from_config(self._config("transformer"))
+
+    def predict(
+        self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
+    ) -> torch.Tensor:
+        import torch
+
+        tokens, ids = pack(x), position_ids(x, 0)
+        target_length = tokens.shape[1]
+        if "control" in cond:
+            tokens = torch.cat([tokens, pack(cond["control"])], 1)
+            ids = torch.cat([ids, position_ids(cond["control"], 1)])
+        scale = None
+        if network.config.guidance_embeds:
+            scale = x.new_full((len(x),), self.guidance if guidance is None else guidance, dtype=torch.float32)
+        prompt = cond["prompt"].to(tokens.dtype)
+        out = network(
+            hidden_states=tokens,
+            encoder_hidden_states=prompt,
+            pooled_projections=cond["pooled"].to(tokens.dtype),
+            timestep=t,
+            img_ids=ids,
+            txt_ids=ids.new_zeros(prompt.shape[1], 3),
+            guidance=scale,
+            return_dict=False,
+        )[0]
+        return unpack(out[:, :target_length], *x.shape[2:])
+
+    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, folder: Path) -> Path:
+        from diffusers import FluxKontextPipeline
+
+        # Without the metadata a loader takes alpha for the rank.
+        FluxKontextPipeline.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=adapter)
+        return folder / "pytorch_lora_weights.safetensors"
+
+    def save_checkpoint(self, network: torch.nn.Module, folder: Path) -> Path:
+        source = self.folder()
+        for component in self.components:
+            if component != "transformer":
+                shutil.copytree(source / component, folder / component, dirs_exist_ok=True)
+        shutil.copy(source / "model_index.json", folder)
+        network.save_pretrained(folder / "transformer")
+        return folder
+
+    def shift(self, height: int, width: int) -> float:
+        """exp(mu), mu linear in the number of target tokens (diffusers' `calculate_shift`)."""
+        scheduler = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15} | self._config("scheduler")
+        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+        return math.exp(scheduler["base_shift"] + slope * (height * width / PATCH**2 - low))
+
+    def _scale(self) -> int:
+        """Pixels a latent pixel."""
+        return 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
+
+    def _config(self, component: str) -> dict:
+        return read_config(self.folder(), component)
+
+
+def read_config(folder: Path, component: str) -> dict:
+    """The json that describes a component of a diffusers folder."""
+    path = folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path} cannot be read ({error}), so this folder is no FLUX checkpoint; type another model.path") from error
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> tokens (B, h/2 * w/2, 4 C)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens (B, h/2 * w/2, 4 C) -> (B, C, h, w)."""
+    batch, _, channels = tokens.shape
+    patches = tokens.view(batch, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+
+
+def position_ids(latents: torch.Tensor, picture: int) -> torch.Tensor:
+    """(tokens, 3): which picture (0 the target, 1 the control), row, column. A wrong first column raises nothing."""
+    import torch
+
+    height, width = (side // PATCH for side in latents.shape[2:])
+    rows, columns = torch.arange(height, device=latents.device), torch.arange(width, device=latents.device)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(-1, 2).to(latents.dtype)
+    return torch.cat([grid.new_full((len(grid), 1), picture), grid], 1)
+
+
+class FluxEncoder:
+    """VAE, CLIP and T5 of one checkpoint folder; see `trainer.model.Encoder`."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: str, text_length: int):
+        import torch
+
+        self.folder, self.device, self.text_length = folder, device, text_length
+        self.dtype = getattr(torch, dtype)
+
+    def encode(self, part: str, pictures: Sequence[np.ndarray], caption: str) -> torch.Tensor:
+        import torch
+
+        make = {"latents": self._latents, "control": self._latents, "prompt": self._prompt, "pooled": self._pooled}[part]
+        with torch.no_grad():
+            return make(pictures[0] if pictures else caption).cpu()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        config = self._vae.config
+        with torch.no_grad():
+            images = self._vae.decode(latents.to(self.device, self.dtype) / config.scaling_factor + config.shift_factor).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _latents(self, picture: np.ndarray) -> torch.Tensor:
+        import torch
+
+        pixels = torch.from_numpy(picture).to(self.device).permute(2, 0, 1)[None].to(self.dtype) / 127.5 - 1
+        config = self._vae.config
+        return (self._vae.encode(pixels).latent_dist.mode()[0] - config.shift_factor) * config.scaling_factor
+
+    def _prompt(self, caption: str) -> torch.Tensor:
+        tokenizer, model = self._t5
+        ids = tokenizer(caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt").input_ids
+        return model(ids.to(self.device)).last_hidden_state[0]
+
+    def _pooled(self, caption: str) -> torch.Tensor:
+        tokenizer, model = self._clip
+        ids = tokenizer(
+            caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return model(ids.to(self.device)).pooler_output[0]
+
+    @cached_property
+    def _vae(self):
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True).to(self.device)
+
+    @cached_property
+    def _clip(self):
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        model = CLIPTextModel.from_pretrained(self.folder, subfolder="text_encoder", dtype=self.dtype, use_safetensors=True)
+        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer"), model.to(self.device).eval()
+
+    @cached_property
+    def _t5(self):
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        model = T5EncoderModel.from_pretrained(self.folder, subfolder="text_encoder_2", dtype=self.dtype, use_safetensors=True)
+        return T5Tokenizer.from_pretrained(self.folder / "tokenizer_2"), model.to(self.device).eval()

@@ -1,0 +1,151 @@
+"""What a run says of itself, on the terminal and to MLflow."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import __version__, config
+
+if TYPE_CHECKING:
+    from trainer.config import Run
+    from trainer.loop import Step
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow", "safetensors")
+
+
+def say(text: str) -> None:
+    """To the terminal and to the run's log."""
+    print(text, flush=True)
+    logging.getLogger("trainer").info(text)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def size(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def name_of(run: Run, id: str, overrides: list[str]) -> str:
+    """How MLflow lists the run: what was typed, for that is what tells it from its neighbours."""
+    if run.name:
+        return run.name
+    silent = ("stage", "out", "name", "fresh", "resume", "tracking", "hardware", "hydra", "log", "save", "cache")
+    typed = [text.lstrip("+") for text in overrides if text.lstrip("+~").split("=")[0].split(".")[0] not in silent]
+    return f"{' '.join(typed) or 'defaults'} [{id[:6]}]"[:250]
+
+
+def provenance(device: Any) -> dict[str, Any]:
+    """Where and with what this attempt runs."""
+    import torch
+
+    there = {}
+    for package in PACKAGES:
+        try:
+            there[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "program": __version__,
+        "git": _git(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.processor() or platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "packages": there,
+    }
+
+
+def _git() -> str | None:
+    """The commit of the program's own checkout, with + where it was changed."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--match="],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.strip() or None
+
+
+def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int, begun: dict[str, Any]) -> dict[str, str]:
+    """What may differ between attempts at one run, numbered, and by what runs are told apart and found."""
+    fixed = {
+        "identity": id,
+        "trainer.folder_id": manifest["folder_id"],
+        "trainer.folder": str(folder.absolute()),
+        "trainer.host": socket.gethostname(),
+        "data": manifest["digests"]["data"][:12],
+    }
+    if manifest["parent"]:
+        fixed["trainer.parent"] = manifest["parent"]
+    loose = config.plain(run)
+    kept = {name: loose[name] for name in ("hardware", "evaluation", "sample", "save", "log")}
+    values = config.flat({**begun, **kept})
+    return fixed | {f"attempt.{attempt}.{name}": str(value) for name, value in values.items()}
+
+
+def description(run: Run, folder: Path, counts: str) -> str:
+    """The text on top of the run's MLflow page."""
+    kinds = {room: config.option(getattr(run, room)) for room in ("method", "precision", "optimizer", "lr_scheduler", "dataset")}
+    return (
+        f"{kinds['method']} on `{run.model.path}` with {kinds['dataset']} data{f' from `{run.dataset.path}`' if run.dataset.path else ''}: {counts}.\n\n"
+        f"`val/loss` is the held-out loss at fixed noise and nine fixed times: lower is better, and comparable between runs on the same data. "
+        f"`val/psnr` compares drawn pictures with their targets, in dB. The pictures under *Artifacts > images* and in the charts have a step slider: "
+        f"control, before training, now, target.\n\nFolder: `{folder.absolute()}`"
+    )
+
+
+class Progress:
+    """The progress bar on stderr, and the speed that it knows."""
+
+    def __init__(self, steps: int, start: int, batch: int):
+        from tqdm import tqdm
+
+        self.batch = batch
+        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=refresh(), dynamic_ncols=True)
+        self.then = time.perf_counter()
+
+    def step(self, done: Step) -> dict[str, float]:
+        """Show one more step; speeds over it."""
+        then, self.then = self.then, time.perf_counter()
+        seconds = self.then - then
+        self.bar.set_postfix_str(f"loss {done.loss:.4f}, lr {done.lr:.2e}", refresh=False)
+        self.bar.update(1)
+        return {"perf/steps_per_second": 1 / seconds, "perf/samples_per_second": self.batch / seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        then = time.perf_counter()
+        yield
+        self.then += time.perf_counter() - then
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+
+def refresh() -> float:
+    """Seconds between two states of a progress bar: few lines where they end up in a file."""
+    return 0.2 if sys.stderr.isatty() else 10.0

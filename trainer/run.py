@@ -1,0 +1,358 @@
+"""One run from its settings to its pictures, top to bottom: the only file that knows every room."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import config, files
+from trainer.checkpoint import Checkpoints, Loaded
+from trainer.config import Run, Stage
+from trainer.errors import BadData, Ending, Interrupted, Usage
+from trainer.material import Material, encode, prepare, views
+from trainer.place import CHECKPOINTS, SUMMARY, Place, claim, find
+from trainer.report import Progress, say, size
+from trainer.signals import Signals
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.tracking.journal import Journal
+
+
+def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
+    """Carry out the run's stage; the held-out loss where it has one."""
+    if run.stage in config.LOADED_STAGES:
+        from trainer import finished
+
+        return finished.execute(run)
+    material = prepare(run)
+    if run.stage is Stage.check:
+        check(run, material)
+    elif run.stage is Stage.cache:
+        made = encode(run, material, views(run, material))
+        say(f"cache {material.cache.root}: " + ", ".join(f"{count} {name} made" for name, count in made.items()))
+    else:
+        return train(run, material, signals, overrides)
+    return None
+
+
+def check(run: Run, material: Material) -> None:
+    """Print what would be trained; no weights are loaded."""
+    from trainer.method import trained
+
+    network = run.model.skeleton()
+    run.method.attach(network, run.model.targets, run.seed)
+    whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trained(network).values()))
+    micro_batch = run.hardware.micro_batch_for(run.batch, whole)
+    steps, split, cache = total_steps(run, material), material.split, material.cache
+    wanted = views(run, material)
+    spec = run.model.spec(material.size[1], material.size[0], material.controls)
+    missing = cache.missing(wanted)
+    # Entries are in float32 at most; a checkpoint holds weights and two moments each.
+    bytes_missing = sum(4 * _product(spec[part.name]) for part, _ in missing)
+    kept = (run.save.keep + 1) * training * 4 * (3 + bool(run.ema))
+    say(f"identity    {config.identity(run)}  (folder {Path(run.out) / config.identity(run)})")
+    say(f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train")
+    say(
+        f"data        {len(split.train)} to train on, {len(split.validation)} held out, {material.size[0]}x{material.size[1]} px, {material.controls} control(s) each"
+    )
+    say(
+        f"training    {steps} steps of {run.batch}: {steps * run.batch / len(split.train):.1f} epochs; {-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
+    )
+    say(
+        f"optimizer   {config.option(run.optimizer)}, learning rate {run.optimizer.lr:g}, {config.option(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
+    )
+    say(f"precision   weights {run.precision.storage.name}, products {run.precision.compute.name}, what trains fp32")
+    say(f"cache       {cache.root}: {len(missing)} entries to make, up to {size(bytes_missing)}")
+    say(f"checkpoints up to {size(kept)} for {run.save.keep} and the best")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def train(run: Run, material: Material, signals: Signals, overrides: list[str]) -> float | None:
+    """Train, or continue from the last checkpoint; the last held-out loss."""
+    import yaml
+
+    from trainer.tracking.journal import Journal
+
+    with ExitStack() as stack:
+        place = claim(run, material.digests, stack)
+        if place.finished:
+            summary = files.read_json(place.folder / SUMMARY)
+            say(f"{place.folder} is finished ({summary['steps']} steps); nothing to do. Type fresh=true to run it again in a new folder.")
+            return summary["last_val_loss"]
+        journal = stack.enter_context(Journal(place.folder))
+        stack.enter_context(_logged(place.folder, journal))
+        files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
+        encode(run, material, views(run, material))
+        return Training(run, material, place, journal, signals).go(overrides)
+
+
+class Training:
+    """The live state of one attempt at a run."""
+
+    def __init__(self, run: Run, material: Material, place: Place, journal: Journal, signals: Signals):
+        from trainer.judge import Judge
+        from trainer.method import trained
+
+        self.run, self.material, self.place, self.journal, self.signals = run, material, place, journal, signals
+        self.steps = total_steps(run, material)
+        self.every = run.evaluation.every or max(1, self.steps // 4)
+        self.device = run.hardware.open()
+        self.network = build(run, self.device)
+        self.trained = trained(self.network)
+        self.optimizer = run.optimizer.build(self.trained.values())
+        self.checkpoints = Checkpoints(place.folder / CHECKPOINTS, run.save.keep, self.warn)
+        self.checkpoints.clean()
+        # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago.
+        self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0}
+        loaded = self._restore()
+        self.step = self.saved = loaded.step if loaded else 0
+        self.average = self._average(loaded) if run.ema else None
+        self.judge = Judge(run, material, self.network, self.device, self.average)
+
+    def go(self, overrides: list[str]) -> float | None:
+        """Train to the end, journaling, evaluating and saving on the way."""
+        run, journal = self.run, self.journal
+        with self._shown(overrides), Progress(self.steps, self.step, run.batch) as progress:
+            try:
+                self._evaluate_if_due()
+                for done in self._steps():
+                    self.step = done.number
+                    speed = progress.step(done)
+                    if self.step % run.log.every == 0 or self.step == self.steps:
+                        self._log(done, speed)
+                    with progress.paused():
+                        is_best = self._evaluate_if_due()
+                        if self.step % run.save.every == 0 or self.step == self.steps or is_best or self._out_of_patience():
+                            self._save()
+                    if self._out_of_patience():
+                        break
+            except Interrupted as stop:
+                self._save()
+                say(f"{stop}: saved at step {self.step} of {self.steps}. The same command continues from there.")
+                raise
+            self._finish()
+        return self.state["val_loss"]
+
+    def warn(self, text: str) -> None:
+        """Say it, and keep it in the journal."""
+        self.journal.event("warning", text=text)
+        say(text)
+
+    # The pieces, in the order of their use
+
+    def _restore(self) -> Loaded | None:
+        """The newest good checkpoint (of the parent, where this run only begins) into weights and optimizer."""
+        run, parent = self.run, self.place.parent
+        loaded = self.checkpoints.newest()
+        if loaded is None and parent is not None:
+            loaded = Checkpoints(parent / CHECKPOINTS, run.save.keep, self.warn).newest(set_aside=False)
+        if loaded is not None:
+            fill(self.trained, loaded.weights, self.place.folder)
+            self.optimizer.load_state_dict(loaded.optimizer)
+            self.state = loaded.state
+            say(f"continuing at step {loaded.step} of {self.steps}")
+        elif run.method.init_from is not None:
+            fill(self.trained, initial_weights(run), Path(run.method.init_from))
+        return loaded
+
+    def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:
+        source = loaded.ema if loaded and loaded.ema else self.trained
+        return {name: source[name].detach().clone().to(self.device) for name in self.trained}
+
+    @contextmanager
+    def _shown(self, overrides: list[str]) -> Iterator[None]:
+        """With MLflow (or what else tracks) following the journal."""
+        from trainer import report, tracking
+
+        run, place, split = self.run, self.place, self.material.split
+        attempt = 1 + sum(record.get("event") == "attempt" for record in self.journal.records())
+        begun = report.provenance(self.device)
+        self.journal.event("attempt", number=attempt, start=self.step, **begun)
+        training = sum(parameter.numel() for parameter in self.trained.values())
+        counts = f"{self.steps} steps of {run.batch}, {len(split.train)} samples, {len(split.validation)} held out, {training:,} parameters train"
+        say(f"{place.folder}: {counts}, on {self.device}")
+        with tracking.open_sink(
+            run.tracking,
+            Path(run.out),
+            place.folder,
+            self.journal,
+            name=report.name_of(run, place.id, overrides),
+            params={
+                name: value if isinstance(value, str) else json.dumps(value)
+                for name, value in config.flat(place.manifest["settings"]).items()
+            },
+            tags=report.tags(run, place.folder, place.id, place.manifest, attempt, begun),
+            description=report.description(run, place.folder, counts),
+        ):
+            yield
+
+    def _steps(self) -> Iterator:
+        from trainer.loader import Batches, load
+        from trainer.loop import fit
+
+        run, material = self.run, self.material
+        if self._out_of_patience():
+            return iter(())
+        micro_batch = run.hardware.micro_batch_for(run.batch, sum(p.numel() for p in self.network.parameters()))
+        batches = Batches(material.split.train, material.cache, run.model, run.dataset, material.size, run.seed, run.batch, micro_batch)
+        return fit(
+            list(self.trained.values()),
+            self._losses,
+            load(batches, self.step, self.steps, run.hardware.workers),
+            self.optimizer,
+            lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
+            self.signals.held,
+            batch=run.batch,
+            max_grad_norm=run.max_grad_norm,
+            seed=run.seed,
+            average=list(self.average.values()) if self.average else None,
+            decay=run.ema or 0.0,
+        )
+
+    def _losses(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each sample of a micro-batch, (b,)."""
+        rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
+        clean, noise, times = rows.pop("latents").float(), rows.pop("noise"), rows.pop("time")
+        objective = self.run.model.objective
+        return objective.losses(self.judge.predict(objective.noised(clean, noise, times), times, rows), clean, noise)
+
+    def _log(self, done, speed: dict[str, float]) -> None:
+        from trainer.hardware import memory
+
+        values = {"train/loss": done.loss, "train/grad_norm": done.grad_norm, "train/lr": done.lr}
+        self.journal.metrics(done.number, values | speed | memory(self.device))
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate each step that asks for it once, however often the run is resumed there; whether it is the best so far."""
+        state = self.state
+        if (self.step % self.every == 0 or self.step == self.steps) and state["evaluated"] != self.step:
+            loss = self.judge.evaluate(self.step, self.place.folder, self.journal)
+            best = loss is not None and (state["best"] is None or loss < state["best"])
+            news = {"best": loss, "since_best": 0} if best else {"since_best": state["since_best"] + 1}
+            state |= {"evaluated": self.step, "val_loss": loss} | news
+            self.network.train()
+            return best
+        self.network.train()
+        return False
+
+    def _out_of_patience(self) -> bool:
+        patience = self.run.evaluation.patience
+        return patience is not None and self.state["since_best"] >= patience
+
+    def _save(self) -> None:
+        """Commit the last finished step; before the first of this attempt there is nothing new to keep."""
+        if self.step == self.saved:
+            return
+        current = self.state | ({} if self.state["evaluated"] == self.step else {"val_loss": None})
+        weights = {name: parameter.detach() for name, parameter in self.trained.items()}
+        with self.signals.held():
+            self.checkpoints.save(self.step, weights, self.optimizer.state_dict(), self.average, current)
+            self.saved = self.step
+            self.journal.event("checkpoint", step=self.step)
+
+    def _finish(self) -> None:
+        from trainer import export
+        from trainer.tracking import curves
+
+        folder = self.place.folder
+        how = "done" if self.step == self.steps else "stopped early"
+        paths = export.after_training(self.run, self.network, self.trained, weights_of(folder), folder / "export")
+        self.journal.event("finished", step=self.step, how=how)
+        curves.write_metrics_csv(folder)
+        curves.draw_curves(folder)
+        best, last = self.state["best"], self.state["val_loss"]
+        curves.write_summary(
+            folder,
+            {"status": "finished", "how": how, "id": self.place.id, "steps": self.step, "best_val_loss": best, "last_val_loss": last},
+        )
+        say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
+        say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}" + "".join(f", {path}" for path in paths))
+        say("compare runs: make ui")
+
+
+def build(run: Run, device: torch.device) -> torch.nn.Module:
+    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached."""
+    network = run.model.network(run.precision.dtype()).to(device)
+    run.method.attach(network, run.model.targets, run.seed)
+    if run.hardware.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if run.hardware.compile:
+        network.compile_repeated_blocks()
+    return network
+
+
+def total_steps(run: Run, material: Material) -> int:
+    """`steps`, or `epochs` x samples / batch rounded up."""
+    return run.steps or -(-run.epochs * len(material.split.train) // run.batch)
+
+
+def initial_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What `method.init_from` names: the best, else the last weights of a run, or a safetensors file with this program's names."""
+    path = Path(run.method.init_from).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return weights_of(find(run.method.init_from, run.out))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights to use of a run: the best by held-out loss, else the last; averaged where an average was kept."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, 1, say)
+    loaded = checkpoints.best() or checkpoints.newest(set_aside=False)
+    if loaded is None:
+        raise BadData(f"{folder} has no checkpoint yet; let it train to its first one")
+    return loaded.ema or loaded.weights
+
+
+def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Put weights into parameters of the same names and shapes; raises errors.Usage where they differ."""
+    import torch
+
+    wrong = [f"{name} is missing" for name in parameters if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in parameters]
+    for name in parameters.keys() & weights.keys():
+        if weights[name].shape != parameters[name].shape:
+            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameters[name].shape)}")
+    if wrong:
+        raise Usage(
+            f"the weights in {source} do not fit ({len(wrong)} tensors: {'; '.join(sorted(wrong)[:3])}); type the method they were trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+@contextmanager
+def _logged(folder: Path, journal: Journal) -> Iterator[None]:
+    """With a log file in the run's folder, which gets the traceback of whatever ends the run."""
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger()
+    logger.addHandler(handler)
+    logging.getLogger("trainer").setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        how = "stopped" if isinstance(error, Interrupted) else "failed"
+        journal.event(how, reason=str(error) or type(error).__name__)
+        handler.stream.write(traceback.format_exc())
+        if not isinstance(error, Ending | KeyboardInterrupt | SystemExit):
+            error.add_note(f"log: {folder / 'log.txt'}")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,54 @@
+"""SIGINT and SIGTERM as an exception that comes at once, but never in the middle of an update or a save."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trainer.errors import Interrupted
+
+
+class Signals:
+    """While open, the first SIGINT or SIGTERM raises errors.Interrupted, at the end of the block that holds it back; a second ends the
+    process at once. Only one is open in a process, in its main thread."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._seen = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What must not be torn: a signal that comes inside is raised at the end."""
+        seen = self._seen
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._seen != seen and not self._held:
+            raise Interrupted(self._seen)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = number
+        if not self._held:
+            raise Interrupted(number)
+
+
+def in_worker() -> None:
+    """For child processes: Ctrl-C in a terminal reaches them too, and is their parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

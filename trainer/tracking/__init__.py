@@ -1,0 +1,112 @@
+"""What a run shows of itself: the journal in its folder is the truth, MLflow a sink of it, curves and tables are drawn from it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
+
+from trainer.errors import Usage
+
+if TYPE_CHECKING:
+    from trainer.tracking.journal import Journal
+
+
+@dataclass(slots=True)
+class Tracking:
+    """Where runs are shown; runs that should be compared share an `experiment`."""
+
+    experiment: str = "trainer"
+
+
+@dataclass(slots=True)
+class MLflow(Tracking):
+    """MLflow at `uri`: a database (`sqlite:///file.db`, `postgresql://...`) or a server (`http://host:5000`).
+
+    Null is `sqlite:///<out>/mlflow.db`, made at need. Raises errors.Usage for an address that MLflow could not use or that holds a password.
+    """
+
+    uri: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.uri is not None:
+            _check(self.uri)
+
+
+@dataclass(slots=True)
+class NoTracking(Tracking):
+    """The run's own folder only."""
+
+
+OPTIONS: dict[str, type[Tracking]] = {"mlflow": MLflow, "none": NoTracking}
+
+
+class Sink:
+    """Shows a run's journal somewhere while the context is open; this one shows it nowhere.
+
+    `run_id` and `experiment_id` are the store's own, None until it has answered; `errors` counts what it refused or left unanswered.
+    """
+
+    run_id: str | None = None
+    experiment_id: str | None = None
+    errors: int = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        pass
+
+    def flush(self, timeout: float = 20.0) -> bool:
+        """Wait until all that the journal holds by now is shown, at most `timeout` seconds; whether it is."""
+        return True
+
+
+def open_sink(
+    settings: Tracking,
+    out: Path,
+    folder: Path,
+    journal: Journal,
+    *,
+    name: str,
+    params: dict[str, str],
+    tags: dict[str, str],
+    description: str = "",
+    parent: str | None = None,
+) -> Sink:
+    """A context that shows the run in `folder` as its journal grows, and how it ended; it never raises, and training never waits for it.
+
+    `params` are what the run is (written once), `tags` what may change from attempt to attempt. `tags["trainer.folder_id"]` names the
+    run for good: by it the run is found again where `folder` does not remember what MLflow calls it. `parent` is the MLflow id of the
+    run to show it under. The lock of `folder` must be held: a run whose folder is not locked is taken for dead by the next one.
+    """
+    if not isinstance(settings, MLflow):
+        return Sink()
+    from trainer.tracking.sink import MLflowSink
+
+    return MLflowSink(settings, out, folder, journal, name=name, params=params, tags=tags, description=description, parent=parent)
+
+
+def _check(uri: str) -> None:
+    example = "type tracking.uri=sqlite:///path/to/mlflow.db or tracking.uri=http://host:5000"
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise Usage(f"tracking.uri is no address: {error}; {example}.") from None
+    secret = parts.password is not None or (parts.username and parts.scheme in ("http", "https"))
+    if secret or re.search(r"(password|token|secret)=", parts.query, re.IGNORECASE):
+        # The address itself is left out of the message, which ends up in logs.
+        raise Usage(
+            "tracking.uri holds a password, which would end up in logs and run folders. Leave it out and set the environment variables "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) for a server, PGPASSWORD for PostgreSQL."
+        )
+    if parts.scheme == "sqlite":
+        known = re.match(r"sqlite:///[^?]", uri) and ":memory:" not in uri
+    elif parts.scheme in ("http", "https"):
+        known = parts.netloc
+    else:
+        known = uri == "databricks" or re.match(r"(databricks|(postgresql|mysql|mssql)(\+\w+)?)://", uri)
+    if not known:
+        raise Usage(f"tracking.uri={uri} is no MLflow database or server (a folder such as ./mlruns no longer is one); {example}.")
