@@ -12,7 +12,8 @@ from pathlib import Path
 from trainer.errors import Ending, Usage
 from trainer.signals import Signals
 
-CONF = Path(__file__).parents[1] / "conf"
+# Inside the package in an installed wheel, beside it in a checkout.
+CONF = next(folder / "conf" for folder in (Path(__file__).parent, Path(__file__).parents[1]) if (folder / "conf").is_dir())
 # Hydra instantiates these before any rule of ours runs; `+hydra.callbacks.x._target_=os.mkdir` would make a folder.
 HOSTILE = re.compile(r"_target_|^[+~]*hydra[./@](callbacks|job_logging|hydra_logging)|^[+~]*hydra=")
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")

@@ -131,21 +131,15 @@ class Cache:
             found += [(part, wanted[key]) for key in sorted(wanted.keys() - present)]
         return found
 
-    def fill(
-        self,
-        views: Iterable[View],
-        encode: Callable[[str, View], Tensor],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[str, int]:
-        """Make what is missing; returns how many entries of each part were made. `progress(done, total)` is called after each.
+    def fill(self, missing: Iterable[tuple[Part, View]], encode: Callable[[str, View], Tensor]) -> dict[str, int]:
+        """Make what `missing` found; returns how many entries of each part were made.
 
         `encode(part_name, view)` gives one entry's tensor. Raises one errors.BadData for all samples that cannot be encoded, after the
         others are made; but soon where nothing works.
         """
         made = {part.name: 0 for part in self.parts}
-        missing = self.missing(views)
         faults: dict[str, None] = {}
-        for done, (part, view) in enumerate(missing, 1):
+        for part, view in missing:
             try:
                 self.put(part, view, encode(part.name, view))
                 made[part.name] += 1
@@ -153,8 +147,6 @@ class Cache:
                 faults[str(error)] = None
                 if len(faults) == FAULTS_LISTED:
                     break
-            if progress:
-                progress(done, len(missing))
         if faults:
             raise BadData("\n  ".join([f"{len(faults)} faults when encoding. Mend or remove these samples:", *faults]))
         return made

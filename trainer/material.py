@@ -103,16 +103,15 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
     from tqdm import tqdm
 
     cache = material.cache
-    missing = len(cache.missing(wanted))
-    if not missing:
-        return {part.name: 0 for part in cache.parts}
-    encoder = run.model.encoder(run.hardware.open())
+    missing = cache.missing(wanted)
     fields = {part.name: part.fields for part in cache.parts}
+    # Loads nothing before it is first used.
+    encoder = run.model.encoder(run.hardware.open())
 
     def make(part: str, view: View) -> torch.Tensor:
         pictures = [view.pixels()] if "image" in fields[part] else []
         pictures += view.control_pixels() if "controls" in fields[part] else []
         return encoder.encode(part, pictures, view.caption)
 
-    with tqdm(total=missing, desc="encoding", unit="entry", mininterval=refresh()) as bar:
-        return cache.fill(wanted, make, lambda done, total: bar.update(1))
+    with tqdm(missing, desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as entries:
+        return cache.fill(entries, make)

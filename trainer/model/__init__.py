@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -113,6 +114,11 @@ class Family:
         """Write the whole checkpoint with `network` in it, for `model.path` and diffusers."""
         raise NotImplementedError
 
+    @classmethod
+    def tiny(cls, folder: Path) -> list[str]:
+        """Make a checkpoint of this family with few layers and random weights, offline, and name the settings (key=value) that load it."""
+        raise NotImplementedError
+
     def shift(self, height: int, width: int) -> float:
         """How far times move towards noise at a latent size."""
         return 1.0
@@ -176,6 +182,17 @@ def _file_digest(path: Path, digests: Digests) -> str:
     if path.is_symlink() and len(blob) == 64 and path.resolve().parent.name == "blobs":
         return blob
     return digests.of(path)
+
+
+@cache
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and hints (of parts that are not used here) off the terminal; downloads keep their bars."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def families() -> dict[str, type[Family]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, made_by
+from trainer.model import Family, Made, made_by, quiet_libraries
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -71,11 +71,13 @@ class FluxKontext(Family):
         return spec | {"control": latents} if controls else spec
 
     def encoder(self, device: torch.device) -> FluxEncoder:
+        quiet_libraries()
         return FluxEncoder(self.folder(), device, self.encoder_dtype.value, self.text_length)
 
     def network(self, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
 
+        quiet_libraries()
         return FluxTransformer2DModel.from_pretrained(self.folder(), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)
 
     def skeleton(self) -> torch.nn.Module:
@@ -126,6 +128,38 @@ class FluxKontext(Family):
         shutil.copy(source / "model_index.json", folder)
         network.save_pretrained(folder / "transformer")
         return folder
+
+    @classmethod
+    def tiny(cls, folder: Path) -> list[str]:
+        import torch
+        from diffusers import AutoencoderKL
+
+        from trainer.model.mini_kontext.build import SEED, save_folder
+
+        torch.manual_seed(SEED)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=1,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.36,
+            shift_factor=0.11,
+        )
+        shape = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+        save_folder(
+            folder,
+            vae,
+            "make it night paint the a photo of".split(),
+            text_length=8,
+            text_width=16,
+            transformer=shape | {"guidance_embeds": True, "axes_dims_rope": (4, 6, 6)},
+        )
+        return [f"model.path={folder}", "model.text_length=8", "dataset.resolution=32"]
 
     def shift(self, height: int, width: int) -> float:
         """exp(mu), mu linear in the number of target tokens (diffusers' `calculate_shift`)."""

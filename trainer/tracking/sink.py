@@ -57,6 +57,7 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 # A fork (of a loader's workers) in the middle of an import in another thread would leave the child with modules locked for ever.
@@ -150,11 +151,11 @@ class MLflowSink(Sink):
                     self._keep_note(status=ending, sent=self._sent)
                     return
                 pause = PERIOD
-            except Exception as error:  # noqa: BLE001 (whatever goes wrong here, training must not feel it)
+            except Exception as error:  # whatever goes wrong here, training must not feel it
                 # What arrived is unknown, so the next try begins by asking.
                 remote, self._sent = None, 0
                 self.errors += 1
-                if not self._failing:
+                if not self._failing and not self._given_up:
                     log.warning(
                         "MLflow at %s: %s. Training goes on; what MLflow lacks is sent when it is back.", self.uri, _one_line(error)
                     )
@@ -285,7 +286,7 @@ class Remote:
                 picture = mlflow.Image(str(folder / record["path"])).to_pil()
                 picture.save(large)
                 compress_image_size(picture).save(small)
-            except Exception as error:  # noqa: BLE001 (a picture that is gone or broken stays so: no reason to try for ever)
+            except Exception as error:  # a picture that is gone or broken stays so: no reason to try for ever
                 log.warning("MLflow goes without the picture %s: %s.", record["path"], _one_line(error))
                 return
             if not self._known_pictures:
@@ -486,5 +487,10 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What went wrong, in a few words: of a failure on the disk or the network its root, which libraries bury under their own."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain:
+        chain.append(before)
+    roots = [link for link in chain if isinstance(link, (OSError, sqlite3.Error))]
+    text = " ".join(str((roots or chain[:1])[-1]).split()) or type(error).__name__
     return text[:300].rstrip(".")

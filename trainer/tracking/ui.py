@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except errors.Ending as ending:
         print(ending, file=sys.stderr)
         return ending.code
-    except Exception as error:  # noqa: BLE001 (MLflow's and SQLAlchemy's errors have no common class; the user needs the line)
+    except Exception as error:  # MLflow's and SQLAlchemy's errors have no common class; the user needs the line
         print(f"The MLflow store at {uri} could not be opened: {error}", file=sys.stderr)
         return errors.Storage.code
     if uri.startswith("http"):

@@ -1,0 +1,45 @@
+# The verbs of the project; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OUT ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all ui mini format lint clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": type make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(READY)  ## make .venv with the pinned dependencies
+
+train: $(READY)  ## run the main job: a LoRA on the model that comes with the program
+	$(BIN)/python -m trainer
+
+test: $(READY)  ## the everyday tests
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(READY)  ## every test, the slow ones too
+	$(BIN)/python -m pytest -n 2 -m ''
+
+ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
+	$(BIN)/python -m trainer.tracking.ui --out $(OUT)
+
+mini: $(READY)  ## make the model that comes with the program anew, in about an hour and a half on two cores
+	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext
+	$(BIN)/python -m trainer experiment=mini_base model.path=build/mini_kontext out=build/runs resume=null
+	@echo "now: $(BIN)/python -m trainer stage=export run=<the folder above>; its export/ is the new trainer/model/mini_kontext/weights"
+
+format: $(READY)  ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)  ## what CI asks of the form
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
