@@ -6,6 +6,7 @@ is named by its key and step. Nothing is lost: after any failure, and in the nex
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401
 import contextlib
 import fcntl
 import getpass
@@ -61,6 +62,8 @@ _ENVIRONMENT = {
 }
 
 # A fork (of a loader's workers) in the middle of an import in another thread would leave the child with modules locked for ever.
+# concurrent.futures is imported above for the same reason: it hooks a lock of its own on forks, and were MLflow the first to import it while
+# a fork waits here, that fork would release the lock without ever having taken it.
 _importing = threading.RLock()
 os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
 

@@ -110,4 +110,5 @@ def _answers(base_url: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):  # while MLflow is imported, which takes seconds
+        sys.exit(main())
