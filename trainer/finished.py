@@ -66,9 +66,9 @@ def evaluate(run: Run, material: Material, judge, folder: Path) -> float | None:
 
 def draw(run: Run, material: Material, judge, folder: Path) -> None:
     """Pictures of `sample.prompts`, with `sample.images` as controls; without prompts of the held-out samples, as in training."""
+    from trainer.cache import View
     from trainer.dataset import Sample, strip
     from trainer.dataset.picture import FileSource
-    from trainer.cache import View
 
     settings = run.sample
     digests = files.Digests(material.cache.root / "digests.sqlite")
@@ -76,7 +76,7 @@ def draw(run: Run, material: Material, judge, folder: Path) -> None:
         views = held_out(run, material, run.evaluation.images)
     else:
         images = [Path(name).expanduser() for name in settings.images or ()]
-        controls = [tuple([FileSource(images[i % len(images)], digests)]) if images else () for i in range(len(settings.prompts))]
+        controls = [(FileSource(images[i % len(images)], digests),) if images else () for i in range(len(settings.prompts))]
         views = [
             View(Sample(f"prompt-{i}", material.split.train[0].image, prompt, control), *material.size)
             for i, (prompt, control) in enumerate(zip(settings.prompts, controls, strict=True))

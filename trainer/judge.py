@@ -74,7 +74,7 @@ class Judge:
             if i > self.run.evaluation.shown:
                 continue
             strip.save(here / f"{i}.png", image)
-            row = {"control": picture for picture in view.control_pixels()[:1]}
+            row = dict(zip(("control",), view.control_pixels(), strict=False))
             if step and (first / f"{i}.png").exists():
                 row["before training"] = strip.load(first / f"{i}.png")
             row[f"step {step}"] = image

@@ -132,7 +132,7 @@ class FluxKontext(Family):
     @classmethod
     def tiny(cls, folder: Path) -> list[str]:
         import torch
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL, FluxTransformer2DModel
 
         from trainer.model.mini_kontext.build import SEED, save_folder
 
@@ -150,15 +150,19 @@ class FluxKontext(Family):
             scaling_factor=0.36,
             shift_factor=0.11,
         )
-        shape = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-        save_folder(
-            folder,
-            vae,
-            "make it night paint the a photo of".split(),
-            text_length=8,
-            text_width=16,
-            transformer=shape | {"guidance_embeds": True, "axes_dims_rope": (4, 6, 6)},
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
         )
+        words = ("make", "it", "night", "paint", "the", "a", "photo", "of")
+        save_folder(folder, vae, transformer, words, text_length=8, text_width=16)
         return [f"model.path={folder}", "model.text_length=8", "dataset.resolution=32"]
 
     def shift(self, height: int, width: int) -> float:

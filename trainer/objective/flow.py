@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,7 @@ class Flow:
         Drawing a uniform quantile draws a training time; fixed quantiles give the times of the held-out loss. The shift
         s (Esser et al. 2024, eq. 23) moves times towards noise for larger pictures: t' = s t / (1 + (s - 1) t).
         """
-        if self.times is Times.uniform:
-            time = quantile
-        else:
-            time = 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
+        time = quantile if self.times is Times.uniform else 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
         return shift * time / (1 + (shift - 1) * time)
 
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -52,8 +50,8 @@ class Flow:
         return (1 - time) * clean + time * noise
 
     def losses(self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), in float32."""
-        return (prediction.float() - (noise - clean)).square().flatten(1).mean(1)
+        """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training."""
+        return (prediction.to(clean.dtype) - (noise - clean)).square().flatten(1).mean(1)
 
     def sample(
         self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float
@@ -61,6 +59,6 @@ class Flow:
         """Euler steps from `noise` (B, ...) down to clean latents; the same times as diffusers' flow-match scheduler."""
         times = [shift * t / (1 + (shift - 1) * t) for t in ((steps - i) / steps for i in range(steps))] + [0.0]
         x = noise
-        for now, later in zip(times, times[1:], strict=False):
-            x = x + (later - now) * predict(x, x.new_full((x.shape[0],), now)).float()
+        for now, later in pairwise(times):
+            x = x + (later - now) * predict(x, x.new_full((x.shape[0],), now)).to(x.dtype)
         return x

@@ -32,6 +32,8 @@ TRANSFORMER = {
     "num_single_layers": 4,
     "attention_head_dim": 32,
     "num_attention_heads": 4,
+    "joint_attention_dim": TEXT_WIDTH,
+    "pooled_projection_dim": TEXT_WIDTH,
     "guidance_embeds": False,
     "axes_dims_rope": (8, 12, 12),
 }
@@ -40,7 +42,7 @@ TRANSFORMER = {
 def words() -> list[str]:
     """Every word an instruction of the demo world can hold."""
     nouns = (*demo.SHAPES, *demo.COLOURS, *demo.BACKGROUNDS)
-    verbs = "paint the remove enlarge move to".split()
+    verbs = ("paint", "the", "remove", "enlarge", "move", "to")
     return sorted({*nouns, *verbs, *" ".join(text for text, _ in demo.PICTURE_EDITS.values()).split()})
 
 
@@ -96,6 +98,19 @@ def trained_vae(steps: int, batch: int = 16, peak: float = 3e-3) -> torch.nn.Mod
     return vae
 
 
+def untrained_transformer() -> torch.nn.Module:
+    """A FLUX transformer of random weights, with adaLN and output projections at zero, or the first hundred steps are lost
+    (Peebles & Xie 2023, adaLN-Zero)."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(number(SEED, "transformer"))
+    network = FluxTransformer2DModel(**TRANSFORMER)
+    for name, parameter in network.named_parameters():
+        if (".norm" in name and ".linear." in name) or name.startswith(("norm_out.linear", "proj_out")):
+            torch.nn.init.zeros_(parameter)
+    return network
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="make the untrained base of the mini Kontext: VAE, text encoders, transformer")
     parser.add_argument("folder", type=Path)
@@ -103,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     vae = trained_vae(arguments.vae_steps)
-    save_folder(arguments.folder, vae, words(), text_length=TEXT_LENGTH, text_width=TEXT_WIDTH, transformer=TRANSFORMER)
+    save_folder(arguments.folder, vae, untrained_transformer(), words(), text_length=TEXT_LENGTH, text_width=TEXT_WIDTH)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,18 @@ from trainer.streams import number
 SEED = 1
 
 
-def save_folder(folder: Path, vae: torch.nn.Module, words: Sequence[str], *, text_length: int, text_width: int, transformer: dict) -> None:
-    """A whole checkpoint: `vae` as given, the rest random. `transformer` are FluxTransformer2DModel's arguments."""
+def save_folder(
+    folder: Path, vae: torch.nn.Module, transformer: torch.nn.Module, words: Sequence[str], *, text_length: int, text_width: int
+) -> None:
+    """A whole checkpoint: `vae` and `transformer` (in bfloat16) as given, random text encoders whose vocabulary is `words`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     quiet_libraries()
     sizes = save_tokenizers(folder, words, text_length)
     save_text_encoders(folder, *sizes, text_length, text_width)
-    save_transformer(folder, joint_attention_dim=text_width, pooled_projection_dim=text_width, **transformer)
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     vae.eval().save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
     save_index(folder)
 
 
@@ -80,20 +85,6 @@ def save_text_encoders(folder: Path, clip_words: int, t5_words: int, length: int
         initializer_factor=3.0,
     )
     T5EncoderModel(t5).to(torch.bfloat16).save_pretrained(folder / "text_encoder_2")
-
-
-def save_transformer(folder: Path, **shape) -> None:
-    """A FLUX transformer of random weights, with adaLN and output projections at zero, or the first hundred steps are lost
-    (Peebles & Xie 2023, adaLN-Zero)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-
-    torch.manual_seed(number(SEED, "transformer"))
-    network = FluxTransformer2DModel(**shape)
-    for name, parameter in network.named_parameters():
-        if ".norm" in name and ".linear." in name or name.startswith(("norm_out.linear", "proj_out")):
-            torch.nn.init.zeros_(parameter)
-    network.to(torch.bfloat16).save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
 
 
 def save_index(folder: Path) -> None:

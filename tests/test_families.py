@@ -1,0 +1,119 @@
+"""The contract of trainer.model, for every family that is there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.method import Lora, trained
+from trainer.model import Family
+from trainer.streams import draws, normal
+
+HEIGHT, WIDTH = 32, 48
+DIGESTS = {name: name for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")}
+
+
+@pytest.fixture
+def family(tiny) -> Family:
+    return tiny.family()
+
+
+def picture(name: str) -> np.ndarray:
+    return draws("picture", name).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def row(family: Family, caption: str, controls: int = 1) -> dict[str, torch.Tensor]:
+    encoder = family.encoder(torch.device("cpu"))
+    made = family.parts(DIGESTS, controls)
+    sources = {"image": [picture("target")], "controls": [picture(f"control {caption}")] * controls}
+    return {
+        part: encoder.encode(part, [image for field in how.fields if field in sources for image in sources[field]], caption)
+        for part, how in made.items()
+    }
+
+
+def prediction(family: Family, network, rows: list[dict[str, torch.Tensor]], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "latents"}
+    return family.predict(network, x, t, cond)
+
+
+@pytest.mark.parametrize("controls", [0, 1])
+def test_cached_tensors_have_the_shapes_that_the_family_announces(family: Family, controls: int):
+    made = row(family, "make it night", controls)
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == family.spec(HEIGHT, WIDTH, controls)
+    assert all(torch.isfinite(tensor).all() for tensor in made.values())
+
+
+def test_latents_decode_to_pictures_of_the_size_they_were_made_from(family: Family):
+    images = family.encoder(torch.device("cpu")).decode(row(family, "")["latents"][None])
+    assert images.shape == (1, 3, HEIGHT, WIDTH)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_a_prediction_has_the_shape_of_its_input_and_hears_time_caption_and_control(family: Family):
+    network = family.network(torch.float32).eval()
+    one, other = row(family, "make it night"), row(family, "paint the photo")
+    shape = tuple(one["latents"].shape)
+    x = torch.stack([normal(shape, "x")] * 2)
+    t = torch.tensor([0.3, 0.3])
+    with torch.no_grad():
+        same = prediction(family, network, [one, one], x, t)
+        assert same.shape == x.shape
+        torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
+        assert not torch.allclose(*prediction(family, network, [one, one], x, torch.tensor([0.3, 0.6])), atol=1e-4)
+        for part in ("prompt", "pooled", "control"):
+            if part in one:
+                assert not torch.allclose(*prediction(family, network, [one, one | {part: other[part]}], x, t), atol=1e-5), part
+
+
+def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
+    network = family.network(torch.float32).eval()
+    rows = [row(family, "make it night"), row(family, "paint the photo")]
+    x = torch.stack([normal(tuple(rows[0]["latents"].shape), i) for i in range(2)])
+    t = torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        both = prediction(family, network, rows, x, t)
+        for i in range(2):
+            torch.testing.assert_close(
+                both[i : i + 1], prediction(family, network, rows[i : i + 1], x[i : i + 1], t[i : i + 1]), rtol=0, atol=1e-5
+            )
+
+
+def test_the_skeleton_is_the_network_without_its_weights(family: Family):
+    whole = {name: tuple(parameter.shape) for name, parameter in family.network(torch.float32).named_parameters()}
+    assert {name: tuple(parameter.shape) for name, parameter in family.skeleton().named_parameters()} == whole
+    assert all(parameter.is_meta for parameter in family.skeleton().parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_adapter_trains_in_float32_and_gets_a_gradient(family: Family, dtype: torch.dtype):
+    network = family.network(dtype)
+    frozen = {parameter.dtype for parameter in network.parameters()}
+    Lora(rank=2, alpha=2.0).attach(network, family.targets, seed=0)
+    parameters = trained(network)
+    assert frozen == {dtype}
+    assert parameters and all(parameter.dtype == torch.float32 for parameter in parameters.values())
+    rows = [row(family, "make it night")]
+    x = rows[0]["latents"][None].float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        prediction(family, network, rows, x, torch.tensor([0.5])).square().sum().backward()
+    assert [name for name, parameter in parameters.items() if parameter.grad is None] == []
+    assert {name for name, parameter in network.named_parameters() if parameter.grad is not None} == set(parameters)
+
+
+def test_cached_parts_are_named_by_all_that_makes_them(family: Family):
+    before = family.parts(DIGESTS, 1)
+    for component in family.components:
+        after = family.parts(DIGESTS | {component: "another"}, 1)
+        changed = {part for part in before if before[part].maker != after[part].maker}
+        # The denoiser and its noise table make nothing that is cached.
+        assert bool(changed) == (component not in ("transformer", "unet", "scheduler")), component
+        assert changed != set(before)
+
+
+def test_times_move_towards_noise_as_pictures_grow(family: Family):
+    shifts = [family.shift(side, side) for side in (32, 64, 128)]
+    assert shifts == sorted(shifts)
+    assert all(shift >= 1 for shift in shifts)

@@ -1,0 +1,105 @@
+"""Losses of a short training in float64, to the last digit: what is no change of mathematics may not move them.
+
+`python -m tests.test_golden` prints those of this machine, to be written below together with the change that moved them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import model
+from trainer.cache import Cache, Part
+from trainer.dataset import Demo, read, split
+from trainer.files import Digests
+from trainer.loader import Batches, load
+from trainer.loop import fit
+from trainer.lr_scheduler import Cosine
+from trainer.method import Init, Lora, trained
+from trainer.optimizer import AdamW
+
+GOLDEN = {
+    "flux_kontext": {
+        "torch 2.13.0, AVX512": [
+            1.3262964617348874,
+            0.0926241970848819,
+            1.3664428272953655,
+            0.08105604507744886,
+            1.4157572918959513,
+            0.08613082152114562,
+            1.490419900815326,
+            0.09066046658768358,
+            1.3405889253046785,
+            0.13012775666872248,
+        ],
+    },
+}
+
+
+def machine() -> str:
+    """What the last digits depend on."""
+    return f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def losses(name: str, folder: Path) -> list[float]:
+    """Five steps of LoRA on the tiny self of a family: loss and gradient norm of each."""
+    torch.set_num_threads(1)
+    kind = model.families()[name]
+    settings = dict(setting.split("=", 1) for setting in kind.tiny(folder / "model"))
+    family = kind(path=settings["model.path"], text_length=int(settings["model.text_length"]))
+    dataset = Demo(resolution=settings["dataset.resolution"], pairs=6, held_out=1, edits=["night"])
+    samples = split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
+    made = family.parts(dict.fromkeys(family.components, ""), 1)
+    cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
+    batches = Batches(samples, cache, family, dataset, dataset.size(), seed=0, batch=5, micro_batch=2)
+    encoder = family.encoder(torch.device("cpu"))
+    pictures = {"image": lambda view: [view.pixels()], "controls": lambda view: view.control_pixels(), "caption": lambda view: []}
+    views = [batches.view(0, index) for index in range(len(samples))]
+    cache.fill(
+        cache.missing(views),
+        lambda part, view: encoder.encode(part, [image for field in made[part].fields for image in pictures[field](view)], view.caption),
+    )
+    network = family.network(torch.float64)
+    Lora(rank=2, alpha=2.0, init=Init.gaussian).attach(network, family.targets, seed=0)
+    network.double()
+    parameters = list(trained(network).values())
+
+    def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = {name: tensor.double() for name, tensor in rows.items()}
+        clean, noise, times = rows.pop("latents"), rows.pop("noise"), rows.pop("time")
+        x = family.objective.noised(clean, noise, times)
+        return family.objective.losses(family.predict(network, x, times, rows), clean, noise)
+
+    steps = fit(
+        parameters,
+        loss,
+        load(batches, 0, 5, workers=0),
+        AdamW(lr=1e-2).build(parameters),
+        lambda step: 1e-2 * Cosine().factor(step, 5),
+        nullcontext,
+        batch=5,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    return [value for step in steps for value in (step.loss, step.grad_norm)]
+
+
+@pytest.mark.parametrize("name", sorted(model.families()))
+def test_losses_are_the_golden_ones(name: str, tmp_path: Path):
+    found = losses(name, tmp_path)
+    assert len(found) == 10
+    expected = GOLDEN[name]
+    if machine() in expected:
+        assert found == expected[machine()]
+    # Other machines add in another order.
+    assert found == pytest.approx(next(iter(expected.values())), rel=1e-5)
+
+
+if __name__ == "__main__":
+    for each in sorted(model.families()):
+        with tempfile.TemporaryDirectory() as temporary:
+            print(each, machine(), losses(each, Path(temporary)), sep="\n")
