@@ -178,7 +178,7 @@ class Training:
         from trainer import report, tracking
 
         run, place, split = self.run, self.place, self.material.split
-        attempt = 1 + sum(record.get("event") == "attempt" for record in self.journal.records())
+        attempt = 1 + self.journal.counts["attempt"]
         begun = report.provenance(self.device)
         self.journal.event("attempt", number=attempt, start=self.step, **begun)
         training = sum(parameter.numel() for parameter in self.trained.values())
