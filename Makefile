@@ -5,7 +5,7 @@ READY := .venv/.ready
 OUT ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all ui mini format lint clean
+.PHONY: help setup train test test-all ui pictures mini format lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-all: $(READY)  ## every test, the slow ones too
 
 ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
 	$(BIN)/python -m trainer.tracking.ui --out $(OUT)
+
+pictures: $(READY)  ## draw the pictures and curves of the README, in about four minutes on two cores
+	$(BIN)/python -m bench.pictures
 
 mini: $(READY)  ## make the model that comes with the program anew, in about an hour and a half on two cores
 	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext

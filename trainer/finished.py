@@ -2,93 +2,113 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer import config, files
+from trainer.cache import View
 from trainer.config import Run, Stage
-from trainer.material import Material, encode, held_out, prepare
+from trainer.dataset import Sample
+from trainer.errors import Usage
+from trainer.material import Material, drawn, encode, held_out, prepare
 from trainer.place import find
 from trainer.report import say
+
+if TYPE_CHECKING:
+    from trainer.judge import Judge
 
 
 def execute(asked: Run) -> float | None:
     """Carry out `asked.stage` on `asked.run`; for evaluate the held-out loss."""
+    from trainer import export
     from trainer.judge import Judge
     from trainer.method import trained
-    from trainer.run import build, weights_of
+    from trainer.network import build, weights_of
 
     folder = find(asked.run, asked.out)
-    run = loaded(asked, folder)
+    run = own_settings(asked, folder)
     device = run.hardware.open()
     network = build(run, device)
-    parameters = trained(network)
-    weights = {name: tensor.to(device) for name, tensor in weights_of(folder).items()}
+    step, weights = weights_of(folder)
+    weights = {name: tensor.to(device) for name, tensor in weights.items()}
     if run.stage is Stage.export:
-        from trainer import export
-
-        for path in export.write(run, network, parameters, weights, folder / "export"):
-            say(f"exported {path}")
+        for path in export.write(run, network, trained(network), weights, folder / "export"):
+            say(f"exported step {step} to {path}")
         return None
     material = prepare(run)
     judge = Judge(run, material, network, device, weights)
-    if run.stage is Stage.sample:
-        draw(run, material, judge, folder)
-        return None
-    return evaluate(run, material, judge, folder)
+    if run.stage is Stage.evaluate:
+        return evaluate(run, material, judge, folder, step)
+    for path, caption in sample(run, material, judge, folder / "samples", step):
+        say(f"{path}: {caption}")
+    return None
 
 
-def loaded(asked: Run, folder: Path) -> Run:
+def own_settings(asked: Run, folder: Path) -> Run:
     """The run's own settings, with those of `asked` that a finished run leaves free."""
     own = config.from_yaml(folder / "config.yaml")
     return config.resolved(replace(own, **{name: getattr(asked, name) for name in config.FREE_IN_LOADED_STAGES}))
 
 
-def evaluate(run: Run, material: Material, judge, folder: Path) -> float | None:
-    """Held-out loss and pictures of the best weights, written to `<folder>/evaluation`."""
-    from trainer.material import drawn
-    from trainer.tracking.journal import Journal
+def evaluate(run: Run, material: Material, judge: Judge, folder: Path, step: int) -> float | None:
+    """Held-out loss and pictures of the best weights, beside those before training; written to `<folder>/evaluation`."""
+    from trainer.tracking.journal import Journal, read
 
     encode(run, material, held_out(run, material, run.evaluation.samples) + [view for view, _ in drawn(run, material)])
-    where = folder / "evaluation"
-    where.mkdir(exist_ok=True)
+    where = folder / "evaluation" / f"step-{step:08d}"
+    where.mkdir(parents=True, exist_ok=True)
     (where / "journal.jsonl").unlink(missing_ok=True)
     with Journal(where) as journal:
-        loss = judge.evaluate(0, where, journal)
-        values = next(record["values"] for record in journal.records() if "values" in record)
-    files.write_json(where / "evaluation.json", values)
+        loss = judge.evaluate(step, where, journal, before=folder)
+        now = _metrics(journal.records())
+    before = _metrics(record for _, record in read(folder / "journal.jsonl") if record.get("step") == 0)
+    files.write_json(where / "evaluation.json", {"step": step, "now": now, "before_training": before})
     for name in ("val/loss", "val/psnr"):
-        if name in values:
-            say(f"{name} {values[name]:.4f}")
-    say(f"pictures and {where / 'evaluation.json'}")
+        if name in now:
+            say(f"{name} {now[name]:.4f} at step {step}" + (f", before training {before[name]:.4f}" if name in before else ""))
+    say(f"pictures and evaluation.json in {where}")
     return loss
 
 
-def draw(run: Run, material: Material, judge, folder: Path) -> None:
-    """Pictures of `sample.prompts`, with `sample.images` as controls; without prompts of the held-out samples, as in training."""
-    from trainer.cache import View
-    from trainer.dataset import Sample, strip
+def _metrics(records: Iterator[dict]) -> dict[str, float]:
+    return {name: value for record in records for name, value in record.get("values", {}).items()}
+
+
+def sample(run: Run, material: Material, judge: Judge, root: Path, step: int) -> Iterator[tuple[Path, str]]:
+    """Pictures of `sample.prompts`, with `sample.images` as controls; without prompts of the held-out samples, as in training.
+
+    What is asked for names the folder, so that nothing is overwritten, and a picture that is there already is not drawn again.
+    """
+    from trainer.dataset import strip
+
+    views = _prompted(run, material) if run.sample.prompts is not None else held_out(run, material, run.evaluation.images)
+    request = {"step": step, "sample": config.plain(run.sample), "data": material.digests["data"]}
+    name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    paths = [root / name / f"{i:05d}.png" for i in range(len(views))]
+    files.write_json(root / name / "request.json", request | {"captions": [view.caption for view in views]})
+    lacking = [i for i, path in enumerate(paths) if not path.exists()]
+    encode(run, material, [views[i] for i in lacking])
+    images = judge.draw([views[i] for i in lacking], [run.sample.seed + i for i in lacking])
+    for i, image in zip(lacking, images, strict=True):
+        strip.save(paths[i], image)
+        yield paths[i], views[i].caption
+    if not lacking:
+        say(f"all {len(paths)} pictures are in {root / name} already")
+
+
+def _prompted(run: Run, material: Material) -> list[View]:
     from trainer.dataset.picture import FileSource
 
-    settings = run.sample
+    prompts, names = run.sample.prompts, run.sample.images or []
+    if material.controls and not names:
+        raise Usage("this run edits pictures: type sample.images=[FILE] beside sample.prompts, one for all prompts or one for each")
+    if names and not material.controls:
+        raise Usage("this run draws from prompts alone: leave sample.images out")
     digests = files.Digests(material.cache.root / "digests.sqlite")
-    if settings.prompts is None:
-        views = held_out(run, material, run.evaluation.images)
-    else:
-        images = [Path(name).expanduser() for name in settings.images or ()]
-        controls = [(FileSource(images[i % len(images)], digests),) if images else () for i in range(len(settings.prompts))]
-        views = [
-            View(Sample(f"prompt-{i}", material.split.train[0].image, prompt, control), *material.size)
-            for i, (prompt, control) in enumerate(zip(settings.prompts, controls, strict=True))
-        ]
-        lacking = material.controls and not images
-        if lacking:
-            from trainer.errors import Usage
-
-            raise Usage("this run edits pictures: type sample.images=[FILE] beside sample.prompts, one for all prompts or one for each")
-    encode(run, material, views)
-    where = folder / "samples"
-    for i, image in enumerate(judge.draw(views, [settings.seed + i for i in range(len(views))])):
-        path = where / f"seed-{settings.seed}-{i:05d}.png"
-        strip.save(path, image)
-        say(f"{path}: {views[i].caption}")
+    sources = [(FileSource(Path(name).expanduser(), digests),) for name in names] or [()]
+    target = material.split.train[0].image
+    return [View(Sample(f"prompt-{i}", target, prompt, sources[i % len(sources)]), *material.size) for i, prompt in enumerate(prompts)]

@@ -37,8 +37,11 @@ class Judge:
         with self.run.precision.autocast(self.device):
             return self.run.model.predict(self.network, x, t, cond, guidance)
 
-    def evaluate(self, step: int, folder: Path, journal: Journal) -> float | None:
-        """Journal all that is measured at this step; the held-out loss, None without held-out samples."""
+    def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> float | None:
+        """Journal all that is measured at this step, with pictures in `folder`; the held-out loss, None without held-out samples.
+
+        `before` is the folder whose pictures of step 0 stand beside those of this step (null: `folder`).
+        """
         began = time.perf_counter()
         values = {}
         with self._judged():
@@ -46,7 +49,7 @@ class Judge:
             rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
             if rows:
                 values |= held_out_loss(self.run.model, self.predict, rows, self.device, self.at_once)
-            values |= self._draw(step, folder, journal)
+            values |= self._draw(step, folder, journal, before or folder)
         journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
         return values.get("val/loss")
 
@@ -60,12 +63,12 @@ class Judge:
         self.network.eval()
         return swapped(self.network, self.average)
 
-    def _draw(self, step: int, folder: Path, journal: Journal) -> dict[str, float]:
+    def _draw(self, step: int, folder: Path, journal: Journal, before: Path) -> dict[str, float]:
         """Keep the first pictures as strips of control, before training, now and target; compare all with their targets."""
         from trainer.dataset import strip
 
         wanted = drawn(self.run, self.material)
-        here, first = (folder / "pictures" / f"step-{number:08d}" for number in (step, 0))
+        here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
         likeness = []
         images = self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
         for i, (image, (view, comparable)) in enumerate(zip(images, wanted, strict=True), 1):
