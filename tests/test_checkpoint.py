@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import errors, streams
+from trainer import errors, libraries, streams
 from trainer.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded, Save
 
 ALL = [WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST]
@@ -130,9 +130,8 @@ def make_optimizer(name: str, parameters: list) -> torch.optim.Optimizer:
 
         return prodigyopt.Prodigy(parameters, weight_decay=0.01, safeguard_warmup=True)
     if name in ("adamw8bit", "adam8bit"):
-        import bitsandbytes
-
-        return (bitsandbytes.optim.AdamW8bit if name == "adamw8bit" else bitsandbytes.optim.Adam8bit)(parameters, lr=1e-2)
+        optimizers = libraries.bitsandbytes().optim
+        return (optimizers.AdamW8bit if name == "adamw8bit" else optimizers.Adam8bit)(parameters, lr=1e-2)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     if name == "plain sgd":
