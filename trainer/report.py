@@ -100,17 +100,18 @@ def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int
     loose = config.plain(run)
     kept = {name: loose[name] for name in ("hardware", "evaluation", "sample", "save", "log")}
     values = config.flat({**begun, **kept})
-    return fixed | {f"attempt.{attempt}.{name}": str(value) for name, value in values.items()}
+    return fixed | {f"attempt.{attempt}.{name}": str(value) for name, value in values.items() if value is not None}
 
 
 def description(run: Run, folder: Path, counts: str) -> str:
     """The text on top of the run's MLflow page."""
-    kinds = {room: config.option(getattr(run, room)) for room in ("method", "precision", "optimizer", "lr_scheduler", "dataset")}
+    kinds = {room: config.option(getattr(run, room)) for room in ("method", "dataset")}
+    source = f" from `{run.dataset.path}`" if run.dataset.path else ""
     return (
-        f"{kinds['method']} on `{run.model.path}` with {kinds['dataset']} data{f' from `{run.dataset.path}`' if run.dataset.path else ''}: {counts}.\n\n"
-        f"`val/loss` is the held-out loss at fixed noise and nine fixed times: lower is better, and comparable between runs on the same data. "
-        f"`val/psnr` compares drawn pictures with their targets, in dB. The pictures under *Artifacts > images* and in the charts have a step slider: "
-        f"control, before training, now, target.\n\nFolder: `{folder.absolute()}`"
+        f"**{kinds['method']}** on `{run.model.path}` with **{kinds['dataset']}** data{source}: {counts}.\n\n"
+        "Judge by **val/loss** (held out, fixed noise and times: lower is better, comparable between runs) and **val/psnr** "
+        "(drawn pictures against targets, dB). Pictures: *Model metrics > samples*, with a step slider.\n\n"
+        f"Folder: `{folder.absolute()}`"
     )
 
 

@@ -31,7 +31,7 @@ from urllib.parse import unquote
 from trainer import errors, files
 from trainer.tracking import MLflow, Sink
 from trainer.tracking import journal as journals
-from trainer.tracking.journal import Journal
+from trainer.tracking.journal import Journal, read
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -170,7 +170,7 @@ class MLflowSink(Sink):
     def _open(self) -> Remote:
         client, self.experiment_id = connect(self.uri, self._experiment)
         self._sign_of_life = time.monotonic()
-        run = self._find(client) or client.create_run(self.experiment_id, run_name=self._name, tags=self._tags)
+        run = self._find(client) or client.create_run(self.experiment_id, self._begun(), self._tags, self._name)
         self.run_id = run.info.run_id
         self._keep_note()
         self._describe(client, run)
@@ -178,6 +178,11 @@ class MLflowSink(Sink):
             _end_dead_runs(client, self.experiment_id, self.run_id)
         self._sign_of_life = time.monotonic()
         return Remote(client, run)
+
+    def _begun(self) -> int | None:
+        """When the run began, ms: with its first record, which may have been long before MLflow answered."""
+        _, first = next(read(self._journal), (0, None))
+        return round(1000 * first["time"]) if first else None
 
     def _find(self, client: MlflowClient) -> Run | None:
         """The run of this folder, if the experiment has it: by what the folder remembers, else by its tag."""
