@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -11,12 +15,13 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, optimizer, precision, tracking
+from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, optimizer, precision, secret, tracking
 from trainer.cache import CacheSettings
 from trainer.checkpoint import Save
-from trainer.errors import Usage
+from trainer.errors import BadData, Usage
 from trainer.sample import Sampling
 
 REQUIRED: Any = "???"
@@ -36,6 +41,10 @@ class Log:
     """Steps between two lines of the journal."""
 
     every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise Usage(f"log.every={self.every} is no number of steps; type log.every=1 or more")
 
 
 @dataclass(slots=True)
@@ -97,7 +106,8 @@ DECIDES_WEIGHTS = (
 )
 LOADED_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
 """Stages that work on a run that is there, with its own settings."""
-FREE_IN_LOADED_STAGES = ("stage", "run", "out", "sample", "evaluation", "hardware")
+FREE_IN_LOADED_STAGES = ("stage", "run", "out", "sample", "evaluation", "hardware", "cache", "dataset.path")
+"""What may be typed beside `run`."""
 
 
 def register() -> None:
@@ -109,8 +119,19 @@ def register() -> None:
             store.store(group=f"schema/{room}", name=name, node=settings)
 
 
-def typed(composed: Any) -> Run:
-    """The dataclasses of a composed configuration, with every rule checked and every null that has a rule resolved."""
+def typed(composed: DictConfig, overrides: Sequence[str] = (), find: Callable[[str, str], Path] | None = None) -> Run:
+    """The dataclasses of a composed configuration, with every rule checked and every null that has a rule resolved.
+
+    Where it names a run by `run` or `resume`, `find(name, out)` gives that run's folder, and the run's own settings stand under what was
+    typed (`overrides`: key=value). Raises errors.Usage, and OmegaConf's errors for what has no such setting or type.
+    """
+    strange = strangers(composed)
+    if strange:
+        raise Usage(unknown(strange[0], [key for key in keys(composed) if key not in strange]))
+    contradictions(composed)
+    name = composed.run or composed.resume
+    if name is not None and find is not None:
+        composed = continued(composed, find(name, composed.out), overrides)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise Usage(f"{', '.join(missing)} must be set; type for example {missing[0]}=VALUE")
@@ -119,14 +140,60 @@ def typed(composed: Any) -> Run:
     return run
 
 
+def contradictions(run: Run | DictConfig) -> None:
+    """The rules on which run is meant. Raises errors.Usage."""
+    if run.stage in LOADED_STAGES:
+        if run.run is None:
+            raise Usage(f"stage={run.stage.value} works on a run that is there; type run=ID (a folder of {run.out}/) or run=FOLDER")
+        if run.resume is not None:
+            raise Usage(f"resume={run.resume} continues training, which stage={run.stage.value} does not; type run={run.resume} instead")
+    elif run.run is not None:
+        raise Usage(f"run={run.run} goes with stage=evaluate, sample or export; to continue training type resume={run.run}")
+    if run.resume is not None and run.fresh:
+        raise Usage("resume and fresh=true contradict each other; type resume=FOLDER to continue that run, or fresh=true for a new one")
+
+
+def continued(composed: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """The settings that the run in `folder` wrote down, under those of `composed` that were typed."""
+    typed = [text.lstrip("+").partition("=")[0] for text in overrides]
+    if composed.stage in LOADED_STAGES:
+        others = [key for key in typed if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_IN_LOADED_STAGES))]
+        if others:
+            raise Usage(
+                f"stage={composed.stage.value} uses the own settings of the run in {folder}, so {', '.join(others)} cannot be typed beside it; "
+                f"leave it out ({', '.join(FREE_IN_LOADED_STAGES)} may be typed)"
+            )
+    path = folder / "config.yaml"
+    # An experiment sets many keys at once: what it composes is then compared as a whole.
+    whole = any(is_group(key) and key not in ROOMS for key in typed)
+    if composed.stage not in LOADED_STAGES and (whole or not path.is_file()):
+        return composed
+    own = written(path)
+    length = {"steps", "epochs"}
+    for key in [*typed, *(length if length & set(typed) else ()), "stage", "run", "resume", "out", "fresh"]:
+        if "." in key:
+            OmegaConf.update(own, key, OmegaConf.select(composed, key), merge=False)
+        else:
+            own[key] = composed[key]
+    return own
+
+
 def from_yaml(path: Path) -> Run:
-    """The settings that a run wrote down (`plain`), typed again."""
-    values = yaml.safe_load(path.read_text())
-    schema = OmegaConf.structured(Run)
-    for room, options in ROOMS.items():
-        kind = values[room].pop("kind")
-        schema[room] = OmegaConf.structured(options[kind])
-    return OmegaConf.to_object(OmegaConf.merge(schema, values))
+    """The settings that a run wrote down (`plain`), typed again. Raises errors.BadData."""
+    return OmegaConf.to_object(written(path))
+
+
+def written(path: Path) -> DictConfig:
+    try:
+        values = yaml.safe_load(path.read_text())
+        schema = OmegaConf.structured(Run)
+        for room, options in ROOMS.items():
+            schema[room] = OmegaConf.structured(options[values[room].pop("kind")])
+        return OmegaConf.merge(schema, values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise BadData(
+            f"{path} does not hold the settings of a run ({str(error).splitlines()[0]}); restore it, or start a run of its own"
+        ) from error
 
 
 def resolved(run: Run) -> Run:
@@ -145,8 +212,11 @@ def resolved(run: Run) -> Run:
         run = replace(run, optimizer=replace(run.optimizer, lr=suggested.learning_rate[kind]))
     if getattr(run.method, "alpha", 0) is None:
         run = replace(run, method=replace(run.method, alpha=run.method.rank * run.method.alpha_per_rank))
-    if run.dataset.resolution is None:
-        run = replace(run, dataset=replace(run.dataset, resolution=str(suggested.resolution)))
+    if not getattr(run.method, "targets", True):
+        run = replace(run, method=replace(run.method, targets=list(run.model.targets)))
+    # A square in one spelling.
+    width, height = run.dataset.size() or (suggested.resolution, suggested.resolution)
+    run = replace(run, dataset=replace(run.dataset, resolution=str(width) if width == height else f"{width}x{height}"))
     sampling = replace(
         run.sample,
         steps=suggested.sample_steps if run.sample.steps is None else run.sample.steps,
@@ -158,29 +228,36 @@ def resolved(run: Run) -> Run:
 
 def check(run: Run) -> None:
     """Every rule that can be told from the settings alone; raises errors.Usage with what to type."""
-    run.lr_scheduler.check(run.steps)
+    contradictions(run)
+    for name, value in flat(plain(run)).items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise Usage(f"{name}={value} is not finite; type a number")
+            if isinstance(item, str) and secret.inside(item):
+                raise Usage(f"{name} holds an access token or a password, which would be written into the run's folder; leave it out")
     for name in ("steps", "epochs", "batch"):
         value = getattr(run, name)
         if value is not None and value < 1:
             raise Usage(f"{name}={value} trains nothing; type {name}=1 or more")
-    if run.log.every < 1:
-        raise Usage(f"log.every={run.log.every} is no number of steps; type 1 or more")
+    run.lr_scheduler.check(run.steps)
+    if not run.out:
+        raise Usage("out is empty; type out=FOLDER, the place of the runs")
     if run.max_grad_norm <= 0:
         raise Usage(
             f"max_grad_norm={run.max_grad_norm:g} stops every update; type a number above 0, or a very large one such as 1e9 for no clipping"
         )
     if run.ema is not None and not 0 < run.ema < 1:
         raise Usage(f"ema={run.ema:g} is no decay between 0 and 1; type for example ema=0.999, or ema=null for none")
+    if getattr(run.method, "alpha", 1) <= 0:
+        raise Usage(
+            f"method.alpha={run.method.alpha:g} leaves the adapter without effect; type a number above 0 (also for method.alpha_per_rank)"
+        )
+    if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
+        raise Usage("evaluation.patience needs samples that are held out; type dataset.validation_fraction=0.15 or another share above 0")
     if run.precision.storage is precision.Storage.bf16 and run.precision.compute is precision.Compute.float32:
         raise Usage(
             "precision=bf16 stores weights that float32 products cannot take; type precision=fp32, or leave precision.compute=bfloat16"
         )
-    if run.stage in LOADED_STAGES and run.run is None:
-        raise Usage(f"stage={run.stage.value} works on a run that is there; type run=ID (a folder of {run.out}/) or run=FOLDER")
-    if run.run is not None and run.stage not in LOADED_STAGES:
-        raise Usage(f"run={run.run} goes with stage=evaluate, sample or export; to continue training type resume={run.run}")
-    if run.resume is not None and run.fresh:
-        raise Usage("resume and fresh=true contradict each other; type resume=FOLDER to continue that run, or fresh=true for a new one")
 
 
 def option(settings: Any) -> str:
@@ -211,6 +288,12 @@ def decisive(run: Run) -> dict[str, Any]:
     settings = {name: everything[name] for name in DECIDES_WEIGHTS}
     del settings["model"]["suggested"]
     del settings["dataset"]["path"]
+    for room, options in ROOMS.items():
+        # Options that share a dataclass differ by its values alone; the kind of all would be the name of the first.
+        if room in settings and list(options.values()).count(type(getattr(run, room))) > 1:
+            del settings[room]["kind"]
+    # It has led to alpha, which may as well be typed.
+    settings["method"].pop("alpha_per_rank", None)
     return settings
 
 
@@ -236,12 +319,67 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
-def keys(composed: Any, prefix: str = "") -> list[str]:
+def keys(composed: DictConfig, prefix: str = "") -> list[str]:
     """Every dotted key of a composed configuration."""
-    found = []
-    for name in composed:
-        value = composed._get_node(name)
-        found.append(f"{prefix}{name}")
-        if OmegaConf.is_dict(value) and not value._is_none() and not value._is_missing():
-            found += keys(value, f"{prefix}{name}.")
-    return found
+    return [key for key, _ in _walk(composed, prefix)]
+
+
+def strangers(composed: DictConfig) -> list[str]:
+    """Keys that are no field of the dataclass they were added to: `+key=value` asks no schema."""
+    return [key for key, known in _walk(composed, "") if not known]
+
+
+def _walk(node: DictConfig, prefix: str) -> Iterator[tuple[str, bool]]:
+    kind = OmegaConf.get_type(node)
+    known = {f.name for f in fields(kind)} if is_dataclass(kind) else set(node)
+    for name in node:
+        yield f"{prefix}{name}", name in known
+        value = node._get_node(name)
+        if OmegaConf.is_dict(value) and not value._is_none() and not value._is_missing() and not value._is_interpolation():
+            yield from _walk(value, f"{prefix}{name}.")
+
+
+def is_group(key: str) -> bool:
+    """Whether an override of this key chooses an option of a group: all that is no setting."""
+    return "." not in key and (key in ROOMS or key not in {f.name for f in fields(Run)})
+
+
+def unknown(wrong: str, known: Sequence[str]) -> str:
+    """What to say of a key that is not among the known ones: the setting of the same name elsewhere, or the nearest."""
+    known = [key for key in known if ".suggested." not in key]
+    leaf = {key: key.rpartition(".")[2] for key in known}
+    last = wrong.rpartition(".")[2]
+    near = [key for key in known if leaf[key] == last or _initials(last) == leaf[key] or last == _initials(leaf[key])]
+    near = near or difflib.get_close_matches(wrong, known, 1, 0.75)
+    if not near:
+        nearest = difflib.get_close_matches(last, leaf.values(), 1, 0.65)
+        near = [key for key in known if leaf[key] in nearest]
+    text = f"{wrong}: there is no such setting"
+    if near:
+        return f"{text}; did you mean {' or '.join(near[:3])}?"
+    room = wrong.partition(".")[0]
+    if own := [key for key in known if key.startswith(f"{room}.")]:
+        return f"{text}; here {room} has only {', '.join(key.partition('.')[2] for key in own)}."
+    return f"{text}; --cfg job lists all."
+
+
+def _initials(name: str) -> str | None:
+    """learning_rate -> lr"""
+    return "".join(word[0] for word in name.split("_") if word) if "_" in name else None
+
+
+def takes(refusal: str) -> str | None:
+    """What a setting takes, told from OmegaConf's refusal of another value; None where that says it as well."""
+    kinds = {
+        "to Integer": "a whole number",
+        "to Float": "a number such as 0.1 or 1e-4",
+        "valid bool": "true or false",
+        "to string": "text",
+        "not Optional": "a value, not null",
+        "not a subclass": "one of the settings in it, as group.key=value",
+        "is not a ListConfig": "a list such as [a,b]",
+        "with ListConfig": "a list such as [a,b]",
+    }
+    if found := re.search(r"expected one of \[(.*)\]", refusal):
+        return f"one of {found[1]}"
+    return next((kind for words, kind in kinds.items() if words in refusal), None)

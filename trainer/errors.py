@@ -55,8 +55,11 @@ class Locked(Ending):
     code = 75
 
 
-class Interrupted(Ending):
-    """SIGINT (130) or SIGTERM (143); state up to the last finished step is kept."""
+class Interrupted(BaseException):
+    """SIGINT (130) or SIGTERM (143); state up to the last finished step is kept.
+
+    No Exception, as KeyboardInterrupt is none: it may come anywhere, and libraries catch Exception around imports and readers of files.
+    """
 
     def __init__(self, signal: int):
         super().__init__(f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'}")

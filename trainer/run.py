@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, files
+from trainer import config, files, secret
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
 from trainer.errors import BadData, Ending, Interrupted, Usage
@@ -340,7 +340,7 @@ def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
 def _logged(folder: Path, journal: Journal) -> Iterator[None]:
     """With a log file in the run's folder, which gets the traceback of whatever ends the run."""
     handler = logging.FileHandler(folder / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(secret.Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger()
     logger.addHandler(handler)
     logging.getLogger("trainer").setLevel(logging.INFO)
@@ -348,9 +348,9 @@ def _logged(folder: Path, journal: Journal) -> Iterator[None]:
         yield
     except BaseException as error:
         how = "stopped" if isinstance(error, Interrupted) else "failed"
-        journal.event(how, reason=str(error) or type(error).__name__)
-        handler.stream.write(traceback.format_exc())
-        if not isinstance(error, Ending | KeyboardInterrupt | SystemExit):
+        journal.event(how, reason=secret.redacted(str(error)) or type(error).__name__)
+        handler.stream.write(secret.redacted(traceback.format_exc()))
+        if not isinstance(error, Ending | Interrupted | KeyboardInterrupt | SystemExit):
             error.add_note(f"log: {folder / 'log.txt'}")
         raise
     finally:

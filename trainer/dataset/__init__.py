@@ -98,6 +98,14 @@ class Demo(Dataset):
     pairs: int = 64
     held_out: int = 32
 
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        if self.path is not None:
+            raise Usage(f"dataset=demo draws its own pictures; type dataset=pairs or dataset=imagefolder beside dataset.path={self.path}.")
+        for name, value in (("pairs", self.pairs), ("held_out", self.held_out)):
+            if value < 1:
+                raise Usage(f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more.")
+
     def read(self, digests: Digests) -> list[Sample]:
         from trainer.dataset import demo
 
