@@ -37,7 +37,7 @@ pictures: $(READY)  ## draw the pictures and curves of the README, in about four
 mini: $(READY)  ## make the model that comes with the program anew, in about an hour and a half on two cores
 	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext
 	$(BIN)/python -m trainer experiment=mini_base model.path=build/mini_kontext out=build/runs resume=null
-	@echo "now: $(BIN)/python -m trainer stage=export run=<the folder above>; its export/ is the new trainer/model/mini_kontext/weights"
+	@echo "now: $(BIN)/python -m trainer stage=export run=<the folder above>; its export/pipeline is the new trainer/model/mini_kontext/weights"
 
 format: $(READY)  ## format the code and mend what ruff can
 	$(BIN)/ruff format .

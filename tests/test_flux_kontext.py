@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
-from trainer.method import Lora, adapter, trained
+from trainer import export
+from trainer.config import Run
+from trainer.export import Export, Format
+from trainer.method import Lora, trained
 from trainer.model.flux_kontext import FluxKontext, pack
+from trainer.precision import Precision
 from trainer.streams import draws, normal
 
 HEIGHT, WIDTH = 32, 48
@@ -121,26 +128,60 @@ def test_resolution_shift_has_the_published_values(family: FluxKontext):
     assert [round(family.shift(side // 8, side // 8), 2) for side in (512, 768, 1024)] == [1.88, 2.33, 3.16]
 
 
-def test_an_exported_adapter_changes_a_fresh_pipeline_as_it_changed_the_network(family: FluxKontext, tmp_path: Path):
-    network = family.network(torch.float32).eval()
-    before = ours(family, network)
-    Lora(rank=4, alpha=8.0).attach(network, family.targets, seed=0)
+@pytest.fixture(scope="module")
+def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
+    """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
+    network = family.network(torch.float32)
+    method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm_out.linear"])
+    method.attach(network, family.targets, seed=0)
+    before = ours(family, network.eval())
     with torch.no_grad():
         for name, parameter in trained(network).items():
             parameter.copy_(0.3 * normal(tuple(parameter.shape), name))
     after = ours(family, network)
     assert np.abs(after - before).max() > 0.01
-    pipe = pipeline(family)
-    pipe.load_lora_weights(family.save_adapter(*adapter(network), tmp_path))
-    np.testing.assert_allclose(theirs(family, pipe), after, atol=1e-5)
+    run = Run(model=family, method=method, precision=Precision(), export=Export(formats=list(Format)))
+    return run, network, after
 
 
-def test_a_saved_checkpoint_folder_loads_again_here_and_in_diffusers(family: FluxKontext, tmp_path: Path):
-    network = family.network(torch.float32).eval()
-    with torch.no_grad():
-        network.proj_out.weight.mul_(1.5)
-    family.save_checkpoint(network, tmp_path / "whole")
-    again = dataclasses.replace(family, path=str(tmp_path / "whole"))
-    expected = ours(family, network)
-    np.testing.assert_array_equal(ours(again, again.network(torch.float32).eval()), expected)
-    np.testing.assert_allclose(theirs(again, pipeline(again)), expected, atol=1e-5)
+@pytest.mark.parametrize("format", list(Format))
+def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(lora, format: Format, tmp_path: Path):
+    run, network, expected = lora
+    run = dataclasses.replace(run, export=Export(formats=[format]))
+    weights = {name: parameter.detach() for name, parameter in trained(network).items()}
+    (path,) = export.write(run, network, trained(network), weights, tmp_path)
+    if format is Format.pipeline:
+        again = dataclasses.replace(run.model, path=str(path))
+        np.testing.assert_allclose(ours(again, again.network(torch.float32).eval()), expected, atol=1e-5)
+        pipe = pipeline(again)
+    else:
+        pipe = pipeline(run.model)
+        if format is Format.peft:
+            pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(path)).get_base_model()
+        else:
+            pipe.load_lora_weights(path)
+    np.testing.assert_allclose(theirs(run.model, pipe), expected, atol=1e-5)
+
+
+COMFYUI = (
+    r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+    r"|norm(1|1_context)?\.linear)|x_embedder|context_embedder|proj_out|norm_out\.linear|time_text_embed\.\w+\.linear_[12]"
+)
+"""The layers of FLUX by the names that ComfyUI knows them by, each after `transformer.` (flux_to_diffusers in its comfy/utils.py)."""
+
+
+def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
+    # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
+    run, network, expected = lora
+    run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
+    (path,) = export.write(run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    tensors, fresh = load_file(path), run.model.network(torch.float32).eval()
+    for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
+        layer = key.removesuffix(".lora_B.weight")
+        up, down = tensors.pop(key), tensors.pop(f"{layer}.lora_A.weight")
+        scale = tensors.pop(f"{layer}.alpha").item() / len(down) if f"{layer}.alpha" in tensors else 1
+        name = layer.removeprefix("transformer.")
+        assert re.fullmatch(COMFYUI, name), name
+        fresh.get_submodule(name).weight.data += scale * up @ down
+    assert not tensors
+    np.testing.assert_allclose(ours(run.model, fresh), expected, atol=1e-5)

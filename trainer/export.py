@@ -1,34 +1,236 @@
-"""What was trained, in the forms that other programs read."""
+"""What was trained, in the forms that other programs read, each read again before it takes its name.
+
+An adapter's file is loaded by the library it is meant for (diffusers' or peft's own loader) into a network without weights, which costs no
+second model. A merged checkpoint is read tensor by tensor. Where anything is not what was trained, nothing is left behind.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import Run
+from trainer import files
+from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.config import Run
+    from trainer.model import Family
+
+
+class Format(Enum):
+    """`diffusers`: a file for a pipeline's `load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained`. `comfyui`: a file for
+    ComfyUI, which reads no metadata. `pipeline`: the whole checkpoint with what was trained merged into it, for `model.path` and diffusers."""
+
+    diffusers = "pytorch_lora_weights.safetensors"
+    peft = "peft"
+    comfyui = "comfyui.safetensors"
+    pipeline = "pipeline"
+
+
+class Dtype(Enum):
+    """torch's own names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(slots=True)
+class Export:
+    """`formats` null: of an adapter diffusers'; of whole networks the pipeline, which is large and so left to `stage=export`.
+
+    `dtype` null: adapters float32, as they were trained; a pipeline the type of the weights in training, that of the products where they
+    were quantised.
+    """
+
+    formats: list[Format] | None = None
+    dtype: Dtype | None = None
+
+    def chosen(self, is_adapter: bool) -> list[Format]:
+        """The formats asked for. Raises errors.Usage for those that hold an adapter where there is none."""
+        if self.formats is None:
+            return [Format.diffusers if is_adapter else Format.pipeline]
+        wrong = [format.name for format in self.formats if format is not Format.pipeline and not is_adapter]
+        if wrong:
+            raise Usage(
+                f"export.formats: {', '.join(wrong)} holds an adapter, and this method trains the network's own weights; "
+                "type export.formats=[pipeline]"
+            )
+        return list(dict.fromkeys(self.formats))
+
+
+LITTER = 24 * 3600
+"""Seconds after which what an export left unfinished belongs to a dead process."""
+ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
+"""Largest difference between an adapter's effect on a layer before and after writing, over that effect's norm."""
+KEPT = {"float32": 0.99, "bfloat16": 0.9, "float16": 0.9}
+"""The least part of what was trained that must be found in a merged checkpoint: <written - before, trained - before> / |trained - before|^2.
+
+In bfloat16, a change below a 512th of a weight is rounded away.
+"""
 
 
 def after_training(
     run: Run, network: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], folder: Path
 ) -> list[Path]:
-    """An adapter is exported at the end of every run; whole networks are large, and left to `stage=export`."""
-    from trainer.method import Lora
-
-    return write(run, network, parameters, weights, folder) if isinstance(run.method, Lora) else []
+    """The export at the end of a run, by itself only of what is small."""
+    if run.export.formats is None and not run.method.is_adapter:
+        return []
+    return write(run, network, parameters, weights, folder)
 
 
 def write(
     run: Run, network: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], folder: Path
 ) -> list[Path]:
-    """Write `weights` (of `parameters`, by name): an adapter as diffusers' `pytorch_lora_weights.safetensors` with its metadata, a whole
-    network as a checkpoint folder that `model.path` and diffusers load."""
-    from trainer.method import Lora, adapter, swapped
+    """Write `weights` (of `parameters`, by name) to `folder` in every format asked for, check them, and return where they are.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}):
-        if isinstance(run.method, Lora):
-            return [run.model.save_adapter(*adapter(network), folder)]
-        return [run.model.save_checkpoint(network, folder)]
+    What is there of another export in the same format is replaced. Raises errors.BadData where what was written is not what was trained, or
+    where that changes nothing; errors.Storage where the disk does not take it.
+    """
+    import torch
+
+    from trainer.method import adapter, effects, swapped
+
+    chosen, is_adapter = run.export.chosen(run.method.is_adapter), run.method.is_adapter
+    _clean(folder)
+    with torch.no_grad(), swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}):
+        if is_adapter and not any(effect.any() for effect in effects(network).values()):
+            raise BadData(
+                f"The adapter that would go to {folder} changes nothing: training has moved none of its weights. "
+                "Look at train/grad_norm and train/lr in the run's metrics.csv, and type another optimizer.lr"
+            )
+        for format in chosen:
+            if format is Format.pipeline:
+                _write_pipeline(run, network, folder / format.value)
+            else:
+                dtype = run.export.dtype or Dtype.float32
+                tensors, configuration = adapter(network)
+                tensors = {name: tensor.to(getattr(torch, dtype.value)) for name, tensor in tensors.items()}
+                _write_adapter(run.model, format, tensors, configuration, effects(network), ROUNDING[dtype.value], folder / format.value)
+    return [folder / format.value for format in chosen]
+
+
+def _clean(folder: Path) -> None:
+    """Delete what dead processes left unfinished."""
+    with files.storage("clean", folder):
+        for path in folder.glob(f"{files.PARTIAL}*"):
+            if time.time() - path.stat().st_mtime > LITTER:
+                files.remove(path)
+
+
+def _write_adapter(
+    family: Family,
+    format: Format,
+    weights: dict[str, torch.Tensor],
+    configuration: dict,
+    expected: dict[str, torch.Tensor],
+    tolerance: float,
+    path: Path,
+) -> None:
+    from trainer.method import effects, load_adapter, save_adapter
+    from trainer.model import hollow
+
+    replacing = files.replacing_folder if format is Format.peft else files.replacing
+    with replacing(path) as unfinished:
+        if format is Format.peft:
+            save_adapter(weights, configuration, unfinished)
+            again = load_adapter(hollow(family.skeleton()), unfinished)
+        elif format is Format.diffusers:
+            family.save_adapter(weights, configuration, unfinished)
+            again = family.load_adapter(unfinished)
+        else:
+            files.save_tensors(unfinished, _spelled(family, weights, configuration["lora_alpha"]), {"format": "pt"})
+            again = family.load_adapter(unfinished)
+        _compare(expected, effects(again), tolerance, path)
+
+
+def _spelled(family: Family, weights: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """The weights by the names that inference tools use, with each layer's alpha beside them."""
+    import torch
+
+    layers = sorted({name.partition(".lora_")[0] for name in weights})
+    tensors = weights | {f"{layer}.alpha": torch.tensor(float(alpha)) for layer in layers}
+    return {family.export_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], tolerance: float, path: Path) -> None:
+    wrong = sorted(expected.keys() ^ found.keys())
+    for layer in expected.keys() & found.keys():
+        error = (found[layer] - expected[layer].cpu()).norm()
+        # Not ">": a NaN is to be found too.
+        if not error <= tolerance * expected[layer].norm().cpu():
+            wrong.append(layer)
+    if wrong:
+        raise BadData(
+            f"{path} was written and read again, and is not the adapter that was trained: {len(wrong)} of {len(expected)} layers differ "
+            f"({', '.join(wrong[:3])}). It was not kept; try export.dtype=float32, and please report this"
+        )
+
+
+def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
+    import torch
+
+    from trainer.method import merged
+    from trainer.report import say
+
+    dtype = run.export.dtype.value if run.export.dtype else str(run.precision.dtype()).removeprefix("torch.")
+    shapes = {name: tensor.shape for name, tensor in run.model.skeleton().state_dict().items()}
+    with files.replacing_folder(path) as unfinished:
+        run.model.save_checkpoint(((name, merged(network, name).to(getattr(torch, dtype))) for name in shapes), unfinished)
+        kept = _kept(unfinished / run.model.denoiser, _changes(run, network, shapes), shapes, dtype, path)
+    if kept < KEPT["float32"]:
+        say(f"{path}: in {dtype} {kept:.0%} of what was trained is left; export.dtype=float32 keeps all")
+
+
+def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each tensor of the network by name, before training and after it (one and the same where it was not trained)."""
+    from trainer.method import frozen, merged
+    from trainer.model import stored
+
+    begun = None if run.method.is_adapter else stored(run.model.folder() / run.model.denoiser)
+    for name in names:
+        after = merged(network, name).float()
+        before = frozen(network, name).float() if begun is None else begun(name).to(after.device).float()
+        yield name, before, after
+
+
+def _kept(folder: Path, changes: Iterable[tuple], shapes: dict[str, tuple[int, ...]], dtype: str, path: Path) -> float:
+    """The part of the `changes` that is left in the weights in `folder`, which are to become those of `path`. Raises errors.BadData where it is
+    less than KEPT, and where any tensor is not what it was meant to be."""
+    import torch
+
+    from trainer.model import stored
+
+    limits = torch.finfo(getattr(torch, dtype))
+    read, wrong, whole, left = stored(folder), [], 0.0, 0.0
+    for name, before, after in changes:
+        written = read(name)
+        if written.shape != shapes[name] or str(written.dtype) != f"torch.{dtype}":
+            wrong.append(name)
+            continue
+        written = written.to(after.device).float()
+        atol = max(limits.tiny, 1e-6 * after.abs().max().item())
+        if not torch.allclose(written, after, rtol=max(limits.eps, 1e-5), atol=atol):
+            wrong.append(name)
+        change = after - before
+        whole += change.square().sum().item()
+        left += (change * (written - before)).sum().item()
+    if wrong:
+        raise BadData(
+            f"{path} was written and read again, and is not what was trained: {len(wrong)} of {len(shapes)} tensors differ "
+            f"({', '.join(wrong[:3])}). It was not kept; try export.dtype=float32, and please report this"
+        )
+    if not whole:
+        raise BadData(f"{path} would be the checkpoint that training began with: nothing has changed. It was not kept")
+    if not left >= KEPT[dtype] * whole:
+        raise BadData(
+            f"{path}: in {dtype} only {max(0.0, left / whole):.0%} of what was trained would be left, the rest is lost in rounding. "
+            "It was not kept; type export.dtype=float32"
+        )
+    return left / whole

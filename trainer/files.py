@@ -56,12 +56,39 @@ def replacing(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Like `replacing`, for a folder: lends a new one, which takes the place of `path` (whatever that is) when the block ends well.
+
+    Between its two renames a reader finds no `path`, and a process killed there leaves the old one under a partial name.
+    """
+    temporary, old = partial(path), partial(path)
+    with storage("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync(file)
+            if os.path.lexists(path):
+                os.rename(path, old)
+            os.rename(temporary, path)
+        except BaseException:
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.rename(old, path)
+            if os.path.lexists(temporary):
+                remove(temporary)
+            raise
+        fsync_folder(path.parent)
+        if os.path.lexists(old):
+            remove(old)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """safetensors' `save_file` for any dense tensors, on any device, contiguous or not, sharing memory or not. Raises OSError.
 
     The file is neither atomic nor on the disk yet: `with replacing(path) as temporary: save_tensors(temporary, tensors)`.
     """
-    import safetensors
     import safetensors.torch
 
     plain, storages = {}, set()
@@ -70,8 +97,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         storage_of = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage_of in storages else tensor
         storages.add(storage_of)
-    try:
+    with from_safetensors(path):
         safetensors.torch.save_file(plain, path, metadata)
+
+
+@contextlib.contextmanager
+def from_safetensors(path: Path) -> Iterator[None]:
+    """For a block in which safetensors writes `path`: a file like any other, and OSError where the disk does not take it."""
+    import safetensors
+
+    try:
+        yield
     except safetensors.SafetensorError as error:
         # A full disk comes as "I/O error: No space left on device (os error 28)".
         found = re.search(r"\(os error (\d+)\)", str(error))

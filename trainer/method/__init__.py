@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import files
 from trainer.errors import Usage
-from trainer.streams import number
+from trainer.streams import normal, number
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,9 @@ class Method:
     """`attach` makes `network` trainable in place. `init_from` names weights to start from: a run folder or a safetensors file."""
 
     init_from: str | None = None
+
+    is_adapter = False
+    """Whether what trains lies beside the network's own weights, so that it can be exported alone."""
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         raise NotImplementedError
@@ -46,6 +51,8 @@ class Lora(Method):
     dropout: float = 0.0
     targets: list[str] | None = None
     init: Init = Init.kaiming
+
+    is_adapter = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -97,7 +104,65 @@ def adapter(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
     """The attached adapter's weights in peft's names, and its configuration."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(network), network.peft_config["default"].to_dict()
+    configuration = network.peft_config["default"].to_dict()
+    # A set has another order in every process, and so would the file have other bytes.
+    configuration["target_modules"] = sorted(configuration["target_modules"])
+    return get_peft_model_state_dict(network), configuration
+
+
+def save_adapter(weights: dict[str, torch.Tensor], configuration: dict, folder: Path) -> None:
+    """Write an adapter as `peft.PeftModel.from_pretrained(network, folder)` reads it. Raises OSError."""
+    files.write_json(folder / "adapter_config.json", configuration | {"inference_mode": True})
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    files.save_tensors(folder / "adapter_model.safetensors", prefixed, {"format": "pt"})
+
+
+def load_adapter(network: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """`network` with the adapter of a folder in it, by peft's own loader."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(network, str(folder), torch_device="cpu", low_cpu_mem_usage=True).get_base_model()
+
+
+def effects(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the attached adapter adds to each adapted layer's output for a fixed random input: layer -> (rows, out) in float32.
+
+    The weights of the layers themselves have no part in it, so a network without weights can be asked as well.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoraLayer):
+            (active,) = layer.active_adapters
+            # Of a convolution the kernel is flattened; B's is 1 x 1.
+            down, up = (side[active].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
+            probe = normal((4, down.shape[1]), "probe", name).to(down.device)
+            found[name] = probe @ down.T @ up.T * layer.scaling[active]
+    return found
+
+
+def frozen(network: torch.nn.Module, name: str) -> torch.Tensor:
+    """The tensor `name` of the network as it was before an adapter was attached; of a quantised layer what its products see."""
+    import torch
+
+    path, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(path)
+    layer = getattr(layer, "base_layer", layer)
+    if leaf == "weight" and hasattr(layer, "dequantised"):
+        return layer.dequantised(torch.float32).weight
+    return getattr(layer, leaf)
+
+
+def merged(network: torch.nn.Module, name: str) -> torch.Tensor:
+    """The tensor `name` of the network with what was trained in it; of an adapted layer W + alpha / rank * B A in float32."""
+    path, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(path)
+    tensor = frozen(network, name)
+    if leaf != "weight" or not hasattr(layer, "base_layer"):
+        return tensor
+    (active,) = layer.active_adapters
+    return tensor.float() + layer.get_delta_weight(active)
 
 
 @contextmanager

@@ -10,14 +10,16 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.errors import NoWeights, Usage
+from trainer import files
+from trainer.errors import BadData, NoWeights, Usage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from trainer.files import Digests
 
 PACKAGE = "package:"
+KINDS = {".safetensors", ".json", ".txt", ".model"}
+"""What a checkpoint consists of: weights, configs and tokenizers; nothing that holds pickles is read or copied."""
+SHARD = 5 * 2**30
+"""Bytes of a file of weights, and so of memory when a checkpoint is written."""
+SHARDS = "diffusion_pytorch_model"
+"""How diffusers calls a denoiser's files."""
 
 
 class Dtype(Enum):
@@ -72,10 +80,14 @@ class Family:
 
     components = ()
     """Subfolders of the checkpoint that are needed."""
+    denoiser = "transformer"
+    """The one of them that trains."""
     multiple = 1
     """Pixels by which sides must be divisible."""
     targets = ()
     """Modules that a LoRA adapts where none are named."""
+    keep_high = ()
+    """Modules whose linear layers are never stored in fewer than 16 bits: dotted names, which stand for all that is in them too."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -106,13 +118,26 @@ class Family:
         """The network's prediction for noisy latents `x` (B, C, h, w) at times `t` (B,) under `cond`, the collated row less the latents."""
         raise NotImplementedError
 
-    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, folder: Path) -> Path:
-        """Write a LoRA (peft's names and configuration) as diffusers reads it."""
+    def export_name(self, key: str) -> str:
+        """A LoRA key (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`, `<layer>.alpha`) as ComfyUI and diffusers spell it."""
         raise NotImplementedError
 
-    def save_checkpoint(self, network: torch.nn.Module, folder: Path) -> Path:
-        """Write the whole checkpoint with `network` in it, for `model.path` and diffusers."""
+    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, path: Path) -> None:
+        """Write a LoRA (peft's names and configuration) as the file that diffusers' `load_lora_weights` reads. Raises OSError."""
         raise NotImplementedError
+
+    def load_adapter(self, path: Path) -> torch.nn.Module:
+        """The network without weights (see `hollow`), and in it the LoRA of a file in either spelling, by diffusers' own loader."""
+        raise NotImplementedError
+
+    def save_checkpoint(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+        """Write the whole checkpoint with these weights of the denoiser in it, for `model.path` and diffusers. Raises OSError."""
+        source = self.folder()
+        for component in self.components:
+            shutil.copytree(source / component, folder / component, ignore=_unwanted(component == self.denoiser))
+        if (source / "model_index.json").exists():
+            shutil.copy(source / "model_index.json", folder)
+        save_shards(tensors, folder / self.denoiser)
 
     @classmethod
     def tiny(cls, folder: Path) -> list[str]:
@@ -140,7 +165,7 @@ class Family:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        wanted = [f"{part}/{kind}" for part in self.components for kind in ("*.safetensors", "*.json", "*.txt", "*.model")]
+        wanted = [f"{part}/*{kind}" for part in self.components for kind in sorted(KINDS)]
         try:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=["model_index.json", *wanted]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -172,7 +197,7 @@ def made_by(*ingredients: object) -> str:
 def _folder_digest(folder: Path, digests: Digests) -> str:
     if not folder.is_dir():
         raise NoWeights(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in {".safetensors", ".json", ".txt", ".model"})
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in KINDS)
     return made_by([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in files])
 
 
@@ -182,6 +207,74 @@ def _file_digest(path: Path, digests: Digests) -> str:
     if path.is_symlink() and len(blob) == 64 and path.resolve().parent.name == "blobs":
         return blob
     return digests.of(path)
+
+
+def hollow(skeleton: torch.nn.Module) -> torch.nn.Module:
+    """A network on the meta device, moved to the CPU without taking memory: every weight is one zero, however large its shape.
+
+    Loaders put adapters where the weights lie, and on the meta device they would be lost.
+    """
+    import torch
+
+    for module in skeleton.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return skeleton
+
+
+def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Write weights as diffusers' `from_pretrained` reads them. No more than one file's worth is in memory. Raises OSError."""
+    held, size, total, paths, where = {}, 0, 0, [], {}
+
+    def flush() -> None:
+        paths.append(files.partial(folder / SHARDS))
+        files.save_tensors(paths[-1], held, {"format": "pt"})
+        where.update(dict.fromkeys(held, len(paths)))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > SHARD:
+            flush()
+            size = 0
+        held[name] = tensor.cpu()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    names = [f"{SHARDS}-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, len(paths) + 1)]
+    if len(paths) == 1:
+        names = [f"{SHARDS}.safetensors"]
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
+        files.write_json(folder / f"{SHARDS}.safetensors.index.json", index)
+    for path, name in zip(paths, names, strict=True):
+        path.rename(folder / name)
+
+
+def stored(folder: Path) -> Callable[[str], torch.Tensor]:
+    """A function that reads one of a denoiser's tensors by name. Raises errors.BadData where it is not there."""
+    import safetensors
+
+    index, single = folder / f"{SHARDS}.safetensors.index.json", folder / f"{SHARDS}.safetensors"
+    where = files.read_json(index)["weight_map"] if index.exists() else {}
+
+    def read(name: str) -> torch.Tensor:
+        path = folder / where[name] if name in where else single
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise BadData(f"{path} does not hold {name} ({error})") from error
+
+    return read
+
+
+def _unwanted(is_denoiser: bool) -> Callable[[str, list[str]], list[str]]:
+    """For shutil.copytree: what is no part of a checkpoint, and the denoiser's own weights."""
+
+    def unwanted(folder: str, names: list[str]) -> list[str]:
+        weights = [name for name in names if is_denoiser and (".safetensors" in name)]
+        return weights + [name for name in names if (Path(folder) / name).is_file() and Path(name).suffix not in KINDS]
+
+    return unwanted
 
 
 @cache

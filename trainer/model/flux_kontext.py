@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import files
 from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, made_by, quiet_libraries
+from trainer.model import Family, Made, hollow, made_by, quiet_libraries
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class FluxKontext(Family):
 
     components = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
+    # Of the whole network: `proj_out` is also the name of a layer in each single block.
+    keep_high = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 
     @property
     def multiple(self) -> int:
@@ -113,21 +115,34 @@ class FluxKontext(Family):
         )[0]
         return unpack(out[:, :target_length], *x.shape[2:])
 
-    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, folder: Path) -> Path:
+    def export_name(self, key: str) -> str:
+        # ComfyUI knows FLUX's layers by diffusers' names and reads alpha from a tensor beside them, for it asks no metadata; so does
+        # diffusers. kohya's `lora_unet_double_blocks_0_img_attn_qkv` would join q, k and v (in single blocks the MLP too) into one layer of
+        # three or four times the rank, mostly zeros, which diffusers takes apart for the published sizes only.
+        return f"transformer.{key}"
+
+    def save_adapter(self, weights: dict[str, torch.Tensor], adapter: dict, path: Path) -> None:
         from diffusers import FluxKontextPipeline
 
-        # Without the metadata a loader takes alpha for the rank.
-        FluxKontextPipeline.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=adapter)
-        return folder / "pytorch_lora_weights.safetensors"
+        # Without the metadata a loader takes alpha for the rank; with the dropout in it a pipeline would draw with dropout.
+        metadata = adapter | {"lora_dropout": 0.0, "inference_mode": True}
+        with files.from_safetensors(path):
+            FluxKontextPipeline.save_lora_weights(
+                path.parent, transformer_lora_layers=weights, weight_name=path.name, transformer_lora_adapter_metadata=metadata
+            )
 
-    def save_checkpoint(self, network: torch.nn.Module, folder: Path) -> Path:
-        source = self.folder()
-        for component in self.components:
-            if component != "transformer":
-                shutil.copytree(source / component, folder / component, dirs_exist_ok=True)
-        shutil.copy(source / "model_index.json", folder)
-        network.save_pretrained(folder / "transformer")
-        return folder
+    def load_adapter(self, path: Path) -> torch.nn.Module:
+        from diffusers import FluxKontextPipeline
+
+        quiet_libraries()
+        network = hollow(self.skeleton())
+        weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
+            path, return_alphas=True, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+        )
+        FluxKontextPipeline.load_lora_into_transformer(
+            weights, network_alphas=alphas, transformer=network, metadata=metadata, low_cpu_mem_usage=True
+        )
+        return network
 
     @classmethod
     def tiny(cls, folder: Path) -> list[str]:
