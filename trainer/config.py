@@ -22,6 +22,7 @@ from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, 
 from trainer.cache import CacheSettings
 from trainer.checkpoint import Save
 from trainer.errors import BadData, Usage
+from trainer.export import Export
 from trainer.sample import Sampling
 
 REQUIRED: Any = "???"
@@ -62,6 +63,7 @@ class Run:
     tracking: tracking.Tracking = REQUIRED
     sample: Sampling = field(default_factory=Sampling)
     save: Save = field(default_factory=Save)
+    export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     cache: CacheSettings = field(default_factory=CacheSettings)
     stage: Stage = Stage.train
@@ -106,7 +108,7 @@ DECIDES_WEIGHTS = (
 )
 LOADED_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
 """Stages that work on a run that is there, with its own settings."""
-FREE_IN_LOADED_STAGES = ("stage", "run", "out", "sample", "evaluation", "hardware", "cache", "dataset.path")
+FREE_IN_LOADED_STAGES = ("stage", "run", "out", "sample", "export", "evaluation", "hardware", "cache", "dataset.path")
 """What may be typed beside `run`."""
 
 
@@ -240,6 +242,7 @@ def check(run: Run) -> None:
         if value is not None and value < 1:
             raise Usage(f"{name}={value} trains nothing; type {name}=1 or more")
     run.lr_scheduler.check(run.steps)
+    run.export.chosen(run.method.is_adapter)
     if not run.out:
         raise Usage("out is empty; type out=FOLDER, the place of the runs")
     if run.max_grad_norm <= 0:
