@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ FREE_IN_LOADED_STAGES = ("stage", "run", "out", "sample", "export", "evaluation"
 """What may be typed beside `run`."""
 
 
+@cache
 def register() -> None:
     """Offer the dataclasses to Hydra as `schema/run` and `schema/<room>/<option>`, on which the yaml files build."""
     store = ConfigStore.instance()
@@ -349,7 +351,7 @@ def is_group(key: str) -> bool:
 
 def unknown(wrong: str, known: Sequence[str]) -> str:
     """What to say of a key that is not among the known ones: the setting of the same name elsewhere, or the nearest."""
-    known = [key for key in known if ".suggested." not in key]
+    known = [key for key in known if ".suggested." not in key and not wrong.startswith(f"{key}.")]
     leaf = {key: key.rpartition(".")[2] for key in known}
     last = wrong.rpartition(".")[2]
     near = [key for key in known if leaf[key] == last or _initials(last) == leaf[key] or last == _initials(leaf[key])]

@@ -1,0 +1,304 @@
+"""The command line: what is refused and in which words, before anything is imported, made or written; help and completion."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import config, errors, secret
+from trainer.__main__ import main
+
+PROGRAM = [sys.executable, "-m", "trainer"]
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwx"
+CANARY = "canary_that_nobody_may_import"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a module and a pickle that leave a trace when they are loaded."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / f"{CANARY}.py").write_text("import os; os.mkdir('trace')\n")
+    (folder / "hostile.yaml").write_text("# @package hydra.callbacks.x\n_target_: os.mkdir\npath: trace\n")
+    (folder / "hostile.pickle").write_bytes(pickle.dumps(Hostile()))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("trace",)
+
+
+def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) -> str:
+    """What the program says when it refuses a command line: one line, and nothing else happens."""
+    before = sorted(Path().iterdir())
+    assert main(line) == code
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1, output.err
+    assert sorted(Path().iterdir()) == before
+    assert CANARY not in sys.modules
+    return output.err
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("model=nope", r"model=nope: .*type one of \w+, "),
+        ("experiment=nope", "no such option; type one of .*mini_base"),
+        ("optimizer.lrr=1", r"optimizer\.lrr: .*did you mean optimizer\.lr\?"),
+        ("+optimizer.lrr=1", r"did you mean optimizer\.lr\?"),
+        ("foo=1", "foo: there is no such setting"),
+        ("foo/bar=1", "no such group"),
+        ("schema=run", "no such group"),
+        ("method=full method.rank=4", "method has only init_from"),
+        ("optimizer.lr=abc", r"^optimizer\.lr=abc: type a number such as"),
+        ("batch=2.5", "batch=2.5: type a whole number"),
+        ("seed=null", "seed=null: type a value, not null"),
+        ("fresh=maybe", "type true or false"),
+        ("stage=nope", "type one of train, check, "),
+        ("optimizer.betas=0.9", r"type a list such as \[a,b\]"),
+        ("save=5", "one of the settings in it"),
+        ("batch=0", "type batch=1"),
+        ("optimizer=null", "a run has one optimizer; type optimizer=OPTION, one of "),
+        ("~optimizer", "a run has one optimizer"),
+        ("~seed", "nothing can be taken out"),
+        ("+method=lora", r"type it without \+"),
+        ("seed=1,2", r"--multirun .*seed=\[1,2\]"),
+        ("name=a=b", "cannot be read; type group=option or key=value"),
+        ("help", "cannot be read; type group=option or key=value"),
+        ("=", "cannot be read; type group=option or key=value"),
+        ("name=${nowhere}", "name: .*nowhere"),
+        ("dataset=/pictures", r"type dataset\.path=/pictures"),
+        ("model=owner/name", r"type model\.path=owner/name"),
+        ("run=a", "resume=a"),
+        ("resume=a", "a is no run folder"),
+        ("--nope", "--nope"),
+        ("--cfg", "--help shows what can be typed"),
+        ("--cfg nope", "'job'"),
+        ("--cfg job --multirun", "only one of"),
+        ("--config-dir nowhere", "no such folder"),
+        ("--config-path nowhere", "--config-dir FOLDER"),
+        ("--config-name other", "--config-dir FOLDER"),
+        ("-sc", "install=bash"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_that_says_what_to_type(line: str, answer: str, capfd: pytest.CaptureFixture[str]):
+    assert re.search(answer, refusal(line.split(), capfd))
+
+
+def test_a_data_set_that_is_not_there_is_bad_data(capfd: pytest.CaptureFixture[str]):
+    assert main(["dataset=imagefolder", "dataset.path=nowhere", "stage=check"]) == 65
+    assert "dataset.path=nowhere: there is no such folder" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("# @package _global_\noptimizer: {lrr: 1}\n", r"experiment/mine\.yaml: optimizer\.lrr: .*did you mean optimizer\.lr\?"),
+        ("# @package _global_\noptimizer: {lr: fast}\n", r"experiment/mine\.yaml: optimizer\.lr takes a number"),
+        ("optimizer: {lr: 1}\n", r"experiment/mine\.yaml: its first line must be # @package _global_"),
+        ("# @package _global_\noptimizer: [\n", r"mine\.yaml.*line 3"),
+        ("# @package _global_\nmethod: {_target_: os.mkdir, path: trace}\n", "_target_: there is no such setting"),
+        (f"# @package _global_\nname: {TOKEN}\n", "name holds an access token"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_answered_with_its_name(text: str, answer: str, capfd: pytest.CaptureFixture[str]):
+    Path("experiment").mkdir()
+    Path("experiment/mine.yaml").write_text(text)
+    told = refusal(["--config-dir", ".", "experiment=mine"], capfd)
+    assert re.search(answer, told) and TOKEN not in told
+
+
+def test_files_of_ones_own_are_options_beside_those_that_come_with_the_program(capfd: pytest.CaptureFixture[str]):
+    Path("experiment").mkdir()
+    Path("experiment/mine.yaml").write_text("# @package _global_\nmethod: {rank: 77}\n")
+    assert main(["--config-dir", ".", "experiment=mine", "--cfg", "job"]) == 0
+    assert "rank: 77" in capfd.readouterr().out
+    assert main(["--config-dir", ".", "--help"]) == 0
+    assert re.search(r"experiment +mine, mini_base", capfd.readouterr().out)
+
+
+# What must not reach Hydra
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path=trace"],
+        ["++hydra.callbacks.x._target_=os.mkdir"],
+        ["+hydra.callbacks={x: {_target_: os.mkdir, path: trace}}"],
+        ["hydra.callbacks={}"],
+        ["+hydra.callbacks.x=${oc.create:${oc.decode:'{_tar${oc.env:NO,\"\"}get_: os.mkdir, path: trace}'}}"],
+        ["hydra/callbacks=hostile"],
+        ["+hydra/callbacks=../../../hostile"],
+        ["hydra=hostile"],
+        ["hydra.launcher._target_=os.mkdir", "--multirun"],
+        ["hydra.launcher={_target_: os.mkdir}", "--multirun"],
+        ["hydra.sweeper=${oc.decode:'{a: b}'}", "--multirun"],
+        ["hydra.sweeper.params=${oc.decode:'{a: b}'}", "--multirun"],
+        ["hydra/job_logging=default"],
+        ["hydra/hydra_logging=default"],
+        ["hydra.job_logging.handlers.x.class=logging.FileHandler"],
+        ["hydra.run.dir=trace"],
+        ["hydra.output_subdir=trace"],
+        ["hydra.job.chdir=true"],
+        ["+hydra.job.env_set.PATH=nowhere"],
+        [f"hydra.searchpath=[pkg://{CANARY}]"],
+        ["hydra.searchpath=[file://.]", "+experiment=hostile"],
+        ["~hydra.callbacks"],
+        ["+model@hydra.callbacks.x=mini_kontext"],
+        ["+experiment@hydra.launcher=mini_base"],
+        ["model@_global_=mini_kontext"],
+        ["model._target_=os.mkdir"],
+        ["+model._target_=os.mkdir"],
+        ["+_target_=os.mkdir"],
+        ["name={_target_: os.mkdir, path: trace}"],
+        ["evaluation.prompts=[{_target_: os.mkdir}]"],
+        ["+model.suggested.learning_rate={_target_: os.mkdir}"],
+        ["model=../../hostile"],
+        ["+experiment=../hostile"],
+        ["experiment=[mini_base,../hostile]"],
+        ["experiment=${oc.env:HOME}"],
+        ["experiment=/hostile"],
+        ["--experimental-rerun", "hostile.pickle"],
+        ["--exp", "hostile.pickle"],
+        ["--config-path", ".", "--config-name", "hostile"],
+        ["-cp", ".", "-cn", "hostile"],
+    ],
+    ids=" ".join,
+)
+def test_what_hydra_would_load_import_or_write_is_refused_before_it_can(line: list[str], capfd: pytest.CaptureFixture[str]):
+    refusal(line, capfd)
+
+
+def test_a_sweep_may_choose_how_it_is_launched(capfd: pytest.CaptureFixture[str]):
+    assert main(["--multirun", "hydra/launcher=basic", "hydra/sweeper=basic", "hydra.sweep.dir=sweeps", "seed=1,2", "batch=0"]) == 64
+    assert "type batch=1" in capfd.readouterr().err
+
+
+def test_an_access_token_is_refused_and_not_repeated(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOMEBODYS_API_KEY", "of-no-known-form")
+    for text in (TOKEN, f"name={TOKEN}", f"--{TOKEN}", f"{TOKEN}=1", "tracking.uri=http://x/of-no-known-form", "name=ghp_" + "a" * 36):
+        told = refusal([text], capfd)
+        assert "HF_TOKEN" in told and TOKEN not in told and "of-no-known-form" not in told
+
+
+def test_what_the_environment_keeps_secret_stays_out_of_settings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+    told = refusal(["name=${oc.env:HF_TOKEN}"], capfd)
+    assert "name holds an access token" in told and "of-no-known-form" not in told
+
+
+def test_a_fault_of_the_program_is_told_in_one_line_and_its_traceback_written_without_secrets(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError(f"401 for {TOKEN}\nand of-no-known-form")
+
+    monkeypatch.setattr("trainer.run.execute", broken)
+    told = refusal([], capfd, code=1)
+    assert "RuntimeError: 401 for *** and ***. This is a fault of the program" in told
+    log = Path(re.search(r"the traceback is in (\S+)", told)[1])
+    assert "in broken" in log.read_text() and "***" in log.read_text()
+    assert not secret.inside(log.read_text())
+    log.unlink()
+
+
+def test_what_ends_a_run_is_logged_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import logging
+
+    from trainer import run
+    from trainer.tracking.journal import Journal
+
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+    with Journal(tmp_path) as journal, pytest.raises(RuntimeError), run._logged(tmp_path, journal):
+        logging.getLogger("somebody").warning("sent %s", TOKEN)
+        raise RuntimeError(f"401 for {TOKEN} and of-no-known-form")
+    for path in tmp_path.glob("*.*"):
+        assert not secret.inside(path.read_text()), path
+    assert "401 for *** and ***" in (tmp_path / "log.txt").read_text()
+
+
+# What is shown
+
+
+def test_help_says_how_to_begin_and_lists_every_option_and_setting(capfd: pytest.CaptureFixture[str]):
+    assert main(["--help", "method=full"]) == 0
+    text = capfd.readouterr().out
+    assert "python -m trainer stage=check" in text and "Hydra" not in text and "schema" not in text
+    for room, options in config.ROOMS.items():
+        assert re.search(rf"^  {room} +.*{'|'.join(options)}", text, re.MULTILINE)
+    assert "max_grad_norm: 1.0" in text and "init_from: null" in text and "rank:" not in text
+
+
+def test_the_settings_that_a_command_line_composes_can_be_printed(capfd: pytest.CaptureFixture[str]):
+    assert main(["seed=3", "--cfg", "job", "experiment=null", "batch=5"]) == 0
+    text = capfd.readouterr().out
+    assert "\nseed: 3\n" in text and "\nbatch: 5\n" in text
+    assert main(["--version"]) == 0
+    assert re.match(r"trainer \d", capfd.readouterr().out)
+
+
+def test_the_tab_key_completes_groups_options_and_settings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def completed(line: str) -> list[str]:
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert main(["-sc", "query=bash"]) == 0
+        output = capfd.readouterr()
+        assert output.err == ""
+        return output.out.split()
+
+    assert completed("trainer method=l") == ["method=lora"]
+    assert completed("trainer method=full method.") == ["method.init_from="]
+    assert "optimizer.lr=" in completed("trainer optimizer.")
+    assert {"model=", "steps=", "resume="} <= set(completed("trainer "))
+    assert completed(f"trainer hydra.searchpath=[pkg://{CANARY}] method=l") == []
+    assert CANARY not in sys.modules and not Path("trace").exists()
+
+
+# The process
+
+
+def run(command: list[str] | str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], **options)
+
+
+def test_the_process_ends_with_the_code_of_what_was_wrong():
+    done = run([*PROGRAM, "optimizer.lrr=1"])
+    assert (done.returncode, done.stdout) == (errors.Usage.code, "")
+    assert done.stderr == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?\n"
+
+
+def test_a_reader_that_leaves_early_is_no_fault():
+    done = run(["bash", "-c", f"set -o pipefail; {sys.executable} -m trainer --help | head -1"])
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(
+    not (Path(sys.executable).parent / "trainer").exists() or not shutil.which("bash"), reason="the package is not installed"
+)
+def test_bash_completes_the_console_script():
+    script = """
+        eval "$(trainer -sc install=bash)"
+        COMP_LINE="trainer tracking=n" COMP_POINT=18 COMP_CWORD=1 COMP_WORDS=(trainer tracking=n)
+        hydra_bash_completion
+        echo "${COMPREPLY[@]}"
+    """
+    done = run(["bash", "-c", script], env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.stdout == "tracking=none\n"
