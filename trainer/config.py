@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -25,6 +25,9 @@ from trainer.checkpoint import Save
 from trainer.errors import BadData, Usage
 from trainer.export import Export
 from trainer.sample import Sampling
+
+if TYPE_CHECKING:
+    import torch
 
 REQUIRED: Any = "???"
 
@@ -211,9 +214,10 @@ def resolved(run: Run) -> Run:
         run = replace(run, batch=suggested.batch)
     kind = option(run.method)
     if run.optimizer.lr is None:
-        if kind not in suggested.learning_rate:
+        rate = run.optimizer.own_lr or suggested.learning_rate.get(kind)
+        if rate is None:
             raise Usage(f"this model names no learning rate for method={kind}; type optimizer.lr=1e-4 or another number")
-        run = replace(run, optimizer=replace(run.optimizer, lr=suggested.learning_rate[kind]))
+        run = replace(run, optimizer=replace(run.optimizer, lr=rate))
     if getattr(run.method, "alpha", 0) is None:
         run = replace(run, method=replace(run.method, alpha=run.method.rank * run.method.alpha_per_rank))
     if not getattr(run.method, "targets", True):
@@ -259,10 +263,38 @@ def check(run: Run) -> None:
         )
     if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
         raise Usage("evaluation.patience needs samples that are held out; type dataset.validation_fraction=0.15 or another share above 0")
-    if run.precision.storage is precision.Storage.bf16 and run.precision.compute is precision.Compute.float32:
+    storage, compute = run.precision.storage, run.precision.compute
+    if storage in (precision.Storage.bf16, precision.Storage.fp16) and compute is precision.Compute.float32:
         raise Usage(
-            "precision=bf16 stores weights that float32 products cannot take; type precision=fp32, or leave precision.compute=bfloat16"
+            f"precision={storage.name} stores weights that float32 products cannot take; type precision=fp32, or "
+            f"leave precision.compute={storage.value}"
         )
+    if storage is precision.Storage.fp8 and not run.method.is_adapter:
+        raise Usage(
+            f"precision=fp8 stores what is frozen, and with method={option(run.method)} nothing is frozen; type method=lora, or "
+            f"precision={precision.Storage(compute.value).name}"
+        )
+    check_card(run, run.hardware.card)
+
+
+def check_card(run: Run, card: hardware.Card) -> None:
+    """Raises errors.Usage, with what to type, for what a card cannot do. A fact that is not known refuses nothing."""
+    able = {"bfloat16": card.bfloat16, "float16": card.float16}
+    storage, compute = run.precision.storage, run.precision.compute
+    lacking = [kind.value for kind in (storage, compute) if able.get(kind.value) is False]
+    if lacking:
+        instead = next((kind for kind, can in able.items() if can), "float32")
+        remedy = f"precision={precision.Storage(instead).name}" if storage.value in lacking else f"precision.compute={instead}"
+        raise Usage(f"hardware: {card.name} is not made to train in {lacking[0]}; type {remedy}")
+    if run.optimizer.needs_bitsandbytes and card.bitsandbytes is False:
+        raise Usage(f"optimizer={option(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw")
+
+
+def open_device(run: Run) -> torch.device:
+    """The device of the run, which can do what the run asks. Raises errors.Usage."""
+    device = run.hardware.open()
+    check_card(run, hardware.card(device))
+    return device
 
 
 def option(settings: Any) -> str:

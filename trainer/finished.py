@@ -31,7 +31,7 @@ def execute(asked: Run) -> float | None:
 
     folder = find(asked.run, asked.out)
     run = own_settings(asked, folder)
-    device = run.hardware.open()
+    device = config.open_device(run)
     network = build(run, device)
     step, weights = weights_of(folder)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}

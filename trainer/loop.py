@@ -14,6 +14,8 @@ from trainer.streams import number
 if TYPE_CHECKING:
     import torch
 
+    from trainer.precision import LossScale
+
 Batch = dict[str, "torch.Tensor"]
 
 
@@ -40,12 +42,14 @@ def fit(
     seed: int,
     average: list[torch.Tensor] | None = None,
     decay: float = 0.0,
+    loss_scale: LossScale | None = None,
 ) -> Iterator[Step]:
     """Yield each step once its weights are updated; the caller logs, evaluates and saves in between.
 
     `batches` yields (step, micro-batches); `losses` gives the loss of each sample of a micro-batch, (b,); `rate` the learning rate of a
-    step; `average`, where given, follows `parameters` as their exponential moving average. Raises errors.Numerics before an update that
-    is not finite, with weights and optimizer as they were.
+    step; `average`, where given, follows `parameters` as their exponential moving average. `loss_scale`, where given, scales the loss for the
+    backward pass; a step in which it was too high updates nothing, and counts. Raises errors.Numerics before an update that is not finite,
+    with weights and optimizer as they were.
     """
     import torch
 
@@ -57,17 +61,23 @@ def fit(
             torch.manual_seed(number(seed, "dropout", step, index))
             # The sum over the samples by the global batch, never a mean of means: the last micro-batch may be smaller.
             part = losses(rows).sum() / batch
-            part.backward()
+            (part if loss_scale is None else part * loss_scale.value).backward()
             loss += part.item()
+        if loss_scale is not None:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if not math.isfinite(loss) or not (finite or (loss_scale is not None and loss_scale.value > 1)):
             raise Numerics(f"At step {step} the loss is {loss} and the gradient norm {norm}; nothing was updated with them.")
         lr = rate(step)
         with uninterrupted():
+            if loss_scale is not None:
+                loss_scale.follow(finite)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
-            if average is not None:
+            if finite:
+                optimizer.step()
+            if finite and average is not None:
                 # Short memory at first (TensorFlow's num_updates rule), or the average keeps the untrained start.
                 torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
             finished = Step(step, loss, norm, lr)

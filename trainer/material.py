@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import dataset, files
+from trainer import config, dataset, files
 from trainer.cache import Cache, Part, View
 from trainer.config import Run
 from trainer.dataset import Split
@@ -106,7 +106,7 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
     missing = cache.missing(wanted)
     fields = {part.name: part.fields for part in cache.parts}
     # Loads nothing before it is first used.
-    encoder = run.model.encoder(run.hardware.open())
+    encoder = run.model.encoder(config.open_device(run))
 
     def make(part: str, view: View) -> torch.Tensor:
         pictures = [view.pixels()] if "image" in fields[part] else []

@@ -109,7 +109,7 @@ class Training:
         self.run, self.material, self.place, self.journal, self.signals = run, material, place, journal, signals
         self.steps = total_steps(run, material)
         self.every = run.evaluation.every or max(1, self.steps // 4)
-        self.device = run.hardware.open()
+        self.device = config.open_device(run)
         self.network = build(run, self.device)
         self.trained = trained(self.network)
         self.optimizer = run.optimizer.build(self.trained.values())
@@ -120,6 +120,7 @@ class Training:
         loaded = self._restore()
         self.step = self.saved = loaded.step if loaded else 0
         self.average = self._average(loaded) if run.ema else None
+        self.loss_scale = run.precision.loss_scale(self.state.get("loss_scale"))
         self.judge = Judge(run, material, self.network, self.device, self.average)
 
     def go(self, overrides: list[str]) -> float | None:
@@ -220,6 +221,7 @@ class Training:
             seed=run.seed,
             average=list(self.average.values()) if self.average else None,
             decay=run.ema or 0.0,
+            loss_scale=self.loss_scale,
         )
 
     def _losses(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -233,6 +235,10 @@ class Training:
         from trainer.hardware import memory
 
         values = {"train/loss": done.loss, "train/grad_norm": done.grad_norm, "train/lr": done.lr}
+        if (effective := self.run.optimizer.effective_lr(self.optimizer)) is not None:
+            values["train/lr_effective"] = effective
+        if self.loss_scale is not None:
+            values["train/loss_scale"] = self.loss_scale.value
         self.journal.metrics(done.number, values | speed | memory(self.device))
 
     def _evaluate_if_due(self) -> bool:
@@ -257,6 +263,8 @@ class Training:
         if self.step == self.saved:
             return
         current = self.state | ({} if self.state["evaluated"] == self.step else {"val_loss": None})
+        if self.loss_scale is not None:
+            current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
         with self.signals.held():
             self.checkpoints.save(self.step, weights, self.optimizer.state_dict(), self.average, current)
@@ -285,7 +293,12 @@ class Training:
 
 def build(run: Run, device: torch.device) -> torch.nn.Module:
     """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached."""
-    network = run.model.network(run.precision.dtype()).to(device)
+    import torch
+
+    # What trains is kept in float32, and is not rounded on the way there.
+    network = run.model.network(run.precision.dtype() if run.method.is_adapter else torch.float32)
+    run.precision.store(network, run.model.keep_high, device)
+    network.to(device)
     run.method.attach(network, run.model.targets, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()

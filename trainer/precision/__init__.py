@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 
 class Storage(Enum):
-    """Type of the frozen weights."""
+    """Type of the frozen weights: torch's own names. Below 16 bits only linear layers take it, and `keep_high` of the family does not."""
 
     fp32 = "float32"
     bf16 = "bfloat16"
+    fp16 = "float16"
+    fp8 = "float8_e4m3fn"
 
 
 class Compute(Enum):
@@ -23,6 +25,7 @@ class Compute(Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @dataclass(slots=True)
@@ -31,10 +34,18 @@ class Precision:
     compute: Compute = Compute.float32
 
     def dtype(self) -> torch.dtype:
-        """The type in which weights are loaded."""
+        """The type in which weights are loaded, and which those keep that no smaller storage takes."""
         import torch
 
-        return getattr(torch, self.storage.value)
+        return getattr(torch, self.compute.value if self.storage is Storage.fp8 else self.storage.value)
+
+    def store(self, network: torch.nn.Module, keep_high: tuple[str, ...], device: torch.device) -> None:
+        """Give the frozen linear layers of `network` their storage type in place, one by one on `device`. To be called before adapters are
+        attached: only what is there already is frozen."""
+        if self.storage is Storage.fp8:
+            from trainer.precision.fp8 import store
+
+            store(network, keep_high, device)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The context in which a network's forward pass runs."""
@@ -44,5 +55,28 @@ class Precision:
             return nullcontext()
         return torch.autocast(device.type, getattr(torch, self.compute.value))
 
+    def loss_scale(self, state: dict[str, float] | None = None) -> LossScale | None:
+        """What float16 products need, new or as a checkpoint's `vars` of it says; None for the other types."""
+        return LossScale(**state or {}) if self.compute is Compute.float16 else None
 
-OPTIONS = {"fp32": Precision, "bf16": Precision}
+
+@dataclass
+class LossScale:
+    """Gradients of float16 products vanish below 6e-8 and overflow above 65504, so the loss is scaled up for the backward pass (Micikevicius
+    et al. 2018): by as much as the gradients just bear. Powers of two, so that scaling changes no digit. The numbers are torch's GradScaler's.
+    """
+
+    value: float = 2.0**16
+    since: int = 0
+    """Steps since the value last changed."""
+
+    def follow(self, finite: bool) -> None:
+        """Halve after gradients that overflowed, double after 2000 steps without."""
+        self.since += 1
+        if not finite:
+            self.value, self.since = self.value / 2, 0
+        elif self.since == 2000:
+            self.value, self.since = self.value * 2, 0
+
+
+OPTIONS = {"fp32": Precision, "bf16": Precision, "fp16": Precision, "fp8": Precision}
