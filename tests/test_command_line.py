@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from trainer import config, errors, secret
 from trainer.__main__ import main
@@ -77,7 +79,7 @@ def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) 
         ("~seed", "nothing can be taken out"),
         ("+method=lora", r"type it without \+"),
         ("seed=1,2", r"--multirun .*seed=\[1,2\]"),
-        ("name=a=b", "cannot be read; type group=option or key=value"),
+        ("name=[a", "cannot be read; type group=option or key=value"),
         ("help", "cannot be read; type group=option or key=value"),
         ("=", "cannot be read; type group=option or key=value"),
         ("name=${nowhere}", "name: .*nowhere"),
@@ -252,6 +254,14 @@ def test_the_settings_that_a_command_line_composes_can_be_printed(capfd: pytest.
     assert "\nseed: 3\n" in text and "\nbatch: 5\n" in text
     assert main(["--version"]) == 0
     assert re.match(r"trainer \d", capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("value", ["~/pictures", "/Bücher (2)/x", "a=b", "it's", "a, b", "\"a\" and 'b'", "C:\\data\\"])
+def test_a_path_or_text_reaches_its_setting_as_it_was_typed(value: str, capfd: pytest.CaptureFixture[str]):
+    """Quoted for the program only where commas, quotes or brackets could mean something else."""
+    typed = value if not re.search("""[,'"]""", value) else json.dumps(value)
+    assert main(["--cfg", "job", f"name={typed}"]) == 0
+    assert yaml.safe_load(capfd.readouterr().out)["name"] == value
 
 
 def test_the_tab_key_completes_groups_options_and_settings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

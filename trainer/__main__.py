@@ -9,8 +9,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING
 
 from trainer import __version__, secret
@@ -28,9 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's); 0 when done, else the code of errors."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with Signals() as signals:
-            code = compose(arguments, signals)
-        sys.stdout.flush()
+        with Signals() as signals, ExitStack() as composing:
+            # Hydra and OmegaConf lose an exception that comes from outside in the midst of their clean-up, or turn it into another.
+            composing.enter_context(signals.held())
+            code = compose(arguments, signals, composing.close)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except (Ending, Interrupted) as ending:
         print(secret.redacted(str(ending)), file=sys.stderr, flush=True)
@@ -46,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return unexpected(error)
 
 
-def compose(arguments: list[str], signals: Signals) -> int:
-    """Let Hydra read the command line and run the job, once or as a sweep."""
+def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -> int:
+    """Let Hydra read the command line and run the job, once or as a sweep; `begin` is called when the job begins."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -70,6 +73,7 @@ def compose(arguments: list[str], signals: Signals) -> int:
         try:
             with command_line.explained(asked):
                 typed = config.typed(composed, overrides, place.find)
+            begin()
             return run.execute(typed, signals, overrides)
         except Exception as error:
             # Told below: Hydra would announce it in words of its own.
@@ -108,11 +112,15 @@ def unexpected(error: Exception) -> int:
     import traceback
 
     log = next((note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")), None)
+    where = f"the traceback is in {log}"
     if log is None:
-        with tempfile.NamedTemporaryFile("w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace") as file:
-            file.write(secret.redacted("".join(traceback.format_exception(error))))
-        log = file.name
-    text = f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; the traceback is in {log}"
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace") as file:
+                file.write(secret.redacted("".join(traceback.format_exception(error))))
+            where = f"the traceback is in {file.name}"
+        except OSError as reason:
+            where = f"its traceback could not be written ({reason})"
+    text = f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
     print(secret.redacted(text), file=sys.stderr)
     return 1
 

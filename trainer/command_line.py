@@ -82,16 +82,16 @@ def read(arguments: Sequence[str]) -> Namespace:
         if len(asked.overrides) != 1 or not re.fullmatch(r"(install|uninstall|query)=(bash|fish|zsh)", asked.overrides[0]):
             raise Usage("--shell-completion takes install=bash (or uninstall, fish, zsh).")
         return asked
-    for text in asked.overrides:
-        guard(text, sweep=asked.multirun)
+    asked.overrides = [guard(text, sweep=asked.multirun) for text in asked.overrides]
     # Hydra knows no null for a group, though it may be what the yaml says.
     asked.overrides = [text for text in asked.overrides if not (text.endswith("=null") and config.is_group(text.partition("=")[0]))]
     return asked
 
 
-def guard(text: str, sweep: bool) -> None:
-    """Refuse an override that reaches for Hydra's own settings, for a file elsewhere, or that cannot be read."""
-    key, _, value = text.lstrip("+~").partition("=")
+def guard(text: str, sweep: bool) -> str:
+    """An override as Hydra reads it. Raises errors.Usage for one that reaches for Hydra's own settings or for a file elsewhere, or that
+    cannot be read."""
+    key, equals, value = text.lstrip("+~").partition("=")
     if "_target_" in text:
         raise Usage(f"{key}: nothing is loaded by its name from the command line; leave out what says _target_.")
     if "hydra" in key and not SWEEPS.fullmatch(text.lstrip("+")):
@@ -111,15 +111,27 @@ def guard(text: str, sweep: bool) -> None:
         raise Usage(f"{text}: type it without +.")
     if text.startswith("~"):
         raise Usage(f"{text}: nothing can be taken out of the settings; leave it out, or type {key}=null.")
+    parser = OverridesParser.create()
     try:
-        override = OverridesParser.create().parse_override(text if key else "")
+        override = parser.parse_override(text if key else "")
     except HydraException:
-        raise Usage(
-            f"{text}: this cannot be read; type group=option or key=value. A value with spaces, commas, = or brackets in it "
-            """goes in two pairs of quotes: 'name="a = b"'."""
-        ) from None
+        # Hydra's grammar wants a path with ~ or an umlaut in quotes, and a second = too, where nothing but the text itself can be meant.
+        prefix = "+" * (len(text) - len(text.lstrip("+")))
+        quoted = f"{prefix}{key}='{value}'"
+        try:
+            if not equals or not key or re.search(r"""[][{}'"\\$,]""", value):
+                raise
+            text.encode()
+            override = parser.parse_override(quoted)
+        except (HydraException, UnicodeEncodeError):
+            raise Usage(
+                f"{text}: this cannot be read; type group=option or key=value. A value with commas, quotes or brackets in it "
+                """goes in two pairs of quotes: 'name="a, b"'."""
+            ) from None
+        text = quoted
     if override.is_sweep_override() and not sweep:
         raise Usage(f"{text}: several values are a sweep; type --multirun beside it, or {key}=[{value}] for a list.")
+    return text
 
 
 def harmless(line: str) -> bool:
