@@ -97,8 +97,10 @@ class FluxKontext(Family):
         tokens, ids = pack(x), position_ids(x, 0)
         target_length = tokens.shape[1]
         if "control" in cond:
-            tokens = torch.cat([tokens, pack(cond["control"])], 1)
-            ids = torch.cat([ids, position_ids(cond["control"], 1)])
+            # Autocast to float16 joins no bfloat16, in which latents may be cached.
+            control = cond["control"].to(x.dtype)
+            tokens = torch.cat([tokens, pack(control)], 1)
+            ids = torch.cat([ids, position_ids(control, 1)])
         scale = None
         if network.config.guidance_embeds:
             scale = x.new_full((len(x),), self.guidance if guidance is None else guidance, dtype=torch.float32)

@@ -1,0 +1,295 @@
+"""How frozen weights are stored: exactness, gradients, memory, the order of things, scaled losses, what is refused."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from torch import nn
+
+from trainer import config, hardware
+from trainer.__main__ import main
+from trainer.checkpoint import Checkpoints
+from trainer.command_line import CONF
+from trainer.config import Run
+from trainer.errors import Numerics, Usage
+from trainer.hardware import Card
+from trainer.loop import fit
+from trainer.method import Full, Lora, trained
+from trainer.model.flux_kontext import FluxKontext
+from trainer.precision import Compute, LossScale, Precision, Storage
+from trainer.precision.fp8 import Fp8Linear, decode, encode, store, values_of_bytes
+from trainer.run import build
+from trainer.streams import normal
+from trainer.tracking.journal import read
+
+CPU = torch.device("cpu")
+PRECISIONS = [
+    Precision(Storage.fp32, Compute.float32),
+    Precision(Storage.fp32, Compute.bfloat16),
+    Precision(Storage.bf16, Compute.bfloat16),
+    Precision(Storage.fp16, Compute.float16),
+    Precision(Storage.fp16, Compute.bfloat16),
+    Precision(Storage.fp8, Compute.float32),
+    Precision(Storage.fp8, Compute.bfloat16),
+    Precision(Storage.fp8, Compute.float16),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A LoRA run on a tiny checkpoint, in float32."""
+    torch.set_num_threads(1)
+    settings = FluxKontext.tiny(tmp_path_factory.mktemp("tiny"))
+    config.register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.typed(hydra.compose("config", overrides=["model=flux_kontext", "method.rank=2", *settings]))
+
+
+def prediction(run: Run, network: nn.Module) -> torch.Tensor:
+    """What the network makes of a fixed input, (2, 4, 8, 6)."""
+    x, control = normal((2, 4, 8, 6), "x"), normal((2, 4, 8, 6), "control")
+    cond = {"control": control, "prompt": normal((2, 8, 16), "prompt"), "pooled": normal((2, 16), "pooled")}
+    with run.precision.autocast(CPU):
+        return run.model.predict(network, x, torch.tensor([0.3, 0.7]), cond).float()
+
+
+def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run):
+    stored, plain = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), CPU), build(run, CPU)
+    adapted = [module for module in stored.modules() if hasattr(module, "lora_A")]
+    assert adapted and all(isinstance(module.base_layer, Fp8Linear) for module in adapted)
+    # In the other order the adapters would be quantised, or stand in 16 bits: they are the same as beside float32 weights, bit for bit.
+    assert trained(stored).keys() == trained(plain).keys()
+    for name, parameter in trained(stored).items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, trained(plain)[name])
+
+
+def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run: Run):
+    network = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), CPU)
+    high = {name.partition(".")[0] for name, module in network.named_modules() if type(module) is nn.Linear and "lora_" not in name}
+    assert high == {"x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"}
+    assert isinstance(network.single_transformer_blocks[0].proj_out, Fp8Linear)
+    others = [p for p in network.parameters() if not p.requires_grad and p.dtype != torch.uint8]
+    assert others and all(parameter.dtype == torch.bfloat16 for parameter in others)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.storage.name}-{p.compute.name}")
+def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_gradient(run: Run, precision: Precision):
+    expected = prediction(run, build(run, CPU))
+    ours = replace(run, precision=precision)
+    network = build(ours, CPU)
+    found = prediction(ours, network)
+    assert ((found - expected).norm() / expected.norm()).item() < (0.03 if precision.storage is Storage.fp8 else 0.02)
+    found.square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained(network).values())
+    assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
+
+
+def test_what_trains_as_a_whole_is_loaded_in_float32(run: Run):
+    network = build(replace(run, method=Full(), precision=Precision(Storage.bf16, Compute.bfloat16)), CPU)
+    reference = run.model.network(torch.float32)
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(network.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_row_has_its_scale_which_is_exact_in_every_type(deviation: float, dtype: torch.dtype):
+    weight = normal((64, 256), "weight", deviation) * deviation * torch.linspace(0.1, 10, 64)[:, None]
+    stored, scale = encode(weight)
+    assert stored.dtype == torch.uint8 and stored.shape == weight.shape and scale.shape == (64,)
+    found = decode(stored, scale, torch.float32)
+    # Three bits behind the point, down to a 2^-14th of a row's largest weight, and even steps below.
+    bound = torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) * 2**-17)
+    assert ((found - weight).abs() <= bound).all()
+    assert ((found - weight).norm() / weight.norm()).item() == pytest.approx(0.0265, abs=1e-3)
+    if dtype is torch.float16:
+        # Its own steps end at 2^-24, of weights in float16 too.
+        torch.testing.assert_close(decode(stored, scale, dtype).float(), found, rtol=0, atol=2**-25)
+    else:
+        assert torch.equal(decode(stored, scale, dtype).float(), found)
+
+
+def test_a_scale_for_each_row_is_more_exact_than_a_bare_cast():
+    for deviation, ratio in ((0.02, 1.2), (0.005, 4.0)):
+        weight = normal((256, 256), "weight") * deviation
+        bare, ours = weight.to(torch.float8_e4m3fn).float(), decode(*encode(weight), torch.float32)
+        assert (bare - weight).norm() > ratio * (ours - weight).norm()
+
+
+def test_rows_of_zeros_and_of_the_smallest_numbers_are_stored():
+    weight = torch.tensor([[0.0, 0.0], [1e-30, 0.0], [1e-4, 0.0], [448.0, -1.0], [57344.0, 1e-3]])
+    found = decode(*encode(weight), torch.float16)
+    torch.testing.assert_close(found.float(), weight, rtol=1 / 16, atol=0.25)
+    assert found[:3].abs().max() == pytest.approx(1e-4, rel=1 / 16)
+
+
+def test_the_table_for_machines_without_float8_says_what_the_cast_says():
+    stored, scale = encode(normal((32, 48), "weight"))
+    table = values_of_bytes()
+    assert table.shape == (256,) and table[0x7E] == 448 and table[0x7F].isnan()
+    assert torch.equal(table[stored.int()].mul(scale[:, None]), decode(stored, scale, torch.float32))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stored_layer_and_its_gradient_are_those_of_its_dequantised_weights(bias: bool):
+    torch.manual_seed(0)
+    layer = Fp8Linear(nn.Linear(48, 32, bias=bias), CPU)
+    plain = layer.dequantised(torch.float32)
+    assert type(plain) is nn.Linear
+    x = normal((2, 5, 48), "x")
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = layer(ours), plain(theirs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for output in (found, expected):
+        (output * normal((2, 5, 32), "gradient")).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_stored_layer_computes_in_the_type_of_autocast_and_hands_gradients_back_in_the_type_of_its_input():
+    layer, x = Fp8Linear(nn.Linear(16, 8), CPU), normal((4, 16), "x").requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert layer(x).dtype == torch.float32
+
+
+def test_nothing_but_bytes_and_scales_is_kept_for_the_backward_pass():
+    layer, kept = Fp8Linear(nn.Linear(256, 128), CPU), []
+    x = normal((4, 256), "x").to(torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert {tensor.data_ptr() for tensor in kept} == {layer.weight.data_ptr(), layer.scale.data_ptr()}
+    assert sum(tensor.nbytes for tensor in kept) == 128 * 256 + 4 * 128
+
+
+def test_layers_are_converted_one_by_one_and_free_what_they_had():
+    network = nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), nn.Linear(32, 4))
+    weights = [weakref.ref(network[0].weight), weakref.ref(network[1][0].weight)]
+    store(network, ("2",), CPU)
+    gc.collect()
+    assert [reference() for reference in weights] == [None, None]
+    assert [type(network[0]), type(network[1][0]), type(network[2])] == [Fp8Linear, Fp8Linear, nn.Linear]
+    # A type of integers stays what it is.
+    assert network.to(torch.bfloat16)[0].weight.dtype == torch.uint8
+
+
+def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
+    found = []
+    for checkpointing in (False, True):
+        ours = replace(
+            run,
+            precision=Precision(Storage.fp8, Compute.float32),
+            hardware=replace(run.hardware, gradient_checkpointing=checkpointing),
+        )
+        network = build(ours, CPU).train()
+        prediction(ours, network).square().mean().backward()
+        found.append([parameter.grad for parameter in trained(network).values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("precision", "method", "remedy"),
+    [
+        (Precision(Storage.bf16, Compute.float32), Lora(alpha=1.0), "precision=fp32, or leave precision.compute=bfloat16"),
+        (Precision(Storage.fp16, Compute.float32), Lora(alpha=1.0), "precision=fp32, or leave precision.compute=float16"),
+        (Precision(Storage.fp8, Compute.bfloat16), Full(), "nothing is frozen; type method=lora, or precision=bf16"),
+        (Precision(Storage.fp8, Compute.float32), Full(), "precision=fp32"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_to_type(run: Run, precision: Precision, method, remedy: str):
+    with pytest.raises(Usage, match=remedy):
+        config.check(replace(run, precision=precision, method=method))
+
+
+# The scale of the loss
+
+
+def linear(loss_scale: LossScale | None, *, overflow_at: tuple[int, ...] = (), bearable: float = 1000.0):
+    """Four SGD steps of least squares, and weights and average after each; in the steps named, gradients overflow if scaled by more than is
+    bearable."""
+    parameter, average = nn.Parameter(torch.zeros(3)), [torch.zeros(3)]
+    x, y = normal((5, 3), "x"), normal((5,), "y")
+    optimizer, done, weights = torch.optim.SGD([parameter], lr=0.1, momentum=0.9), [], []
+
+    def losses(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = (rows["x"] @ parameter - rows["y"]) ** 2
+        if rows["step"] in overflow_at:
+            loss.register_hook(lambda gradient: gradient * (math.inf if gradient.abs().max() > bearable / 5 else 1))
+        return loss
+
+    batches = ((step, [{"x": x, "y": y, "step": step}]) for step in range(1, 5))
+    options = {"batch": 5, "max_grad_norm": 1e9, "seed": 0, "average": average, "decay": 0.9, "loss_scale": loss_scale}
+    for step in fit([parameter], losses, batches, optimizer, lambda step: 0.1, nullcontext, **options):
+        done.append(step)
+        weights.append((parameter.detach().clone(), average[0].clone()))
+    return done, weights
+
+
+def test_scaling_the_loss_changes_no_digit():
+    plain, scaled = linear(None), linear(LossScale())
+    assert plain[0] == scaled[0]
+    for (one, one_average), (other, other_average) in zip(plain[1], scaled[1], strict=True):
+        assert torch.equal(one, other) and torch.equal(one_average, other_average)
+
+
+def test_a_step_whose_gradients_overflow_counts_updates_nothing_and_halves_the_scale():
+    scale = LossScale(value=4096.0)
+    done, weights = linear(scale, overflow_at=(2, 3))
+    assert [step.number for step in done] == [1, 2, 3, 4]
+    assert [math.isfinite(step.grad_norm) for step in done] == [True, False, False, True]
+    assert all(math.isfinite(step.loss) for step in done)
+    for before, after in ((0, 1), (1, 2)):
+        assert torch.equal(weights[before][0], weights[after][0]) and torch.equal(weights[before][1], weights[after][1])
+    assert not torch.equal(weights[2][0], weights[3][0])
+    assert (scale.value, scale.since) == (1024.0, 1)
+
+
+def test_the_scale_doubles_after_two_thousand_steps_without_overflow():
+    scale = LossScale(value=2.0)
+    for _ in range(1999):
+        scale.follow(finite=True)
+    assert scale.value == 2
+    scale.follow(finite=True)
+    assert (scale.value, scale.since) == (4, 0)
+
+
+def test_gradients_that_are_not_finite_without_any_scale_end_the_run():
+    with pytest.raises(Numerics, match="At step 2 "):
+        linear(LossScale(value=1.0), overflow_at=(2,), bearable=0.0)
+
+
+def test_only_float16_products_need_a_scale():
+    assert {p.compute for p in PRECISIONS if p.loss_scale()} == {Compute.float16}
+    precision = Precision(Storage.fp16, Compute.float16)
+    assert precision.loss_scale({"value": 8.0, "since": 3}) == LossScale(8.0, 3)
+
+
+def test_a_float16_run_continues_with_its_scale_as_if_it_had_never_stopped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A CPU is refused float16 for its slowness alone.
+    able = Card(name="CPU", float16=True)
+    monkeypatch.setattr(hardware, "card", lambda device: able)
+    command = f"""model=flux_kontext model.path={run.model.path} model.text_length=8 dataset.resolution=32 dataset.pairs=4 dataset.held_out=1
+        precision=fp16 hardware.device=cpu method.rank=2 batch=2 save.every=1 evaluation.images=1 evaluation.samples=1 sample.steps=1 tracking=none""".split()
+    folders = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        for stop in stops:
+            parent = [f"resume={folders[-1]}"] if stop == 4 and len(stops) > 1 else []
+            assert main([*command, "lr_scheduler=constant", f"out={tmp_path / name}", f"steps={stop}", *parent]) == 0
+            folders.append(max((tmp_path / name).glob("*/checkpoints"), key=lambda path: path.stat().st_mtime_ns).parent)
+    whole, parts = (Checkpoints(folder / "checkpoints", 9).load(4) for folder in (folders[0], folders[-1]))
+    assert whole.state["loss_scale"] == parts.state["loss_scale"]
+    assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
+    values = [record.get("values", {}) for _, record in read(folders[0] / "journal.jsonl")]
+    assert [value["train/loss_scale"] for value in values if "train/loss" in value][-1] == whole.state["loss_scale"]["value"]
