@@ -314,6 +314,7 @@ def test_resume_means_the_settings_of_that_run_under_what_is_typed(tmp_path: Pat
 
     assert config.decisive(resumed()) == config.decisive(own)
     assert resumed().evaluation == own.evaluation and resumed().resume == str(folder)
+    assert resumed().out == str(tmp_path) and resumed("out=elsewhere").out == "elsewhere"
     assert config.differences(config.decisive(own), config.decisive(resumed("steps=20"))) == ["steps: 9 -> 20"]
     assert config.differences(config.decisive(own), config.decisive(resumed("seed=4"))) == ["seed: 0 -> 4"]
     assert config.differences(config.decisive(own), config.decisive(resumed("epochs=4"))) == ["epochs: None -> 4", "steps: 9 -> None"]

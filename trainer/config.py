@@ -177,11 +177,14 @@ def continued(composed: DictConfig, folder: Path, overrides: Sequence[str]) -> D
         return composed
     own = written(path)
     length = {"steps", "epochs"}
-    for key in [*typed, *(length if length & set(typed) else ()), "stage", "run", "resume", "out", "fresh"]:
+    for key in [*typed, *(length if length & set(typed) else ()), "stage", "run", "resume", "fresh"]:
         if "." in key:
             OmegaConf.update(own, key, OmegaConf.select(composed, key), merge=False)
         else:
             own[key] = composed[key]
+    if "out" not in typed:
+        # Where the run lies now: folders may be moved.
+        own.out = str(folder.parent)
     return own
 
 

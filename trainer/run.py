@@ -125,7 +125,7 @@ class Training:
 
     def go(self, overrides: list[str]) -> float | None:
         """Train to the end, journaling, evaluating and saving on the way."""
-        run, journal = self.run, self.journal
+        run = self.run
         with self._shown(overrides), Progress(self.steps, self.step, run.batch) as progress:
             try:
                 self._evaluate_if_due()
