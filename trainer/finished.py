@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,14 @@ if TYPE_CHECKING:
     from trainer.judge import Judge
 
 
-def execute(asked: Run) -> float | None:
-    """Carry out `asked.stage` on `asked.run`; for evaluate the held-out loss."""
+def execute(run: Run) -> float | None:
+    """Carry out `run.stage` on the run that `run.run` names, whose settings these are; for evaluate the held-out loss."""
     from trainer import export
     from trainer.judge import Judge
     from trainer.method import trained
     from trainer.network import build, weights_of
 
-    folder = find(asked.run, asked.out)
-    run = own_settings(asked, folder)
+    folder = find(run.run, run.out)
     device = config.open_device(run)
     network = build(run, device)
     step, weights = weights_of(folder)
@@ -46,12 +44,6 @@ def execute(asked: Run) -> float | None:
     for path, caption in sample(run, material, judge, folder / "samples", step):
         say(f"{path}: {caption}")
     return None
-
-
-def own_settings(asked: Run, folder: Path) -> Run:
-    """The run's own settings, with those of `asked` that a finished run leaves free."""
-    own = config.from_yaml(folder / "config.yaml")
-    return config.resolved(replace(own, **{name: getattr(asked, name) for name in config.FREE_IN_LOADED_STAGES}))
 
 
 def evaluate(run: Run, material: Material, judge: Judge, folder: Path, step: int) -> float | None:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from trainer import config, files, secret
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
-from trainer.errors import BadData, Ending, Interrupted, Usage
+from trainer.errors import Ending, Interrupted
 from trainer.material import Material, encode, prepare, views
-from trainer.place import CHECKPOINTS, SUMMARY, Place, claim, find
+from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
 from trainer.report import Progress, say, size
 from trainer.signals import Signals
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer import tracking
     from trainer.tracking.journal import Journal
 
 
@@ -91,6 +92,7 @@ def train(run: Run, material: Material, signals: Signals, overrides: list[str]) 
         if place.finished:
             summary = files.read_json(place.folder / SUMMARY)
             say(f"{place.folder} is finished ({summary['steps']} steps); nothing to do. Type fresh=true to run it again in a new folder.")
+            show_what_lacks(run, place, overrides)
             return summary["last_val_loss"]
         journal = stack.enter_context(Journal(place.folder))
         stack.enter_context(_logged(place.folder, journal))
@@ -105,6 +107,7 @@ class Training:
     def __init__(self, run: Run, material: Material, place: Place, journal: Journal, signals: Signals):
         from trainer.judge import Judge
         from trainer.method import trained
+        from trainer.network import build
 
         self.run, self.material, self.place, self.journal, self.signals = run, material, place, journal, signals
         self.steps = total_steps(run, material)
@@ -126,7 +129,8 @@ class Training:
     def go(self, overrides: list[str]) -> float | None:
         """Train to the end, journaling, evaluating and saving on the way."""
         run = self.run
-        with self._shown(overrides), Progress(self.steps, self.step, run.batch) as progress:
+        self._begin()
+        with shown(run, self.place, self.journal, overrides), Progress(self.steps, self.step, run.batch) as progress:
             try:
                 self._evaluate_if_due()
                 for done in self._steps():
@@ -142,6 +146,7 @@ class Training:
                         break
             except Interrupted as stop:
                 self._save()
+                self._sum_up("stopped", str(stop))
                 say(f"{stop}: saved at step {self.step} of {self.steps}. The same command continues from there.")
                 raise
             self._finish()
@@ -156,6 +161,8 @@ class Training:
 
     def _restore(self) -> Loaded | None:
         """The newest good checkpoint (of the parent, where this run only begins) into weights and optimizer."""
+        from trainer.network import fill, initial_weights
+
         run, parent = self.run, self.place.parent
         loaded = self.checkpoints.newest()
         if loaded is None and parent is not None:
@@ -173,32 +180,16 @@ class Training:
         source = loaded.ema if loaded and loaded.ema else self.trained
         return {name: source[name].detach().clone().to(self.device) for name in self.trained}
 
-    @contextmanager
-    def _shown(self, overrides: list[str]) -> Iterator[None]:
-        """With MLflow (or what else tracks) following the journal."""
-        from trainer import report, tracking
+    def _begin(self) -> None:
+        """Note where and with what this attempt runs."""
+        from trainer.report import provenance
 
-        run, place, split = self.run, self.place, self.material.split
-        attempt = 1 + self.journal.counts["attempt"]
-        begun = report.provenance(self.device)
-        self.journal.event("attempt", number=attempt, start=self.step, **begun)
+        run, split = self.run, self.material.split
         training = sum(parameter.numel() for parameter in self.trained.values())
         counts = f"{self.steps} steps of {run.batch}, {len(split.train)} samples, {len(split.validation)} held out, {training:,} parameters train"
-        say(f"{place.folder}: {counts}, on {self.device}")
-        with tracking.open_sink(
-            run.tracking,
-            Path(run.out),
-            place.folder,
-            self.journal,
-            name=report.name_of(run, place.id, overrides),
-            params={
-                name: value if isinstance(value, str) else json.dumps(value)
-                for name, value in config.flat(place.manifest["settings"]).items()
-            },
-            tags=report.tags(run, place.folder, place.id, place.manifest, attempt, begun),
-            description=report.description(run, place.folder, counts),
-        ):
-            yield
+        say(f"{self.place.folder}: {counts}, on {self.device}")
+        number = 1 + self.journal.counts["attempt"]
+        self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
 
     def _steps(self) -> Iterator:
         from trainer.loader import Batches, load
@@ -273,80 +264,62 @@ class Training:
 
     def _finish(self) -> None:
         from trainer import export
-        from trainer.tracking import curves
+        from trainer.network import weights_of
 
         folder = self.place.folder
         how = "done" if self.step == self.steps else "stopped early"
-        paths = export.after_training(self.run, self.network, self.trained, weights_of(folder), folder / "export")
         self.journal.event("finished", step=self.step, how=how)
+        self._sum_up("finished", how)
+        best, last = self.state["best"], self.state["val_loss"]
+        say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
+        say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}; compare runs: make ui")
+        # Last, for it may refuse: an adapter that changes nothing is no result, but the run is finished all the same.
+        for path in export.after_training(self.run, self.network, self.trained, weights_of(folder)[1], folder / "export"):
+            say(f"exported {path}")
+
+    def _sum_up(self, status: str, how: str) -> None:
+        """The tables and curves beside the run."""
+        from trainer.tracking import curves
+
+        folder, state = self.place.folder, self.state
         curves.write_metrics_csv(folder)
         curves.draw_curves(folder)
-        best, last = self.state["best"], self.state["val_loss"]
-        curves.write_summary(
-            folder,
-            {"status": "finished", "how": how, "id": self.place.id, "steps": self.step, "best_val_loss": best, "last_val_loss": last},
-        )
-        say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
-        say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}" + "".join(f", {path}" for path in paths))
-        say("compare runs: make ui")
+        losses = {"best_val_loss": state["best"], "last_val_loss": state["val_loss"]}
+        curves.write_summary(folder, {"status": status, "how": how, "id": self.place.id, "steps": self.step, **losses})
 
 
-def build(run: Run, device: torch.device) -> torch.nn.Module:
-    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached."""
-    import torch
+def shown(run: Run, place: Place, journal: Journal, overrides: list[str]) -> tracking.Sink:
+    """A context in which MLflow (or what else tracks) follows the journal, whose last attempt it describes."""
+    from trainer import report, tracking
 
-    # What trains is kept in float32, and is not rounded on the way there.
-    network = run.model.network(run.precision.dtype() if run.method.is_adapter else torch.float32)
-    run.precision.store(network, run.model.keep_high, device)
-    network.to(device)
-    run.method.attach(network, run.model.targets, run.seed)
-    if run.hardware.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if run.hardware.compile:
-        network.compile_repeated_blocks()
-    return network
+    attempt = [record for record in journal.records() if record["kind"] == "attempt"][-1]
+    settings = config.flat(place.manifest["settings"])
+    return tracking.open_sink(
+        run.tracking,
+        Path(run.out),
+        place.folder,
+        journal,
+        name=report.name_of(run, place.id, overrides),
+        params={name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()},
+        tags=report.tags(run, place.folder, place.id, place.manifest, attempt["number"], attempt["machine"]),
+        description=report.description(run, place.folder, attempt["counts"]),
+    )
+
+
+def show_what_lacks(run: Run, place: Place, overrides: list[str]) -> None:
+    """A run that finished while MLflow was away is shown when it is back."""
+    from trainer import tracking
+    from trainer.tracking.journal import Journal
+    from trainer.tracking.sink import is_complete
+
+    if isinstance(run.tracking, tracking.MLflow) and not is_complete(place.folder):
+        with Journal(place.folder) as journal, shown(run, place, journal, overrides):
+            say("sending to MLflow what it lacks of this run")
 
 
 def total_steps(run: Run, material: Material) -> int:
     """`steps`, or `epochs` x samples / batch rounded up."""
     return run.steps or -(-run.epochs * len(material.split.train) // run.batch)
-
-
-def initial_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What `method.init_from` names: the best, else the last weights of a run, or a safetensors file with this program's names."""
-    path = Path(run.method.init_from).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return weights_of(find(run.method.init_from, run.out))
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights to use of a run: the best by held-out loss, else the last; averaged where an average was kept."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, 1, say)
-    loaded = checkpoints.best() or checkpoints.newest(set_aside=False)
-    if loaded is None:
-        raise BadData(f"{folder} has no checkpoint yet; let it train to its first one")
-    return loaded.ema or loaded.weights
-
-
-def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Put weights into parameters of the same names and shapes; raises errors.Usage where they differ."""
-    import torch
-
-    wrong = [f"{name} is missing" for name in parameters if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in parameters]
-    for name in parameters.keys() & weights.keys():
-        if weights[name].shape != parameters[name].shape:
-            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameters[name].shape)}")
-    if wrong:
-        raise Usage(
-            f"the weights in {source} do not fit ({len(wrong)} tensors: {'; '.join(sorted(wrong)[:3])}); type the method they were trained with"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
 
 
 @contextmanager
