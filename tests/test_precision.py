@@ -24,9 +24,9 @@ from trainer.hardware import Card
 from trainer.loop import fit
 from trainer.method import Full, Lora, trained
 from trainer.model.flux_kontext import FluxKontext
+from trainer.network import build
 from trainer.precision import Compute, LossScale, Precision, Storage
 from trainer.precision.fp8 import Fp8Linear, decode, encode, store, values_of_bytes
-from trainer.run import build
 from trainer.streams import normal
 from trainer.tracking.journal import read
 
