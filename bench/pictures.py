@@ -31,7 +31,16 @@ SCENES = 4
 
 def folder_of(out: Path, overrides: list[str]) -> Path:
     """Train (or find finished) the run with these settings, and return its folder."""
-    command = [sys.executable, "-m", "trainer", f"out={out}", "tracking=none", f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        f"out={out}",
+        "tracking=none",
+        f"evaluation.shown={SCENES}",
+        "evaluation.every=25",
+        *overrides,
+    ]
     subprocess.run(command, check=True)
     checked = subprocess.run([*command, "stage=check"], check=True, capture_output=True, text=True).stdout
     return out / checked.split()[1]
@@ -61,7 +70,9 @@ def main() -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name, title in zip(figure.subplots(1, 2), ("val/loss", "val/psnr"), ("held-out loss", "PSNR of drawn pictures, dB"), strict=True):
+    for axes, name, title in zip(
+        figure.subplots(1, 2), ("val/loss", "val/psnr"), ("held-out loss", "PSNR of drawn pictures, dB"), strict=True
+    ):
         for member, folder in folders.items():
             axes.plot(*held_out(folder, name), marker=".", label=member)
         axes.set(title=title, xlabel="step")
