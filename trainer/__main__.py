@@ -80,6 +80,8 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
             failures.append(error)
             raise SystemExit from None
 
+    # A launcher of sweeps has nothing else of ours; it lets signals come when its members begin.
+    job.begin = begin
     if "--version" in arguments:
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0

@@ -262,16 +262,17 @@ def _identity(status: os.stat_result) -> tuple[str, str]:
 
 
 class Lock:
-    """A context in which this process alone owns `path`; raises errors.Locked at once where another live one does.
+    """A context in which this process alone owns `path`; where another live one does, it waits for it (`wait`) or raises errors.Locked.
 
     The kernel frees it when its owner dies, however it dies. The file stays for ever: were it deleted, a process that has just opened it
     and one that makes a new one would both hold "the" lock.
     """
 
-    __slots__ = ("__weakref__", "_descriptor", "path")
+    __slots__ = ("__weakref__", "_descriptor", "path", "wait")
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, wait: bool = False):
         self.path = path
+        self.wait = wait
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -281,7 +282,7 @@ class Lock:
         try:
             with storage("lock", self.path):
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
                 except BlockingIOError:
                     raise errors.Locked(self._held(descriptor)) from None
                 os.ftruncate(descriptor, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,6 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
     from tqdm import tqdm
 
     cache = material.cache
-    missing = cache.missing(wanted)
     fields = {part.name: part.fields for part in cache.parts}
     # Loads nothing before it is first used.
     encoder = run.model.encoder(config.open_device(run))
@@ -113,5 +113,9 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
         pictures += view.control_pixels() if "controls" in fields[part] else []
         return encoder.encode(part, pictures, view.caption)
 
-    with tqdm(missing, desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as entries:
-        return cache.fill(entries, make)
+    missing = cache.missing(wanted)
+    # One at a time: a second process would make the same entries, so it waits and finds them there.
+    with files.Lock(cache.root / "filling", wait=True) if missing else nullcontext():
+        missing = missing and cache.missing(wanted)
+        with tqdm(missing, desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as entries:
+            return cache.fill(entries, make)

@@ -42,7 +42,7 @@ def name_of(run: Run, id: str, overrides: list[str]) -> str:
     """How MLflow lists the run: what was typed, for that is what tells it from its neighbours."""
     if run.name:
         return run.name
-    silent = ("stage", "out", "name", "fresh", "resume", "tracking", "hardware", "hydra", "log", "save", "cache")
+    silent = ("stage", "out", "name", "fresh", "resume", "tracking", "hardware", "hydra", "log", "save", "cache", "sweep")
     typed = [text.lstrip("+") for text in overrides if text.lstrip("+~").split("=")[0].split(".")[0] not in silent]
     return f"{' '.join(typed) or 'defaults'} [{id[:6]}]"[:250]
 

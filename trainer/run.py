@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, files, secret
+from trainer import config, files, secret, sweep
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
 from trainer.errors import Ending, Interrupted
@@ -89,6 +89,7 @@ def train(run: Run, material: Material, signals: Signals, overrides: list[str]) 
 
     with ExitStack() as stack:
         place = claim(run, material.digests, stack)
+        sweep.tell(place.folder)
         if place.finished:
             summary = files.read_json(place.folder / SUMMARY)
             say(f"{place.folder} is finished ({summary['steps']} steps); nothing to do. Type fresh=true to run it again in a new folder.")
@@ -97,7 +98,8 @@ def train(run: Run, material: Material, signals: Signals, overrides: list[str]) 
         journal = stack.enter_context(Journal(place.folder))
         stack.enter_context(_logged(place.folder, journal))
         files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
-        encode(run, material, views(run, material))
+        made = encode(run, material, views(run, material))
+        say("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
         return Training(run, material, place, journal, signals).go(overrides)
 
 
@@ -303,6 +305,7 @@ def shown(run: Run, place: Place, journal: Journal, overrides: list[str]) -> tra
         params={name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()},
         tags=report.tags(run, place.folder, place.id, place.manifest, attempt["number"], attempt["machine"]),
         description=report.description(run, place.folder, attempt["counts"]),
+        parent=sweep.parent(),
     )
 
 

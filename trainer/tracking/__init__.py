@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -87,6 +88,29 @@ def open_sink(
     from trainer.tracking.sink import MLflowSink
 
     return MLflowSink(settings, out, folder, journal, name=name, params=params, tags=tags, description=description, parent=parent)
+
+
+def links(settings: Tracking, parent: Sink, folders: Sequence[Path]) -> dict[str, str]:
+    """Addresses, by title, of the pages that show the runs in these folders beside each other, all under the run of `parent`."""
+    if not isinstance(settings, MLflow) or parent.run_id is None:
+        return {}
+    from trainer.tracking import sink, ui
+
+    base = settings.uri if settings.uri and settings.uri.startswith("http") else f"http://{ui.HOST}:{ui.PORT}"
+    found = {"curves": ui.children_link(base, parent.experiment_id, parent.run_id)}
+    if runs := sink.runs_of(folders, parent.experiment_id):
+        found["comparison"] = ui.compare_link(base, parent.experiment_id, runs)
+    return found
+
+
+def gather(
+    settings: Tracking, out: Path, parent: Sink, folders: Sequence[Path], *, description: str, artifacts: Sequence[Path] = ()
+) -> None:
+    """Put the runs in these folders under the run of `parent` where they are under none, and give that its text and files; never raises."""
+    if isinstance(settings, MLflow) and parent.run_id is not None:
+        from trainer.tracking import sink
+
+        sink.gather(sink.address(settings.uri, out), parent, folders, description, artifacts)
 
 
 def _check(uri: str) -> None:

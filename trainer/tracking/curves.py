@@ -110,6 +110,41 @@ def draw_curves(folder: Path, title: str = "") -> Path:
     return folder / "training_curves.png"
 
 
+def draw_heat_map(
+    path: Path, title: str, across: tuple[str, list[float]], down: tuple[str, list[float]], values: list[list[float]]
+) -> Path:
+    """Draw `values`, a row for each value of `down` and a column for each of `across`, as a table in colours; NaN stays empty.
+
+    The smallest is framed. Raises errors.Storage.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    (x, columns), (y, rows) = across, down
+    figure = Figure(figsize=(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows)), dpi=120, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    # A large value comes first in reading, as on any axis that grows upwards.
+    image = axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
+    axes.set_title(title, fontsize=11, color=GREY, loc="left")
+    axes.set_xlabel(x, fontsize=9, color=GREY)
+    axes.set_ylabel(y, fontsize=9, color=GREY)
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.tick_params(labelsize=9, colors=GREY, length=0)
+    axes.spines[:].set_visible(False)
+    known = [(value, i, j) for i, row in enumerate(values) for j, value in enumerate(row) if math.isfinite(value)]
+    for value, i, j in known:
+        dark = image.norm(value) > 0.5
+        axes.text(j, i, f"{value:.4g}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    if known:
+        _, i, j = min(known)
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3, clip_on=False))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    files.write(path, picture.getvalue())
+    return path
+
+
 def smoothed(values: list[float]) -> list[float]:
     """The mean around each point over about a twentieth of all, one-sided at the ends; of the same length."""
     # Centred, since a running mean lags behind a falling loss and would show a gap to the held-out one that is not there.

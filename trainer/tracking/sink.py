@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
@@ -347,6 +347,26 @@ def is_complete(folder: Path) -> bool:
     sent = _read_note(folder).get("sent")
     shown = (journals.METRICS, journals.PICTURE)
     return sent is not None and not any(record["kind"] in shown for _, record in journals.read(folder / journals.FILE_NAME, sent))
+
+
+def runs_of(folders: Sequence[Path], experiment_id: str | None) -> list[str]:
+    """What MLflow calls the runs in these folders, those of the experiment, each once."""
+    notes = [_read_note(folder) for folder in folders]
+    return list(dict.fromkeys(note["run_id"] for note in notes if note.get("run_id") and note.get("experiment_id") == experiment_id))
+
+
+def gather(uri: str, parent: Sink, folders: Sequence[Path], description: str, artifacts: Sequence[Path]) -> None:
+    """See `trainer.tracking.gather`."""
+    try:
+        client = _mlflow().MlflowClient(uri, uri)
+        for run_id in runs_of(folders, parent.experiment_id):
+            if "mlflow.parentRunId" not in client.get_run(run_id).data.tags:
+                client.set_tag(run_id, "mlflow.parentRunId", parent.run_id, synchronous=True)
+        client.set_tag(parent.run_id, "mlflow.note.content", _shorten(description, 8000), synchronous=True)
+        for path in artifacts:
+            client.log_artifact(parent.run_id, str(path))
+    except Exception as error:  # whatever goes wrong here, the runs are done and the tables written
+        log.warning("MLflow at %s: %s. It lacks the sums of this sweep; the same command sends them.", uri, _one_line(error))
 
 
 NOTE = "tracking.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -26,6 +28,26 @@ def runs_link(base_url: str, experiment_id: str) -> str:
 def run_link(base_url: str, experiment_id: str, run_id: str) -> str:
     """The page of one run."""
     return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def children_link(base_url: str, experiment_id: str, run_id: str) -> str:
+    """The curves of all runs under one, the best by held-out loss first. Sorted by time, MLflow would hide them under the collapsed parent."""
+    query = {
+        "workflowType": "machine_learning",
+        "searchFilter": f"tags.mlflow.parentRunId = '{run_id}'",
+        "orderByKey": "metrics.`val/loss`",
+        "orderByAsc": "true",
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "compareRunsMode": "CHART",
+    }
+    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+
+
+def compare_link(base_url: str, experiment_id: str, run_ids: list[str]) -> str:
+    """The page that compares these runs."""
+    query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id]), "workflowType": "machine_learning"}
+    return f"{base_url.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
