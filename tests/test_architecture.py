@@ -16,7 +16,7 @@ from trainer import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-FOUNDATIONS = {"errors", "files", "libraries", "secret", "signals", "streams"}
+FOUNDATIONS = {"errors", "files", "libraries", "processes", "secret", "signals", "streams"}
 ROOMS = {*config.ROOMS, "objective"}
 MAY_ALSO_IMPORT = {
     **dict.fromkeys(FOUNDATIONS | ROOMS | {"cache", "checkpoint", "loop", "sample"}, frozenset()),
@@ -45,6 +45,7 @@ DOORS = {
     "prodigyopt": {"optimizer"},
     "torchao": {"precision"},
     "torchmetrics": {"evaluation"},
+    "accelerate": {"processes"},
 }
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "mlflow", "peft", "PIL", "matplotlib", "accelerate", "datasets", "pandas"}
 FAMILIES = re.compile(r"flux|kontext|qwen|sdxl|sd15|stable.?diffusion|\bpmg\b", re.IGNORECASE)

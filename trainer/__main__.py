@@ -14,7 +14,8 @@ from contextlib import ExitStack, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING
 
 from trainer import __version__, secret
-from trainer.errors import Ending, Interrupted, Storage, Usage
+from trainer.errors import Ending, Followed, Interrupted, Storage, Usage
+from trainer.processes import rank_and_count
 from trainer.signals import Signals
 
 if TYPE_CHECKING:
@@ -35,14 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
+    except Followed as ending:
+        return ending.code
     except (Ending, Interrupted) as ending:
-        print(secret.redacted(str(ending)), file=sys.stderr, flush=True)
+        print(secret.redacted(f"{speaker()}{ending}"), file=sys.stderr, flush=True)
         return ending.code
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_left():
             return 128 + signal.SIGPIPE
         if error.errno in FULL:
-            print(f"{error}: make room or choose another place with out=FOLDER, and type the same command again", file=sys.stderr)
+            print(
+                f"{speaker()}{error}: make room or choose another place with out=FOLDER, and type the same command again", file=sys.stderr
+            )
             return Storage.code
         return unexpected(error)
     except Exception as error:
@@ -86,6 +91,8 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0
     asked = command_line.read(arguments)
+    if asked.multirun and rank_and_count()[1] > 1:
+        raise Usage("A sweep starts its members itself: type python -m trainer --multirun without accelerate launch.")
     with command_line.explained(asked):
         if asked.help:
             print(command_line.manual(asked))
@@ -122,9 +129,15 @@ def unexpected(error: Exception) -> int:
             where = f"the traceback is in {file.name}"
         except OSError as reason:
             where = f"its traceback could not be written ({reason})"
-    text = f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
+    text = f"{speaker()}The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
     print(secret.redacted(text), file=sys.stderr)
     return 1
+
+
+def speaker() -> str:
+    """Which of several processes speaks, where it is not the main one."""
+    rank, count = rank_and_count()
+    return f"process {rank} of 0 to {count - 1}: " if rank else ""
 
 
 def reader_left() -> bool:

@@ -55,6 +55,14 @@ class Locked(Ending):
     code = 75
 
 
+class Followed(Ending):
+    """Of several processes that train together the main one has ended with this code, and has said why."""
+
+    def __init__(self, code: int):
+        super().__init__()
+        self.code = code
+
+
 class Interrupted(BaseException):
     """SIGINT (130) or SIGTERM (143); state up to the last finished step is kept.
 

@@ -47,7 +47,10 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 @dataclass(slots=True)
 class Batches:
-    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample."""
+    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample.
+
+    Of `count` processes the one of `rank` gets each `count`-th sample of a batch; perhaps one fewer than others, or none.
+    """
 
     samples: list[Sample]
     cache: Cache
@@ -57,6 +60,12 @@ class Batches:
     seed: int
     batch: int
     micro_batch: int
+    rank: int = 0
+    count: int = 1
+
+    def share(self, step: int) -> list[tuple[int, int]]:
+        """(visit, sample index) of each place of this process's share of a step's batch."""
+        return visits(self.seed, step, self.batch, len(self.samples))[self.rank :: self.count]
 
     def view(self, visit: int, index: int) -> View:
         """The sample as it is seen at this visit: flipped or not, with its caption or without."""
@@ -82,15 +91,15 @@ class Batches:
         return row
 
     def ids(self, step: int) -> list[str]:
-        """The samples of a step's batch."""
-        return [self.samples[index].id for _, index in visits(self.seed, step, self.batch, len(self.samples))]
+        """The samples of this process's share of a step's batch."""
+        return [self.samples[index].id for _, index in self.share(step)]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, step: int) -> tuple[int, list[dict[str, torch.Tensor]]]:
-        rows = [self.row(*visit) for visit in visits(self.seed, step, self.batch, len(self.samples))]
-        return step, [collate(rows[i : i + self.micro_batch]) for i in range(0, self.batch, self.micro_batch)]
+        rows = [self.row(*visit) for visit in self.share(step)]
+        return step, [collate(rows[i : i + self.micro_batch]) for i in range(0, len(rows), self.micro_batch)]
 
 
 def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:

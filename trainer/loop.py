@@ -43,12 +43,14 @@ def fit(
     average: list[torch.Tensor] | None = None,
     decay: float = 0.0,
     loss_scale: LossScale | None = None,
+    reduce: Callable[[list[torch.nn.Parameter], float], float] | None = None,
 ) -> Iterator[Step]:
     """Yield each step once its weights are updated; the caller logs, evaluates and saves in between.
 
     `batches` yields (step, micro-batches); `losses` gives the loss of each sample of a micro-batch, (b,); `rate` the learning rate of a
     step; `average`, where given, follows `parameters` as their exponential moving average. `loss_scale`, where given, scales the loss for the
-    backward pass; a step in which it was too high updates nothing, and counts. Raises errors.Numerics before an update that is not finite,
+    backward pass; a step in which it was too high updates nothing, and counts. `reduce`, where given, adds to the gradients and the loss (and
+    returns it) those of other processes, whose samples are the rest of the batch. Raises errors.Numerics before an update that is not finite,
     with weights and optimizer as they were.
     """
     import torch
@@ -63,6 +65,8 @@ def fit(
             part = losses(rows).sum() / batch
             (part if loss_scale is None else part * loss_scale.value).backward()
             loss += part.item()
+        if reduce is not None:
+            loss = reduce(parameters, loss)
         if loss_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import __version__, config
+from trainer.processes import rank_and_count
 
 if TYPE_CHECKING:
     from trainer.config import Run
@@ -24,7 +25,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy",
 
 
 def say(text: str) -> None:
-    """To the terminal and to the run's log."""
+    """To the terminal and to the run's log; of several processes the main one speaks."""
+    if rank_and_count()[0] > 0:
+        return
     print(text, flush=True)
     logging.getLogger("trainer").info(text)
 

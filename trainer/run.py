@@ -10,12 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, files, secret, sweep
+from trainer import config, files, secret, streams, sweep
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
-from trainer.errors import Ending, Interrupted
+from trainer.errors import Ending, Interrupted, Usage
 from trainer.material import Material, encode, prepare, views
 from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
+from trainer.processes import Processes, rank_and_count
 from trainer.report import Progress, say, size
 from trainer.signals import Signals
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     """Carry out the run's stage; the held-out loss where it has one."""
+    if run.stage is Stage.train:
+        with Processes(signals, lambda: config.open_device(run)) as processes:
+            return train(run, processes.first(lambda: prepare(run)), signals, processes, overrides)
+    if rank_and_count()[0] > 0:
+        # Only training is divided.
+        return None
     if run.stage in config.LOADED_STAGES:
         from trainer import finished
 
@@ -35,11 +42,9 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     material = prepare(run)
     if run.stage is Stage.check:
         check(run, material)
-    elif run.stage is Stage.cache:
+    else:
         made = encode(run, material, views(run, material))
         say(f"cache {material.cache.root}: " + ", ".join(f"{count} {name} made" for name, count in made.items()))
-    else:
-        return train(run, material, signals, overrides)
     return None
 
 
@@ -81,55 +86,70 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
-def train(run: Run, material: Material, signals: Signals, overrides: list[str]) -> float | None:
+def train(run: Run, material: Material, signals: Signals, processes: Processes, overrides: list[str]) -> float | None:
     """Train, or continue from the last checkpoint; the last held-out loss."""
     import yaml
 
     from trainer.tracking.journal import Journal
 
-    with ExitStack() as stack:
+    # Of several processes the main one alone has these.
+    place: Place | None = None
+    journal: Journal | None = None
+
+    def begin() -> dict[str, Any] | None:
+        """Make the run's folder ours and fill the cache; of a run that is finished what its summary says."""
+        nonlocal place, journal
         place = claim(run, material.digests, stack)
         sweep.tell(place.folder)
         if place.finished:
             summary = files.read_json(place.folder / SUMMARY)
             say(f"{place.folder} is finished ({summary['steps']} steps); nothing to do. Type fresh=true to run it again in a new folder.")
             show_what_lacks(run, place, overrides)
-            return summary["last_val_loss"]
+            return summary
         journal = stack.enter_context(Journal(place.folder))
         stack.enter_context(_logged(place.folder, journal))
         files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
         made = encode(run, material, views(run, material))
         say("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
-        return Training(run, material, place, journal, signals).go(overrides)
+        return None
+
+    if processes.led(lambda: material.digests) != material.digests:
+        raise Usage("the processes see different data or weights; give all of them the same files")
+    with ExitStack() as stack:
+        finished = processes.led(begin)
+        if finished:
+            return finished["last_val_loss"]
+        return Training(run, material, place, journal, signals, processes).go(overrides)
 
 
 class Training:
-    """The live state of one attempt at a run."""
+    """The live state of one attempt at a run; `place` and `journal` are those of the main process."""
 
-    def __init__(self, run: Run, material: Material, place: Place, journal: Journal, signals: Signals):
+    def __init__(self, run: Run, material: Material, place: Place | None, journal: Journal | None, signals: Signals, processes: Processes):
         from trainer.judge import Judge
         from trainer.method import trained
         from trainer.network import build
 
-        self.run, self.material, self.place, self.journal, self.signals = run, material, place, journal, signals
+        self.run, self.material, self.place, self.journal = run, material, place, journal
+        self.signals, self.processes = signals, processes
         self.steps = total_steps(run, material)
         self.every = run.evaluation.every or max(1, self.steps // 4)
         self.device = config.open_device(run)
         self.network = build(run, self.device)
         self.trained = trained(self.network)
         self.optimizer = run.optimizer.build(self.trained.values())
-        self.checkpoints = Checkpoints(place.folder / CHECKPOINTS, run.save.keep, self.warn)
-        self.checkpoints.clean()
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago.
         self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0}
-        loaded = self._restore()
+        loaded = self._restored()
         self.step = self.saved = loaded.step if loaded else 0
-        self.average = self._average(loaded) if run.ema else None
+        self.average = self._average(loaded) if run.ema and processes.main else None
         self.loss_scale = run.precision.loss_scale(self.state.get("loss_scale"))
         self.judge = Judge(run, material, self.network, self.device, self.average)
 
     def go(self, overrides: list[str]) -> float | None:
         """Train to the end, journaling, evaluating and saving on the way."""
+        if not self.processes.main:
+            return self._accompany()
         run = self.run
         self._begin()
         with shown(run, self.place, self.journal, overrides), Progress(self.steps, self.step, run.batch) as progress:
@@ -140,6 +160,7 @@ class Training:
                     speed = progress.step(done)
                     if self.step % run.log.every == 0 or self.step == self.steps:
                         self._log(done, speed)
+                    self.processes.stop_if_asked()
                     with progress.paused():
                         is_best = self._evaluate_if_due()
                         if self.step % run.save.every == 0 or self.step == self.steps or is_best or self._out_of_patience():
@@ -151,7 +172,19 @@ class Training:
                 self._sum_up("stopped", str(stop))
                 say(f"{stop}: saved at step {self.step} of {self.steps}. The same command continues from there.")
                 raise
-            self._finish()
+            self.processes.led(self._finish)
+        return self.state["val_loss"]
+
+    def _accompany(self) -> float | None:
+        """`go` as it is for the processes that only train: the same meetings in the same order."""
+        self._evaluate_if_due()
+        for done in self._steps():
+            self.step = done.number
+            self.processes.stop_if_asked()
+            self._evaluate_if_due()
+            if self._out_of_patience():
+                break
+        self.processes.led(self._finish)
         return self.state["val_loss"]
 
     def warn(self, text: str) -> None:
@@ -161,16 +194,29 @@ class Training:
 
     # The pieces, in the order of their use
 
-    def _restore(self) -> Loaded | None:
-        """The newest good checkpoint (of the parent, where this run only begins) into weights and optimizer."""
+    def _restored(self) -> Loaded | None:
+        """The newest good checkpoint (of the parent, where this run only begins), which weights and optimizer now are."""
         from trainer.network import fill, initial_weights
 
-        run, parent = self.run, self.place.parent
-        loaded = self.checkpoints.newest()
-        if loaded is None and parent is not None:
-            loaded = Checkpoints(parent / CHECKPOINTS, run.save.keep, self.warn).newest(set_aside=False)
+        run, loaded = self.run, None
+
+        def find() -> tuple[str, int] | None:
+            """The folder of the checkpoints and the step of the one to begin with."""
+            nonlocal loaded
+            folder, parent = self.place.folder / CHECKPOINTS, self.place.parent
+            self.checkpoints = Checkpoints(folder, run.save.keep, self.warn)
+            self.checkpoints.clean()
+            loaded = self.checkpoints.newest()
+            if loaded is None and parent is not None:
+                folder = parent / CHECKPOINTS
+                loaded = Checkpoints(folder, run.save.keep, self.warn).newest(set_aside=False)
+            return loaded and (str(folder.absolute()), loaded.step)
+
+        found = self.processes.led(find)
+        if found and not loaded:
+            loaded = Checkpoints(Path(found[0]), run.save.keep, say).load(found[1])
         if loaded is not None:
-            fill(self.trained, loaded.weights, self.place.folder)
+            fill(self.trained, loaded.weights, Path(found[0]))
             self.optimizer.load_state_dict(loaded.optimizer)
             self.state = loaded.state
             say(f"continuing at step {loaded.step} of {self.steps}")
@@ -189,7 +235,8 @@ class Training:
         run, split = self.run, self.material.split
         training = sum(parameter.numel() for parameter in self.trained.values())
         counts = f"{self.steps} steps of {run.batch}, {len(split.train)} samples, {len(split.validation)} held out, {training:,} parameters train"
-        say(f"{self.place.folder}: {counts}, on {self.device}")
+        several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
+        say(f"{self.place.folder}: {counts}, on {self.device}{several}")
         number = 1 + self.journal.counts["attempt"]
         self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
 
@@ -201,21 +248,27 @@ class Training:
         if self._out_of_patience():
             return iter(())
         micro_batch = run.hardware.micro_batch_for(run.batch, sum(p.numel() for p in self.network.parameters()))
-        batches = Batches(material.split.train, material.cache, run.model, run.dataset, material.size, run.seed, run.batch, micro_batch)
-        return fit(
+        rank, count = self.processes.rank, self.processes.count
+        batches = Batches(
+            material.split.train, material.cache, run.model, run.dataset, material.size, run.seed, run.batch, micro_batch, rank, count
+        )
+        steps = fit(
             list(self.trained.values()),
             self._losses,
             load(batches, self.step, self.steps, run.hardware.workers),
             self.optimizer,
             lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
-            self.signals.held,
+            self.signals.noted,
             batch=run.batch,
             max_grad_norm=run.max_grad_norm,
-            seed=run.seed,
+            # Each process drops out other entries.
+            seed=run.seed if rank == 0 else streams.number(run.seed, "process", rank),
             average=list(self.average.values()) if self.average else None,
             decay=run.ema or 0.0,
             loss_scale=self.loss_scale,
+            reduce=self.processes.reduce,
         )
+        return self.processes.steps(steps)
 
     def _losses(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each sample of a micro-batch, (b,)."""
@@ -238,7 +291,7 @@ class Training:
         """Evaluate each step that asks for it once, however often the run is resumed there; whether it is the best so far."""
         state = self.state
         if (self.step % self.every == 0 or self.step == self.steps) and state["evaluated"] != self.step:
-            loss = self.judge.evaluate(self.step, self.place.folder, self.journal)
+            loss = self.processes.led(lambda: self.judge.evaluate(self.step, self.place.folder, self.journal))
             best = loss is not None and (state["best"] is None or loss < state["best"])
             news = {"best": loss, "since_best": 0} if best else {"since_best": state["since_best"] + 1}
             state |= {"evaluated": self.step, "val_loss": loss} | news

@@ -40,6 +40,24 @@ class Signals:
         if self._seen != seen and not self._held:
             raise Interrupted(self._seen)
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """What must not be torn and whose end is no place to stop at either: a signal that comes inside is only `seen`."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def note(self) -> None:
+        """From now on no signal raises anything."""
+        self._held += 1
+
+    @property
+    def seen(self) -> int:
+        """The number of the first signal that came, 0 before."""
+        return self._seen
+
     def _handle(self, number: int, frame: object) -> None:
         if self._seen:
             os._exit(128 + number)
