@@ -25,6 +25,9 @@ class Signals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._held:
+            # After `note` the process is ending, and has the time to say why.
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -50,7 +53,7 @@ class Signals:
             self._held -= 1
 
     def note(self) -> None:
-        """From now on no signal raises anything."""
+        """From now on a signal is only `seen`, to the end of the process; a second one still ends it."""
         self._held += 1
 
     @property
