@@ -29,16 +29,26 @@ from trainer.checkpoint import Checkpoints
 from trainer.tracking import journal
 
 # What a run imports when it needs it, here imported once for all children.
-for name in ("diffusers", "hydra", "matplotlib.backends.backend_agg", "peft", "tqdm", "trainer.run", "trainer.sample", "transformers", "yaml"):
+for name in (
+    "diffusers",
+    "hydra",
+    "matplotlib.backends.backend_agg",
+    "peft",
+    "tqdm",
+    "trainer.run",
+    "trainer.sample",
+    "transformers",
+    "yaml",
+):
     importlib.import_module(name)
 
 Action = Callable[[], object]
 LIMIT = 60
 """Seconds after which a run counts as hanging."""
-SCHEDULE = "steps=5 batch=4 save.every=2 evaluation.every=2".split()
+SCHEDULE = ["steps=5", "batch=4", "save.every=2", "evaluation.every=2"]
 """Two epochs of ten samples: every way in which evaluation, saving and the border of an epoch can follow each other."""
-SMALL = "sample.steps=1 evaluation.images=1 tracking=none hardware=cpu".split()
-DEMO = "dataset.pairs=10 dataset.held_out=3".split()
+SMALL = ["sample.steps=1", "evaluation.images=1", "tracking=none", "hardware=cpu"]
+DEMO = ["dataset.pairs=10", "dataset.held_out=3"]
 
 
 @dataclass(slots=True)
@@ -92,8 +102,8 @@ def start(arguments: list[str], output: Path, before: Action | None = None) -> S
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         torch.set_num_threads(1)
         if before:
             before()

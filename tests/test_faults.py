@@ -27,7 +27,6 @@ from program import (
     Lab,
     all_of,
     at,
-    best,
     checkpoint,
     command,
     copied,
@@ -511,7 +510,7 @@ def main(numbers: list[str]) -> int:
                 try:
                     fault.trial(lab, lab.place(), trial)
                     good += 1
-                except Exception:  # noqa: BLE001 - the next one is to be tried as well
+                except Exception:
                     print(f"{fault.number} {fault.what} [{trial}]")
                     traceback.print_exc(file=sys.stdout)
             print(f"{fault.number} {fault.what}: {good}/{fault.count}", flush=True)
