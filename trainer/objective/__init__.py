@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.objective.diffusion import Diffusion, Prediction, Schedule
 from trainer.objective.flow import Flow, Times
 
-__all__ = ["Flow", "Times"]
+__all__ = ["Diffusion", "Flow", "Prediction", "Schedule", "Times"]
