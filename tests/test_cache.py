@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from trainer import files
-from trainer.cache import LITTER, Cache, CacheSettings, Part, View
+from trainer.cache import LITTER, Cache, CacheSettings, Part
 from trainer.dataset import Pairs, Sample, read
+from trainer.dataset.view import View
 from trainer.errors import BadData, Storage, Usage
 
 PARTS = (

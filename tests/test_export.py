@@ -52,7 +52,7 @@ def write(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
 
 
 def prediction(family: Family, network: torch.nn.Module) -> torch.Tensor:
-    spec = family.spec(32, 48, 1)
+    spec = family.spec(32, 48, [(32, 48)] * min(1, max(family.controls)))
     rows = {name: normal(shape, name)[None] for name, shape in spec.items()}
     with torch.no_grad():
         return family.predict(network, rows.pop("latents"), torch.tensor([0.4]), rows)

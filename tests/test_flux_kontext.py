@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from drawn import Noise
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from trainer import export
 from trainer.config import Run
+from trainer.dataset import Sample
+from trainer.dataset.view import Framing
 from trainer.export import Export, Format
 from trainer.method import Lora, trained
 from trainer.model.flux_kontext import FluxKontext, pack
 from trainer.precision import Precision
-from trainer.streams import draws, normal
+from trainer.rows import collate
+from trainer.rows import conditions as conditions_of
+from trainer.streams import normal
 
 HEIGHT, WIDTH = 32, 48
 CAPTIONS = ["make it night", "paint the photo"]
@@ -40,31 +46,26 @@ def pipeline(family: FluxKontext):
     return loaded
 
 
-def controls() -> list[np.ndarray]:
-    return [draws("control", i).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8) for i in range(2)]
+def control_pictures(width: int, height: int) -> list[Noise]:
+    return [Noise(f"control {i}", width, height) for i in range(2)]
 
 
 def noise(family: FluxKontext) -> torch.Tensor:
-    shape = family.spec(HEIGHT, WIDTH, 1)["latents"]
+    shape = family.spec(HEIGHT, WIDTH)["latents"]
     return torch.stack([normal(shape, "noise", i) for i in range(2)])
 
 
-def conditions(family: FluxKontext) -> dict[str, torch.Tensor]:
-    encoder = family.encoder(torch.device("cpu"))
-    rows = [
-        {
-            "control": encoder.encode("control", [image], ""),
-            "prompt": encoder.encode("prompt", [], text),
-            "pooled": encoder.encode("pooled", [], text),
-        }
-        for image, text in zip(controls(), CAPTIONS, strict=True)
-    ]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, torch.Tensor]:
+    """Of two samples with control pictures of this (width, height)."""
+    encoder, target = family.encoder(torch.device("cpu")), Noise("target", WIDTH, HEIGHT)
+    samples = [Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)]
+    views = [Framing(((WIDTH, HEIGHT),), (size,)).view(sample) for sample in samples]
+    return collate([{part: encoder.encode(part, view) for part in ("control", "prompt", "pooled")} for view in views])
 
 
-def theirs(family: FluxKontext, pipe, steps: int = 3) -> np.ndarray:
+def theirs(family: FluxKontext, pipe, steps: int = 3, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
     return pipe(
-        image=torch.stack([torch.from_numpy(image).permute(2, 0, 1) / 255 for image in controls()]),
+        image=torch.stack([torch.from_numpy(image.pixels()).permute(2, 0, 1) / 255 for image in control_pictures(*size)]),
         prompt=CAPTIONS,
         height=HEIGHT,
         width=WIDTH,
@@ -78,8 +79,8 @@ def theirs(family: FluxKontext, pipe, steps: int = 3) -> np.ndarray:
     ).images
 
 
-def ours(family: FluxKontext, network, steps: int = 3) -> np.ndarray:
-    cond, start = conditions(family), noise(family)
+def ours(family: FluxKontext, network, steps: int = 3, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
+    cond, start = conditions(family, size), noise(family)
     with torch.no_grad():
         latents = family.objective.sample(
             lambda x, t: family.predict(network, x, t, cond, 2.5), start, steps, family.shift(*start.shape[2:])
@@ -99,12 +100,14 @@ def watch(network, calls: list) -> None:
     network.forward = noted
 
 
-def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: FluxKontext):
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (80, 64)])
+def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: FluxKontext, size: tuple[int, int]):
+    """Also with control pictures of another size than their targets."""
     pipe, network = pipeline(family), family.network(torch.float32).eval()
     expected, found = [], []
     watch(pipe.transformer, expected)
     watch(network, found)
-    np.testing.assert_allclose(ours(family, network), theirs(family, pipe), atol=1e-5)
+    np.testing.assert_allclose(ours(family, network, size=size), theirs(family, pipe, size=size), atol=1e-5)
     assert len(found) == len(expected) == 3
     for mine, other in zip(found, expected, strict=True):
         tensors = {name for name, value in mine.items() if torch.is_tensor(value)}
@@ -121,6 +124,34 @@ def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: 
         for name in tensors:
             torch.testing.assert_close(mine[name], other[name], rtol=0, atol=1e-5, msg=name)
         assert mine["result"].abs().mean() > 0.01
+
+
+def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(family: FluxKontext):
+    """diffusers' pipeline reads one; the paper numbers them, and the transformer is the same."""
+    network, calls = family.network(torch.float32).eval(), []
+    watch(network, calls)
+    encoder = family.encoder(torch.device("cpu"))
+    sources = control_pictures(WIDTH, HEIGHT)
+    sample = Sample("id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64)))
+    view = Framing(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).view(sample)
+    row = collate([{part: encoder.encode(part, view) for part in family.parts(dict.fromkeys(family.components, ""), 2)}])
+    x = noise(family)[:1]
+    with torch.no_grad():
+        found = family.predict(network, x, torch.tensor([0.5]), conditions_of(row))
+    (call,) = calls
+    theirs = network.__class__.forward
+    pipe = pipeline(family)
+    sizes = [(2, 3), (2, 3), (4, 2)]
+    ids = [pipe._prepare_latent_image_ids(1, *size, "cpu", torch.float32) for size in sizes]
+    for number, one in enumerate(ids):
+        one[:, 0] = number
+    assert torch.equal(call["img_ids"], torch.cat(ids))
+    tokens = [pipe._pack_latents(part, 1, part.shape[1], *part.shape[2:]) for part in (x, row["control"], row["control_2"])]
+    with torch.no_grad():
+        expected = theirs(
+            network, **{name: value for name, value in call.items() if name != "result"} | {"hidden_states": torch.cat(tokens, 1)}
+        )[0]
+    torch.testing.assert_close(pack(found), expected[:, : tokens[0].shape[1]], rtol=0, atol=1e-5)
 
 
 def test_resolution_shift_has_the_published_values(family: FluxKontext):

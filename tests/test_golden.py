@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Tiny
 
 from trainer import model
 from trainer.cache import Cache, Part
-from trainer.dataset import Demo, read, split
+from trainer.dataset import Demo, framing, read, split
 from trainer.files import Digests
 from trainer.loader import Batches, load
 from trainer.loop import fit
 from trainer.lr_scheduler import Cosine
 from trainer.method import Init, Lora, trained
 from trainer.optimizer import AdamW
+from trainer.rows import conditions
 
 GOLDEN = {
     "flux_kontext": {
@@ -48,21 +51,22 @@ def machine() -> str:
 def losses(name: str, folder: Path) -> list[float]:
     """Five steps of LoRA on the tiny self of a family: loss and gradient norm of each."""
     torch.set_num_threads(1)
-    kind = model.families()[name]
-    settings = dict(setting.split("=", 1) for setting in kind.tiny(folder / "model"))
-    family = kind(path=settings["model.path"], text_length=int(settings["model.text_length"]))
-    dataset = Demo(resolution=settings["dataset.resolution"], pairs=6, held_out=1, edits=["night"])
-    samples = split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
-    made = family.parts(dict.fromkeys(family.components, ""), 1)
-    cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
-    batches = Batches(samples, cache, family, dataset, dataset.size(), seed=0, batch=5, micro_batch=2)
-    encoder = family.encoder(torch.device("cpu"))
-    pictures = {"image": lambda view: [view.pixels()], "controls": lambda view: view.control_pixels(), "caption": lambda view: []}
-    views = [batches.view(0, index) for index in range(len(samples))]
-    cache.fill(
-        cache.missing(views),
-        lambda part, view: encoder.encode(part, [image for field in made[part].fields for image in pictures[field](view)], view.caption),
+    tiny = Tiny(name, model.families()[name].tiny(folder / "model"))
+    family = tiny.family()
+    dataset = Demo(
+        resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"], pairs=6, held_out=1, edits=["night"]
     )
+    controls = min(1, max(family.controls))
+    samples = [
+        replace(sample, controls=sample.controls[:controls])
+        for sample in split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
+    ]
+    made = family.parts(dict.fromkeys(family.components, ""), controls)
+    cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
+    batches = Batches(samples, cache, family, dataset, framing(dataset, family.multiple), seed=0, batch=5, micro_batch=2)
+    encoder = family.encoder(torch.device("cpu"))
+    views = [batches.view(0, index) for index in range(len(samples))]
+    cache.fill(cache.missing(views), encoder.encode)
     network = family.network(torch.float64)
     Lora(rank=2, alpha=2.0, init=Init.gaussian).attach(network, family.targets, seed=0)
     network.double()
@@ -70,9 +74,9 @@ def losses(name: str, folder: Path) -> list[float]:
 
     def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = {name: tensor.double() for name, tensor in rows.items()}
-        clean, noise, times = rows.pop("latents"), rows.pop("noise"), rows.pop("time")
+        clean, noise, times = rows["latents"], rows["noise"], rows["time"]
         x = family.objective.noised(clean, noise, times)
-        return family.objective.losses(family.predict(network, x, times, rows), clean, noise)
+        return family.objective.losses(family.predict(network, x, times, conditions(rows)), clean, noise, times)
 
     steps = fit(
         parameters,

@@ -39,10 +39,10 @@ def test_the_held_out_times_rise_with_their_quantiles():
 
 def test_a_perfect_prediction_has_no_loss_and_leads_from_noise_to_the_picture():
     clean, noise = normal((2, 3, 4, 4), "clean"), normal((2, 3, 4, 4), "noise")
-    flow = Flow()
-    torch.testing.assert_close(flow.losses(noise - clean, clean, noise), torch.zeros(2))
+    flow, time = Flow(), torch.tensor([0.2, 0.7])
+    torch.testing.assert_close(flow.losses(noise - clean, clean, noise, time), torch.zeros(2))
     torch.testing.assert_close(flow.sample(lambda x, t: noise - clean, noise, steps=5, shift=2.0), clean)
-    torch.testing.assert_close(flow.losses(noise - clean + 2, clean, noise), torch.full((2,), 4.0))
+    torch.testing.assert_close(flow.losses(noise - clean + 2, clean, noise, time), torch.full((2,), 4.0))
 
 
 def test_noising_runs_from_the_picture_to_the_noise():

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import files
-from trainer.dataset.sample import FAULTS_LISTED, Sample, Source
+from trainer.dataset.sample import FAULTS_LISTED
+from trainer.dataset.view import View
 from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 SCHEMA = 1
@@ -50,41 +50,13 @@ class CacheSettings:
 class Part:
     """One tensor that a family wants cached.
 
-    `fields` of a sample it is made from: "image", "controls", "caption". `maker`: a digest of all on the family's side that
-    shapes it: encoder weights, tokenizer, template, dtype.
+    `fields` of a sample it is made from (see `View.content`). `maker`: a digest of all on the family's side that shapes it: encoder weights,
+    tokenizer, template, dtype.
     """
 
     name: str
     fields: tuple[str, ...]
     maker: str
-
-
-@dataclass(slots=True, frozen=True)
-class View:
-    """A sample as the model sees it: pictures at one size in pixels, perhaps mirrored, perhaps without its caption."""
-
-    sample: Sample
-    width: int
-    height: int
-    flip: bool = False
-    drop_caption: bool = False
-
-    @property
-    def caption(self) -> str:
-        return "" if self.drop_caption else self.sample.caption
-
-    def pixels(self) -> np.ndarray:
-        """The target, (height, width, 3) uint8. Raises errors.BadData."""
-        return self._fit(self.sample.image)
-
-    def control_pixels(self) -> list[np.ndarray]:
-        """The controls, (height, width, 3) uint8 each. Raises errors.BadData."""
-        return [self._fit(source) for source in self.sample.controls]
-
-    def _fit(self, source: Source) -> np.ndarray:
-        from trainer.dataset.picture import fit
-
-        return fit(source.open(), self.width, self.height, self.flip)
 
 
 class Cache:
@@ -109,7 +81,7 @@ class Cache:
         """64 hex digits that stand for everything this entry is made from."""
         key = self._keys.get((part, view))
         if key is None:
-            made_of = [SCHEMA, part.name, part.maker, {field: _content(field, view) for field in part.fields}]
+            made_of = [SCHEMA, part.name, part.maker, {field: view.content(field) for field in part.fields}]
             key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
             self._keys[part, view] = key
         return key
@@ -243,27 +215,9 @@ class Cache:
                 raise
 
 
-def _content(field: str, view: View) -> object:
-    """What a sample's field puts into a key: content and transform, never a name."""
-    if field == "caption":
-        return view.caption
-    if field == "image":
-        return [view.sample.image.digest(), view.width, view.height, view.flip]
-    if field == "controls":
-        return [[source.digest(), view.width, view.height, view.flip] for source in view.sample.controls]
-    raise ValueError(f"a sample has no field {field!r}: image, controls, caption")
-
-
 def _describe(part: Part, view: View) -> str:
     """For people: what an entry is made from."""
-    names = []
-    if "image" in part.fields:
-        names.append(view.sample.image.name)
-    if "controls" in part.fields:
-        names += [source.name for source in view.sample.controls]
-    if "caption" in part.fields:
-        names.append(f"caption {view.caption:.80}" if view.caption else "the empty caption")
-    return ", ".join(names)
+    return ", ".join(text for field in part.fields for text in view.describe(field))
 
 
 def _digest(entry: dict[str, str], value: Tensor) -> str:

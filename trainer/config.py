@@ -266,6 +266,10 @@ def check(run: Run) -> None:
         )
     if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
         raise Usage("evaluation.patience needs samples that are held out; type dataset.validation_fraction=0.15 or another share above 0")
+    if option(run.method) not in run.model.methods:
+        raise Usage(
+            f"method={option(run.method)}: this model is trained by {', '.join(run.model.methods)}; type method={run.model.methods[0]}"
+        )
     storage, compute = run.precision.storage, run.precision.compute
     if storage in (precision.Storage.bf16, precision.Storage.fp16) and compute is precision.Compute.float32:
         raise Usage(

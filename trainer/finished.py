@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import config, files
-from trainer.cache import View
 from trainer.config import Run, Stage
 from trainer.dataset import Sample
 from trainer.errors import Usage
-from trainer.material import Material, drawn, encode, held_out, prepare
+from trainer.material import Material, drawn, encode, held_out, prepare, unconditional
 from trainer.place import find
 from trainer.report import say
 
 if TYPE_CHECKING:
+    from trainer.dataset.view import View
     from trainer.judge import Judge
 
 
@@ -50,7 +50,8 @@ def evaluate(run: Run, material: Material, judge: Judge, folder: Path, step: int
     """Held-out loss and pictures of the best weights, beside those before training; written to `<folder>/evaluation`."""
     from trainer.tracking.journal import Journal, read
 
-    encode(run, material, held_out(run, material, run.evaluation.samples) + [view for view, _ in drawn(run, material)])
+    to_draw = [view for view, _ in drawn(run, material)]
+    encode(run, material, held_out(run, material, run.evaluation.samples) + to_draw + unconditional(run, to_draw))
     where = folder / "evaluation" / f"step-{step:08d}"
     where.mkdir(parents=True, exist_ok=True)
     (where / "journal.jsonl").unlink(missing_ok=True)
@@ -83,9 +84,10 @@ def sample(run: Run, material: Material, judge: Judge, root: Path, step: int) ->
     paths = [root / name / f"{i:05d}.png" for i in range(len(views))]
     files.write_json(root / name / "request.json", request | {"captions": [view.caption for view in views]})
     lacking = [i for i, path in enumerate(paths) if not path.exists()]
-    encode(run, material, [views[i] for i in lacking])
-    images = judge.draw([views[i] for i in lacking], [run.sample.seed + i for i in lacking])
-    for i, image in zip(lacking, images, strict=True):
+    wanted = [views[i] for i in lacking]
+    encode(run, material, wanted + unconditional(run, wanted))
+    for place, image in judge.draw(wanted, [run.sample.seed + i for i in lacking]):
+        i = lacking[place]
         strip.save(paths[i], image)
         yield paths[i], views[i].caption
     if not lacking:
@@ -103,4 +105,5 @@ def _prompted(run: Run, material: Material) -> list[View]:
     digests = files.Digests(material.cache.root / "digests.sqlite")
     sources = [(FileSource(Path(name).expanduser(), digests),) for name in names] or [()]
     target = material.split.train[0].image
-    return [View(Sample(f"prompt-{i}", target, prompt, sources[i % len(sources)]), *material.size) for i, prompt in enumerate(prompts)]
+    samples = [Sample(f"prompt-{i}", target, prompt, sources[i % len(sources)]) for i, prompt in enumerate(prompts)]
+    return [material.framing.view(sample) for sample in samples]

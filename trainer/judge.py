@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config import Run
 from trainer.evaluation import held_out_loss, psnr
-from trainer.material import Material, drawn, held_out
+from trainer.material import Material, drawn, held_out, unconditional
 from trainer.method import swapped
 from trainer.sample import pictures
 
@@ -54,10 +54,12 @@ class Judge:
         return values.get("val/loss")
 
     def draw(self, views: list, seeds: list[int]):
-        """One picture, uint8 (H, W, 3), for each view and seed; its parts must be cached."""
-        rows = [self.material.cache.row(view) for view in views]
+        """The place of a view and its picture, uint8 (H, W, 3), for each view and seed; the parts of `to_draw(views)` must be cached."""
+        run, cache = self.run, self.material.cache
+        rows = [cache.row(view) for view in views]
+        bare = [cache.row(view) for view in unconditional(run, views)] or None
         with self._judged():
-            yield from pictures(self.run.model, self.predict, self.encoder, rows, seeds, self.run.sample, self.device, self.at_once)
+            yield from pictures(run.model, self.predict, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once)
 
     def _judged(self):
         self.network.eval()
@@ -71,13 +73,14 @@ class Judge:
         here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
         likeness = []
         images = self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
-        for i, (image, (view, comparable)) in enumerate(zip(images, wanted, strict=True), 1):
+        for place, image in images:
+            i, (view, comparable) = place + 1, wanted[place]
             if comparable:
                 likeness.append(psnr(image, view.pixels()))
             if i > self.run.evaluation.shown:
                 continue
             strip.save(here / f"{i}.png", image)
-            row = dict(zip(("control",), view.control_pixels(), strict=False))
+            row = {name.replace("_", " "): view.picture(name) for name in view.controls}
             if step and (first / f"{i}.png").exists():
                 row["before training"] = strip.load(first / f"{i}.png")
             row[f"step {step}"] = image

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from trainer.cache import Cache, View
+from trainer.cache import Cache
 from trainer.errors import Storage
+from trainer.rows import Row, chunks, collate
 from trainer.signals import in_worker
 from trainer.streams import draws, fraction, normal
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from trainer.dataset import Dataset, Sample
+    from trainer.dataset.view import Framing, View
     from trainer.model import Family
 
 STALLED = 600
@@ -38,16 +39,10 @@ def visits(seed: int, step: int, batch: int, count: int) -> list[tuple[int, int]
     return [(visit, int(_permutation(seed, visit // count, count)[visit % count])) for visit in range(first, first + batch)]
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of equal shapes -> one row of tensors (B, ...)."""
-    import torch
-
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
 @dataclass(slots=True)
 class Batches:
-    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample.
+    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample, where asked for its `weight`
+    in the loss. A micro-batch has one size of pictures.
 
     Of `count` processes the one of `rank` gets each `count`-th sample of a batch; perhaps one fewer than others, or none.
     """
@@ -56,12 +51,13 @@ class Batches:
     cache: Cache
     family: Family
     settings: Dataset
-    size: tuple[int, int]
+    framing: Framing
     seed: int
     batch: int
     micro_batch: int
     rank: int = 0
     count: int = 1
+    weighted: bool = False
 
     def share(self, step: int) -> list[tuple[int, int]]:
         """(visit, sample index) of each place of this process's share of a step's batch."""
@@ -70,20 +66,26 @@ class Batches:
     def view(self, visit: int, index: int) -> View:
         """The sample as it is seen at this visit: flipped or not, with its caption or without."""
         sample, settings = self.samples[index], self.settings
-        return View(
+        return self.framing.view(
             sample,
-            *self.size,
             flip=settings.flip and fraction(self.seed, "flip", visit, sample.id) < 0.5,
             drop_caption=fraction(self.seed, "caption dropout", visit, sample.id) < settings.caption_dropout,
+            drop_control=fraction(self.seed, "control dropout", visit, sample.id) < settings.control_dropout,
         )
 
-    def row(self, visit: int, index: int) -> dict[str, torch.Tensor]:
+    def row(self, visit: int, index: int) -> Row:
         import torch
 
         view = self.view(visit, index)
-        row = dict(self.cache.row(view))
+        row = self.cache.row(view)
         name = view.sample.id
         shape = tuple(row["latents"].shape)
+        if "latents_std" in row:
+            row["latents"] = row["latents"] + row.pop("latents_std") * normal(shape, self.seed, "posterior", visit, name)
+        if self.weighted:
+            floor = self.settings.mask_floor
+            mask = row.pop("mask", torch.ones(1, 1, 1))
+            row["weight"] = view.sample.weight * (floor + (1 - floor) * mask).expand(1, *shape[1:])
         # Half a unit in the last place keeps the quantile off 0, where a normal distribution has no finite value.
         quantile = fraction(self.seed, "time", visit, name) + 2**-54
         row["noise"] = normal(shape, self.seed, "noise", visit, name)
@@ -97,12 +99,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, step: int) -> tuple[int, list[dict[str, torch.Tensor]]]:
+    def __getitem__(self, step: int) -> tuple[int, list[Row]]:
         rows = [self.row(*visit) for visit in self.share(step)]
-        return step, [collate(rows[i : i + self.micro_batch]) for i in range(0, len(rows), self.micro_batch)]
+        return step, [collate([rows[i] for i in chunk]) for chunk in chunks(rows, self.micro_batch)]
 
 
-def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
+def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[Row]]]:
     """Steps `start` + 1 .. `stop`, read ahead by `workers` processes (0: in this one). Raises errors.Storage where a worker dies or hangs."""
     from torch.utils.data import DataLoader
 

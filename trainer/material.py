@@ -6,13 +6,15 @@ import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import config, dataset, files
-from trainer.cache import Cache, Part, View
+from trainer.cache import Cache, Part
 from trainer.config import Run
-from trainer.dataset import Split
+from trainer.dataset import Sample, Split
+from trainer.dataset.view import Framing, View
 from trainer.errors import BadData, Usage
 from trainer.report import refresh
 
@@ -20,14 +22,26 @@ if TYPE_CHECKING:
     import torch
 
 
+MASK = "mask"
+
+
 @dataclass(slots=True)
 class Material:
     split: Split
-    size: tuple[int, int]
-    """(width, height) in pixels."""
+    framing: Framing
     cache: Cache
     digests: dict[str, Any]
     """Of the data set, and of each component of the model."""
+
+    @property
+    def visited(self) -> list[Sample]:
+        """The samples to train on as an epoch visits them: some several times."""
+        return [sample for sample in self.split.train for _ in range(sample.repeats)]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some samples, or parts of their pictures, count more than others."""
+        return any(sample.mask or sample.weight != 1 for sample in self.split.train)
 
     @property
     def controls(self) -> int:
@@ -44,34 +58,45 @@ def prepare(run: Run) -> Material:
     counts = {len(sample.controls) for sample in (*split.train, *split.validation)}
     if len(counts) > 1:
         raise BadData(f"{where}: some samples have {min(counts)} control pictures and some {max(counts)}; all must have as many")
-    size = _size(run)
+    if min(counts) not in run.model.controls:
+        takes = (
+            "no control pictures"
+            if not max(run.model.controls)
+            else f"{min(run.model.controls)} to {max(run.model.controls)} control pictures a sample"
+        )
+        raise Usage(
+            f"{where} has {min(counts)} control pictures a sample, and this model takes {takes}; choose another dataset, or another model"
+        )
+    framing = dataset.framing(run.dataset, run.model.multiple)
     weights = run.model.digest(digests)
     content = [
-        (sample.id, side, sample.caption, sample.image.digest(), [control.digest() for control in sample.controls])
+        (sample.id, side, sample.caption, sample.image.digest(), [control.digest() for control in sample.controls], *_extras(sample))
         for side, samples in (("train", split.train), ("validation", split.validation))
         for sample in samples
     ]
     digests.flush()
     parts = [Part(name, made.fields, made.maker) for name, made in run.model.parts(weights, counts.pop()).items()]
+    if any(sample.mask for sample in split.train):
+        parts.append(Part(MASK, (MASK,), f"area means over {_pixels_a_latent(run)} pixels"))
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Material(split, size, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights})
+    return Material(split, framing, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights})
 
 
-def _size(run: Run) -> tuple[int, int]:
+def _extras(sample: Sample) -> list:
+    """What only some samples have and counts in training."""
+    extras = [sample.mask and sample.mask.digest(), sample.weight, sample.repeats]
+    return extras if extras != [None, 1.0, 1] else []
+
+
+def _pixels_a_latent(run: Run) -> int:
     width, height = run.dataset.size()
-    multiple = run.model.multiple
-    if width % multiple or height % multiple:
-        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
-        raise Usage(
-            f"dataset.resolution={run.dataset.resolution}: this model takes sides divisible by {multiple}; type dataset.resolution={nearest}"
-        )
-    return width, height
+    return height // run.model.spec(height, width)["latents"][1]
 
 
 def held_out(run: Run, material: Material, count: int) -> list[View]:
     """Validation samples to judge by: the first by the hash of their ids, so that a set that grows keeps most of them."""
     by_hash = sorted(material.split.validation, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
-    return [View(sample, *material.size) for sample in by_hash[:count]]
+    return [material.framing.view(sample) for sample in by_hash[:count]]
 
 
 def drawn(run: Run, material: Material) -> list[tuple[View, bool]]:
@@ -81,7 +106,7 @@ def drawn(run: Run, material: Material) -> list[tuple[View, bool]]:
     """
     settings = run.evaluation
     views = held_out(run, material, len(settings.prompts or ()) or settings.images)
-    views = views or [View(sample, *material.size) for sample in material.split.train[: settings.images]]
+    views = views or [material.framing.view(sample) for sample in material.split.train[: settings.images]]
     if settings.prompts is None:
         return [(view, True) for view in views for _ in range(settings.images_per_prompt)]
     return [
@@ -93,10 +118,18 @@ def drawn(run: Run, material: Material) -> list[tuple[View, bool]]:
 
 def views(run: Run, material: Material) -> list[View]:
     """Every view that training and evaluation can ask the cache for."""
-    flips = (False, True) if run.dataset.flip else (False,)
-    drops = (False, True) if run.dataset.caption_dropout else (False,)
-    training = [View(sample, *material.size, flip, drop) for sample in material.split.train for flip in flips for drop in drops]
-    return training + held_out(run, material, run.evaluation.samples) + [view for view, _ in drawn(run, material)]
+    settings = run.dataset
+    asked = (settings.flip, settings.caption_dropout, settings.control_dropout)
+    ways = list(product(*((False, True) if wanted else (False,) for wanted in asked)))
+    training = [material.framing.view(sample, *way) for sample in material.split.train for way in ways]
+    to_draw = [view for view, _ in drawn(run, material)]
+    return training + held_out(run, material, run.evaluation.samples) + to_draw + unconditional(run, to_draw)
+
+
+def unconditional(run: Run, views: list[View]) -> list[View]:
+    """The views that drawing these needs beside them for classifier-free guidance: the same without captions, where the model asks for it."""
+    asked = run.model.classifier_free and run.sample.guidance != 1
+    return [replace(view, drop_caption=True) for view in views] if asked else []
 
 
 def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
@@ -104,14 +137,11 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
     from tqdm import tqdm
 
     cache = material.cache
-    fields = {part.name: part.fields for part in cache.parts}
     # Loads nothing before it is first used.
     encoder = run.model.encoder(config.open_device(run))
 
     def make(part: str, view: View) -> torch.Tensor:
-        pictures = [view.pixels()] if "image" in fields[part] else []
-        pictures += view.control_pixels() if "controls" in fields[part] else []
-        return encoder.encode(part, pictures, view.caption)
+        return _mask(view, _pixels_a_latent(run)) if part == MASK else encoder.encode(part, view)
 
     missing = cache.missing(wanted)
     # One at a time: a second process would make the same entries, so it waits and finds them there.
@@ -119,3 +149,13 @@ def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
         missing = missing and cache.missing(wanted)
         with tqdm(missing, desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as entries:
             return cache.fill(entries, make)
+
+
+def _mask(view: View, pixels: int) -> torch.Tensor:
+    """The edit mask of a sample at its latents' size, (1, h, w) in [0, 1]; all ones where it has none."""
+    import torch
+
+    if view.sample.mask is None:
+        return torch.ones(1, view.height // pixels, view.width // pixels)
+    grey = torch.from_numpy(view.picture(MASK)).float().mean(2) / 255
+    return torch.nn.functional.avg_pool2d(grey[None], pixels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,14 @@ from trainer.material import Material, encode, prepare, views
 from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
 from trainer.processes import Processes, rank_and_count
 from trainer.report import Progress, say, size
+from trainer.rows import Row, conditions
 from trainer.signals import Signals
 
 if TYPE_CHECKING:
     import torch
 
     from trainer import tracking
+    from trainer.dataset.view import View
     from trainer.tracking.journal import Journal
 
 
@@ -58,18 +61,19 @@ def check(run: Run, material: Material) -> None:
     micro_batch = run.hardware.micro_batch_for(run.batch, whole)
     steps, split, cache = total_steps(run, material), material.split, material.cache
     wanted = views(run, material)
-    spec = run.model.spec(material.size[1], material.size[0], material.controls)
     missing = cache.missing(wanted)
     # Entries are in float32 at most; a checkpoint holds weights and two moments each.
-    bytes_missing = sum(4 * _product(spec[part.name]) for part, _ in missing)
+    bytes_missing = sum(4 * math.prod(shapes(run, view).get(part.name, ())) for part, view in missing)
     kept = (run.save.keep + 1) * training * 4 * (3 + bool(run.ema))
     say(f"identity    {config.identity(run)}  (folder {Path(run.out) / config.identity(run)})")
     say(f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train")
     say(
-        f"data        {len(split.train)} to train on, {len(split.validation)} held out, {material.size[0]}x{material.size[1]} px, {material.controls} control(s) each"
+        f"data        {len(split.train)} to train on, {len(split.validation)} held out, "
+        f"{', '.join(f'{width}x{height}' for width, height in material.framing.sizes)} px, {material.controls} control(s) each"
     )
     say(
-        f"training    {steps} steps of {run.batch}: {steps * run.batch / len(split.train):.1f} epochs; {-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
+        f"training    {steps} steps of {run.batch}: {steps * run.batch / len(material.visited):.1f} epochs; "
+        f"{-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
     )
     say(
         f"optimizer   {config.option(run.optimizer)}, learning rate {run.optimizer.lr:g}, {config.option(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
@@ -79,11 +83,9 @@ def check(run: Run, material: Material) -> None:
     say(f"checkpoints up to {size(kept)} for {run.save.keep} and the best")
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result
+def shapes(run: Run, view: View) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is cached of a view."""
+    return run.model.spec(view.height, view.width, [view.size(name)[::-1] for name in view.controls])
 
 
 def train(run: Run, material: Material, signals: Signals, processes: Processes, overrides: list[str]) -> float | None:
@@ -250,7 +252,17 @@ class Training:
         micro_batch = run.hardware.micro_batch_for(run.batch, sum(p.numel() for p in self.network.parameters()))
         rank, count = self.processes.rank, self.processes.count
         batches = Batches(
-            material.split.train, material.cache, run.model, run.dataset, material.size, run.seed, run.batch, micro_batch, rank, count
+            material.visited,
+            material.cache,
+            run.model,
+            run.dataset,
+            material.framing,
+            run.seed,
+            run.batch,
+            micro_batch,
+            rank,
+            count,
+            material.weighted,
         )
         steps = fit(
             list(self.trained.values()),
@@ -270,12 +282,13 @@ class Training:
         )
         return self.processes.steps(steps)
 
-    def _losses(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _losses(self, row: Row) -> torch.Tensor:
         """The loss of each sample of a micro-batch, (b,)."""
-        rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
-        clean, noise, times = rows.pop("latents").float(), rows.pop("noise"), rows.pop("time")
+        row = {name: tensor.to(self.device, non_blocking=True) for name, tensor in row.items()}
+        clean, noise, times = row["latents"].float(), row["noise"], row["time"]
         objective = self.run.model.objective
-        return objective.losses(self.judge.predict(objective.noised(clean, noise, times), times, rows), clean, noise)
+        prediction = self.judge.predict(objective.noised(clean, noise, times), times, conditions(row))
+        return objective.losses(prediction, clean, noise, times, row.get("weight"))
 
     def _log(self, done, speed: dict[str, float]) -> None:
         from trainer.hardware import memory
@@ -375,7 +388,7 @@ def show_what_lacks(run: Run, place: Place, overrides: list[str]) -> None:
 
 def total_steps(run: Run, material: Material) -> int:
     """`steps`, or `epochs` x samples / batch rounded up."""
-    return run.steps or -(-run.epochs * len(material.split.train) // run.batch)
+    return run.steps or -(-run.epochs * len(material.visited) // run.batch)
 
 
 @contextmanager

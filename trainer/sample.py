@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import Usage
+from trainer.rows import Row, chunks, collate, conditions
 from trainer.streams import normal
 
 if TYPE_CHECKING:
@@ -39,26 +40,33 @@ class Sampling:
 
 def pictures(
     family: Family,
-    predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], float | None], torch.Tensor],
+    predict: Callable[[torch.Tensor, torch.Tensor, Row, float | None], torch.Tensor],
     encoder: Encoder,
-    rows: list[dict[str, torch.Tensor]],
+    rows: list[Row],
+    unconditional: list[Row] | None,
     seeds: list[int],
     settings: Sampling,
     device: torch.device,
     at_once: int,
-) -> Iterator[np.ndarray]:
-    """One picture, uint8 (H, W, 3), for each row of conditions (its `latents` give the shape) and seed."""
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The place of a row and its picture, uint8 (H, W, 3), for each row of conditions (its `latents` give the shape) and seed; sizes one by one.
+
+    `unconditional` are the rows of the same samples without their captions, for classifier-free guidance (Ho & Salimans 2022); None: none.
+    """
     import torch
 
-    for start in range(0, len(rows), at_once):
-        chunk = rows[start : start + at_once]
-        first = torch.stack([normal(tuple(row["latents"].shape), "sample", seed) for row, seed in zip(chunk, seeds[start:], strict=False)])
-        cond = {name: torch.stack([row[name] for row in chunk]).to(device) for name in chunk[0] if name != "latents"}
+    def joined(rows: list[Row], chunk: list[int]) -> Row:
+        return {name: tensor.to(device) for name, tensor in collate([conditions(rows[i]) for i in chunk]).items()}
 
-        def step(x: torch.Tensor, t: torch.Tensor, cond: dict = cond) -> torch.Tensor:
-            return predict(x, t, cond, settings.guidance)
+    for chunk in chunks(rows, at_once):
+        first = torch.stack([normal(tuple(rows[i]["latents"].shape), "sample", seeds[i]) for i in chunk]).to(device)
+        captioned, bare = joined(rows, chunk), unconditional and joined(unconditional, chunk)
+
+        def step(x: torch.Tensor, t: torch.Tensor, captioned: Row = captioned, bare: Row | None = bare) -> torch.Tensor:
+            prediction = predict(x, t, captioned, settings.guidance)
+            return family.guided(prediction, predict(x, t, bare, settings.guidance), settings.guidance) if bare else prediction
 
         with torch.no_grad():
-            latents = family.objective.sample(step, first.to(device), settings.steps, family.shift(*first.shape[2:]))
+            latents = family.objective.sample(step, first, settings.steps, family.shift(*first.shape[2:]))
         images = encoder.decode(latents).permute(0, 2, 3, 1).mul(255).round().byte().cpu().numpy()
-        yield from images
+        yield from zip(chunk, images, strict=True)

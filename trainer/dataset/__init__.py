@@ -14,6 +14,7 @@ from trainer.dataset.sample import Sample, Source, Split
 from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
+    from trainer.dataset.view import Framing
     from trainer.files import Digests
 
 __all__ = ["OPTIONS", "Dataset", "ImageFolder", "Pairs", "Sample", "Source", "Split", "read", "split"]
@@ -25,6 +26,8 @@ class Dataset:
 
     `resolution` is the side of a square (1024) or width x height ("832x576"); null: the model's own.
     `validation_fraction` is the share of samples held out where the layout does not say itself; 0 trains without validation.
+    `caption_dropout` and `control_dropout` are the shares of visits at which a sample's caption is empty, its control pictures grey.
+    `control_resolution` is the size of control pictures; null: that of their target. `mask_floor` is the weight of the loss outside an edit mask.
     `limit` keeps only the first samples in the order of their ids (of each split, where the layout has splits itself).
     """
 
@@ -35,26 +38,25 @@ class Dataset:
     caption_column: str = "text"
     image_column: str = "file_name"
     caption_dropout: float = 0.0
+    control_dropout: float = 0.0
+    control_resolution: str | None = None
+    mask_floor: float = 0.1
     flip: bool = False
 
     def __post_init__(self) -> None:
         self.size()
+        _parsed("control_resolution", self.control_resolution)
         if not 0 <= self.validation_fraction < 1:
             raise Usage(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
-        if not 0 <= self.caption_dropout <= 1:
-            raise Usage(f"dataset.caption_dropout={self.caption_dropout} is no probability: type 0 to 1.")
+        for name in ("caption_dropout", "control_dropout", "mask_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Usage(f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1.")
         if self.limit is not None and self.limit < 1:
             raise Usage(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) in pixels that was asked for; None: the model's own. Raises errors.Usage."""
-        if self.resolution is None:
-            return None
-        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(self.resolution))
-        width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not width or not height:
-            raise Usage(f"dataset.resolution={self.resolution} is no size: type 1024 for a square, or width x height like 832x576.")
-        return width, height
+        return _parsed("resolution", self.resolution)
 
     def folder(self) -> Path:
         """The data set's folder. Raises errors.Usage where none was named, errors.BadData where it does not exist."""
@@ -127,6 +129,31 @@ def read(settings: Dataset, digests: Digests) -> list[Sample]:
     for sample in sorted(settings.read(digests), key=lambda sample: sample.id):
         groups[sample.split].append(sample)
     return sorted((sample for group in groups.values() for sample in group[: settings.limit]), key=lambda sample: sample.id)
+
+
+def framing(settings: Dataset, multiple: int) -> Framing:
+    """The sizes of a data set's pictures for a model that takes sides divisible by `multiple`. Raises errors.Usage."""
+    from trainer.dataset.view import Framing
+
+    control = _parsed("control_resolution", settings.control_resolution)
+    for key, text, size in (
+        ("resolution", settings.resolution, settings.size()),
+        ("control_resolution", settings.control_resolution, control),
+    ):
+        if size and any(side % multiple for side in size):
+            nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+            raise Usage(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={nearest}")
+    return Framing((settings.size(),), (control,) if control else ())
+
+
+def _parsed(key: str, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(text))
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not width or not height:
+        raise Usage(f"dataset.{key}={text} is no size: type 1024 for a square, or width x height like 832x576.")
+    return width, height
 
 
 def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:

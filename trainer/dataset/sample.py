@@ -39,13 +39,20 @@ class Source(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Sample:
-    """One training example; `split` is "train" or "validation" where the layout says so itself."""
+    """One training example; `split` is "train" or "validation" where the layout says so itself.
+
+    `mask` is an edit mask over the target: white where the loss counts fully, black where `dataset.mask_floor` of it counts. `weight` multiplies
+    the loss in training, `repeats` are visits an epoch.
+    """
 
     id: str
     image: Source
     caption: str
     controls: tuple[Source, ...] = ()
     split: str | None = None
+    mask: Source | None = None
+    weight: float = 1.0
+    repeats: int = 1
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import Usage
+from trainer.rows import Row, chunks, collate, conditions
 from trainer.streams import normal
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Evaluation:
 def held_out_loss(
     family: Family,
     predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
-    rows: list[tuple[str, dict[str, torch.Tensor]]],
+    rows: list[tuple[str, Row]],
     device: torch.device,
     at_once: int,
 ) -> dict[str, float]:
@@ -52,18 +53,17 @@ def held_out_loss(
     import torch
 
     points = [(quantile, name, row) for quantile in QUANTILES for name, row in rows]
-    losses = []
-    for start in range(0, len(points), at_once):
-        chunk = points[start : start + at_once]
-        clean = torch.stack([row["latents"] for _, _, row in chunk]).float()
-        noises = torch.stack([normal(tuple(clean.shape[1:]), "held-out", name, quantile) for quantile, name, _ in chunk])
+    losses = [0.0] * len(points)
+    for chunk in chunks([row for _, _, row in points], at_once):
+        batch = {name: tensor.to(device) for name, tensor in collate([points[i][2] for i in chunk]).items()}
+        clean = batch["latents"].float()
+        noises = torch.stack([normal(tuple(clean.shape[1:]), "held-out", points[i][1], points[i][0]) for i in chunk]).to(device)
         shift = family.shift(*clean.shape[2:])
-        times = torch.tensor([family.objective.time(quantile, shift) for quantile, _, _ in chunk])
-        clean, noises, times = clean.to(device), noises.to(device), times.to(device)
-        cond = {name: torch.stack([row[name] for _, _, row in chunk]).to(device) for name in chunk[0][2] if name != "latents"}
+        times = torch.tensor([family.objective.time(points[i][0], shift) for i in chunk]).to(device)
         with torch.no_grad():
-            prediction = predict(family.objective.noised(clean, noises, times), times, cond)
-        losses += family.objective.losses(prediction, clean, noises).tolist()
+            prediction = predict(family.objective.noised(clean, noises, times), times, conditions(batch))
+        for i, loss in zip(chunk, family.objective.losses(prediction, clean, noises, times).tolist(), strict=True):
+            losses[i] = loss
     result = {"val/loss": math.fsum(losses) / len(losses)}
     for i, quantile in enumerate(QUANTILES):
         result[f"val/loss_q{quantile * 100:.0f}"] = math.fsum(losses[i * len(rows) : (i + 1) * len(rows)]) / len(rows)

@@ -22,9 +22,9 @@ from trainer import files
 from trainer.errors import BadData, NoWeights, Usage
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from trainer.dataset.view import View
     from trainer.files import Digests
 
 PACKAGE = "package:"
@@ -62,8 +62,8 @@ class Suggested:
 class Encoder(Protocol):
     """The frozen parts that make what is cached, and turn latents into pictures; each is loaded when first used."""
 
-    def encode(self, part: str, pictures: Sequence[np.ndarray], caption: str) -> torch.Tensor:
-        """One part of one sample. `pictures`: uint8 (H, W, 3), those that the part is made from."""
+    def encode(self, part: str, view: View) -> torch.Tensor:
+        """One part of one sample as it is seen by `view`."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
@@ -82,6 +82,12 @@ class Family:
     """Subfolders of the checkpoint that are needed."""
     denoiser = "transformer"
     """The one of them that trains."""
+    methods = ("lora", "dora", "lokr", "loha", "full")
+    """What its network can be trained by."""
+    controls = range(1)
+    """How many control pictures a sample may have."""
+    classifier_free = False
+    """Whether drawing with guidance compares with the prediction without the caption."""
     multiple = 1
     """Pixels by which sides must be divisible."""
     targets = ()
@@ -97,8 +103,8 @@ class Family:
         """What is cached of one sample with this many controls, given the digest of each component."""
         raise NotImplementedError
 
-    def spec(self, height: int, width: int, controls: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every cached tensor of one sample of `height` x `width` pixels."""
+    def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every cached tensor of one sample of `height` x `width` pixels with control pictures of these (height, width)."""
         raise NotImplementedError
 
     def encoder(self, device: torch.device) -> Encoder:
@@ -117,6 +123,10 @@ class Family:
     ) -> torch.Tensor:
         """The network's prediction for noisy latents `x` (B, C, h, w) at times `t` (B,) under `cond`, the collated row less the latents."""
         raise NotImplementedError
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022) on predictions (B, C, h, w)."""
+        return unconditional + guidance * (conditional - unconditional)
 
     def export_name(self, key: str) -> str:
         """A LoRA key (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`, `<layer>.alpha`) as ComfyUI and diffusers spell it."""
@@ -183,10 +193,16 @@ class Family:
 
 @dataclass(slots=True, frozen=True)
 class Made:
-    """What a cached part is made from: fields of the sample ("image", "controls", "caption"), and the digest of what makes it."""
+    """What a cached part is made from: fields of the sample (see `View.content`: "image", "control", "caption", ...), and the digest of what
+    makes it."""
 
     fields: tuple[str, ...]
     maker: str
+
+
+def control_names(count: int) -> tuple[str, ...]:
+    """What the pictures and the cached parts of so many controls are called; see `View.controls`."""
+    return tuple("control" if i == 1 else f"control_{i}" for i in range(1, count + 1))
 
 
 def made_by(*ingredients: object) -> str:

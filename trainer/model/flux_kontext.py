@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 from trainer import files
 from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, hollow, made_by, quiet_libraries
+from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from trainer.dataset.view import View
 
 PATCH = 2
 """Latent pixels a token side."""
@@ -34,6 +36,7 @@ class FluxKontext(Family):
     """Guidance embedding in training, where the transformer was distilled with one."""
     objective: Flow = field(default_factory=Flow)
 
+    controls = range(10)
     components = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     # Of the whole network: `proj_out` is also the name of a layer in each single block.
@@ -49,8 +52,6 @@ class FluxKontext(Family):
             raise Usage(f"model.text_length={self.text_length} leaves no token for the prompt; type 512 for FLUX")
 
     def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
-        if controls > 1:
-            raise Usage(f"this model reads one control picture a sample, and the data set has {controls}; leave one in each sample")
         dtype = self.encoder_dtype.value
         picture = made_by(components["vae"], dtype)
         parts = {
@@ -58,19 +59,20 @@ class FluxKontext(Family):
             "prompt": Made(("caption",), made_by(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype)),
             "pooled": Made(("caption",), made_by(components["text_encoder"], components["tokenizer"], dtype)),
         }
-        if controls:
-            parts["control"] = Made(("controls",), picture)
-        return parts
+        return parts | {name: Made((name,), picture) for name in control_names(controls)}
 
-    def spec(self, height: int, width: int, controls: int) -> dict[str, tuple[int, ...]]:
+    def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
         scale, transformer = self._scale(), self._config("transformer")
-        latents = (transformer["in_channels"] // PATCH**2, height // scale, width // scale)
+
+        def latents(height: int, width: int) -> tuple[int, ...]:
+            return transformer["in_channels"] // PATCH**2, height // scale, width // scale
+
         spec = {
-            "latents": latents,
+            "latents": latents(height, width),
             "prompt": (self.text_length, transformer["joint_attention_dim"]),
             "pooled": (transformer["pooled_projection_dim"],),
         }
-        return spec | {"control": latents} if controls else spec
+        return spec | {name: latents(*size) for name, size in zip(control_names(len(controls)), controls, strict=True)}
 
     def encoder(self, device: torch.device) -> FluxEncoder:
         quiet_libraries()
@@ -96,11 +98,11 @@ class FluxKontext(Family):
 
         tokens, ids = pack(x), position_ids(x, 0)
         target_length = tokens.shape[1]
-        if "control" in cond:
+        for picture, name in enumerate((name for name in control_names(len(cond)) if name in cond), 1):
             # Autocast to float16 joins no bfloat16, in which latents may be cached.
-            control = cond["control"].to(x.dtype)
+            control = cond[name].to(x.dtype)
             tokens = torch.cat([tokens, pack(control)], 1)
-            ids = torch.cat([ids, position_ids(control, 1)])
+            ids = torch.cat([ids, position_ids(control, picture)])
         scale = None
         if network.config.guidance_embeds:
             scale = x.new_full((len(x),), self.guidance if guidance is None else guidance, dtype=torch.float32)
@@ -221,7 +223,8 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def position_ids(latents: torch.Tensor, picture: int) -> torch.Tensor:
-    """(tokens, 3): which picture (0 the target, 1 the control), row, column. A wrong first column raises nothing."""
+    """(tokens, 3): which picture (0 the target, 1, 2 ... the controls, as in section 3 of the paper), row, column. A wrong first column raises
+    nothing."""
     import torch
 
     height, width = (side // PATCH for side in latents.shape[2:])
@@ -239,12 +242,13 @@ class FluxEncoder:
         self.folder, self.device, self.text_length = folder, device, text_length
         self.dtype = getattr(torch, dtype)
 
-    def encode(self, part: str, pictures: Sequence[np.ndarray], caption: str) -> torch.Tensor:
+    def encode(self, part: str, view: View) -> torch.Tensor:
         import torch
 
-        make = {"latents": self._latents, "control": self._latents, "prompt": self._prompt, "pooled": self._pooled}[part]
         with torch.no_grad():
-            return make(pictures[0] if pictures else caption).cpu()
+            if part in ("prompt", "pooled"):
+                return {"prompt": self._prompt, "pooled": self._pooled}[part](view.caption).cpu()
+            return self._latents(view.picture("image" if part == "latents" else part)).cpu()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         import torch

@@ -49,9 +49,12 @@ class Flow:
         time = time.view(-1, *[1] * (clean.dim() - 1))
         return (1 - time) * clean + time * noise
 
-    def losses(self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training."""
-        return (prediction.to(clean.dtype) - (noise - clean)).square().flatten(1).mean(1)
+    def losses(
+        self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training. `weight` (B, 1, h, w) multiplies the errors."""
+        errors = (prediction.to(clean.dtype) - (noise - clean)).square()
+        return (errors if weight is None else errors * weight).flatten(1).mean(1)
 
     def sample(
         self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float

@@ -1,0 +1,39 @@
+"""Pictures and samples that tests make out of nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from trainer.dataset import Sample
+from trainer.dataset.view import View
+from trainer.streams import draws
+
+
+@dataclass(slots=True, frozen=True)
+class Noise:
+    """A picture of random pixels that its name decides; see `trainer.dataset.sample.Source`."""
+
+    name: str
+    width: int
+    height: int
+
+    def pixels(self) -> np.ndarray:
+        return draws("picture", self.name).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
+
+    def open(self) -> Image.Image:
+        return Image.fromarray(self.pixels())
+
+    def digest(self) -> str:
+        return f"{self.name} {self.width} {self.height}"
+
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
+def view(caption: str, width: int, height: int, controls: int = 0) -> View:
+    """A sample of noise, seen at its own size; its controls depend on the caption, its target does not."""
+    sources = tuple(Noise(f"control {i} {caption}", width, height) for i in range(controls))
+    return View(Sample(caption, Noise("target", width, height), caption, sources), width, height)
