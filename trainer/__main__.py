@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trainer import __version__, secret
 from trainer.errors import Ending, Followed, Interrupted, Storage, Usage
-from trainer.processes import rank_and_count
+from trainer.processes import rank_and_count, speaks
 from trainer.signals import Signals
 
 if TYPE_CHECKING:
@@ -39,15 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Followed as ending:
         return ending.code
     except (Ending, Interrupted) as ending:
-        print(secret.redacted(f"{speaker()}{ending}"), file=sys.stderr, flush=True)
+        complain(str(ending))
         return ending.code
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_left():
             return 128 + signal.SIGPIPE
         if error.errno in FULL:
-            print(
-                f"{speaker()}{error}: make room or choose another place with out=FOLDER, and type the same command again", file=sys.stderr
-            )
+            complain(f"{error}: make room or choose another place with out=FOLDER, and type the same command again")
             return Storage.code
         return unexpected(error)
     except Exception as error:
@@ -129,15 +127,16 @@ def unexpected(error: Exception) -> int:
             where = f"the traceback is in {file.name}"
         except OSError as reason:
             where = f"its traceback could not be written ({reason})"
-    text = f"{speaker()}The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
-    print(secret.redacted(text), file=sys.stderr)
+    complain(f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}")
     return 1
 
 
-def speaker() -> str:
-    """Which of several processes speaks, where it is not the main one."""
-    rank, count = rank_and_count()
-    return f"process {rank} of 0 to {count - 1}: " if rank else ""
+def complain(text: str) -> None:
+    """Say why the run ends; of several processes one does."""
+    if speaks():
+        rank, count = rank_and_count()
+        speaker = f"process {rank} of 0 to {count - 1}: " if rank else ""
+        print(secret.redacted(f"{speaker}{text}"), file=sys.stderr, flush=True)
 
 
 def reader_left() -> bool:

@@ -37,11 +37,30 @@ def rank_and_count() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def speaks() -> bool:
+    """Whether this process is the one that says why the run ends: of several the first that asks.
+
+    What ends one ends all, most often for the same reason, which need not be told by each. The launcher holds the store that they ask, so
+    that it outlives them; where there is none, each speaks for itself.
+    """
+    if rank_and_count()[1] == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch import distributed
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"trainer/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:
+        return True
+
+
 class Processes:
     """A context in which the processes of a run know each other; `open_device` is asked for the device once it is needed.
 
     `led` and `first` are meetings: each process must come to the same ones in the same order. Where another process is gone, a meeting raises
-    errors.Storage; where the main one ended for a reason of its own, errors.Followed with its exit code in all others.
+    errors.Storage; where the main one ended for a reason of its own, errors.Followed with its exit code in all others; where it was asked to
+    stop, errors.Interrupted in all.
     """
 
     def __init__(self, signals: Signals, open_device: Callable[[], torch.device]):
@@ -57,6 +76,7 @@ class Processes:
 
     def __enter__(self) -> Self:
         if self.count == 1:
+            _check_alone()
             return self
         if not self.main:
             # A follower is told when to stop: one that left on its own would take the others down in the midst of a step.
@@ -92,6 +112,8 @@ class Processes:
             return work()
         if not self.main:
             told = self._heard()
+            if told.get("code", 0) > 128:
+                raise Interrupted(told["code"] - 128)
             if "code" in told:
                 raise Followed(told["code"])
             return told["result"]
@@ -205,6 +227,17 @@ class Processes:
             ) from error
 
 
+def _check_alone() -> None:
+    """Raise errors.Usage where this process was to be one of several."""
+    # accelerate gives an address to meet at to who should meet others, and then starts one process.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise Usage(
+            "accelerate launch was asked for several processes and has started this one alone, as it does with --cpu and on a machine without "
+            "GPUs. Type --multi_gpu, which starts them on CPUs too: accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu "
+            "and your settings. For one process, type python -m trainer"
+        )
+
+
 def _check(device: torch.device) -> None:
     """Raise errors.Usage where processes and devices do not match."""
     import torch
@@ -212,8 +245,6 @@ def _check(device: torch.device) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "mps" and here > 1:
         raise Usage("A Mac's GPU is used by one process: type --num_processes 1, or leave accelerate launch out")
-    if device.type == "cuda" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
-        raise Usage("accelerate launch --cpu was typed, but this run would use the GPU: type hardware=cpu as well, or leave --cpu out")
     if device.type == "cuda" and here > torch.cuda.device_count():
         raise Usage(
             f"{here} processes are started on a machine with {torch.cuda.device_count()} GPUs: type --num_processes {torch.cuda.device_count()}"
