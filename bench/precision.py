@@ -1,4 +1,4 @@
-"""Memory of a training step by how the frozen weights are stored, and how exact 8-bit storage is.
+"""Memory of a training step by how the frozen weights are stored, and how exact that is.
 
 `python bench/precision.py` prints two tables (a FLUX of 203 M parameters with random weights, LoRA of rank 16 on its attention, 160 tokens,
 one thread, each row a process of its own; two minutes). A process is measured by what it grew since before the network was loaded.
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROWS = [(storage, checkpointing) for checkpointing in (False, True) for storage in ("bf16", "fp8")]
+ROWS = [(storage, checkpointing) for checkpointing in (False, True) for storage in ("bf16", "fp8", "int8", "nf4", "fp4")]
 SIZE = {
     "in_channels": 64,
     "num_layers": 2,
@@ -96,8 +96,7 @@ def measured(folder: Path, storage: str, checkpointing: bool) -> dict[str, float
     device = torch.device("cpu")
     before = resident()
     with sampled() as seen:
-        network = family.network(precision.dtype())
-        precision.store(network, family.keep_high, device)
+        network = family.network(precision.dtype(), device, precision.stored(family.keep_high, device))
     for parameter in network.parameters():
         # Loaded weights lie in the mapped file, whose pages come and go.
         parameter.data = parameter.data.clone()
@@ -123,18 +122,23 @@ def measured(folder: Path, storage: str, checkpointing: bool) -> dict[str, float
 
 
 def exactness() -> None:
-    """Relative error of the stored weights, |W' - W| / |W|, for normal weights of some standard deviations."""
+    """Relative error of the stored weights, |W' - W| / |W|, for normal weights of some standard deviations, and with outliers among them."""
     import torch
 
-    from trainer.precision.fp8 import decode, encode
+    from trainer.precision import Precision, Storage
 
-    print("| weights | bare cast | with a scale for each row | ratio |\n|---|---|---|---|")
+    kinds = ("fp8", "int8", "nf4", "fp4")
+    print(f"| weights | bare cast to fp8 | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 2)}")
     torch.manual_seed(0)
-    for deviation in (0.1, 0.02, 0.01, 0.005):
+    for deviation, outliers in ((0.1, 0.0), (0.02, 0.0), (0.005, 0.0), (0.02, 1e-3)):
         weight = torch.randn(2048, 2048) * deviation
-        bare, scaled = weight.to(torch.float8_e4m3fn).float(), decode(*encode(weight), torch.float32)
-        errors = [((found - weight).norm() / weight.norm()).item() for found in (bare, scaled)]
-        print(f"| normal, {deviation} | {errors[0]:.4f} | {errors[1]:.4f} | {errors[0] / errors[1]:.2f} |")
+        weight[torch.rand_like(weight) < outliers] *= 10
+        found = [weight.to(torch.float8_e4m3fn).float()]
+        for kind in kinds:
+            layer = torch.nn.Linear(2048, 2048, bias=False, device="meta")
+            found.append(Precision(Storage[kind]).stored((), torch.device("cpu"))("", layer, lambda name, weight=weight: weight).weight)
+        errors = " | ".join(f"{((each - weight).norm() / weight.norm()).item():.4f}" for each in found)
+        print(f"| normal, {deviation}{', a thousandth of them ten times as large' if outliers else ''} | {errors} |")
 
 
 def resident() -> float:

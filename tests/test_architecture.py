@@ -45,7 +45,7 @@ DOORS = {
     "prodigyopt": {"optimizer"},
     "torchao": {"precision"},
     "torchmetrics": {"evaluation"},
-    "accelerate": {"processes"},
+    "accelerate": {"model", "processes"},
 }
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "mlflow", "peft", "PIL", "matplotlib", "accelerate", "datasets", "pandas"}
 FAMILIES = re.compile(r"flux|kontext|qwen|sdxl|sd15|stable.?diffusion|\bpmg\b", re.IGNORECASE)

@@ -36,8 +36,7 @@ def run_of(family: Family, *formats: Format, dtype: Dtype | None = None, **rooms
 
 def network_of(run: Run, size: float = 0.3) -> torch.nn.Module:
     """The run's network, with what trains moved by normal numbers of this size."""
-    network = run.model.network(run.precision.dtype())
-    run.precision.store(network, (), CPU)
+    network = run.model.network(run.precision.dtype(), CPU, run.precision.stored((), CPU))
     run.method.attach(network, run.model.targets, seed=0)
     with torch.no_grad():
         for name, parameter in trained(network).items():
@@ -82,7 +81,7 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     (path,) = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
     dtype = getattr(torch, compute)
-    assert model.stored(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
+    assert model.Weights(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.network(dtype).eval())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if compute == "float32" else 0.05 * expected.abs().max().item())
@@ -115,7 +114,7 @@ def test_whole_weights_are_exported_as_a_checkpoint(family: Family, tmp_path: Pa
     network = network_of(run, 0.01)
     (path,) = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
-    kept = model.stored(path / family.denoiser)
+    kept = model.Weights(path / family.denoiser)
     assert all(torch.equal(kept(name), parameter) for name, parameter in trained(network).items())
     torch.testing.assert_close(prediction(again, again.network(torch.float32).eval()), prediction(family, network), rtol=0, atol=1e-5)
     assert export.after_training(run, network, trained(network), {}, tmp_path / "none") == []

@@ -276,9 +276,9 @@ def check(run: Run) -> None:
             f"precision={storage.name} stores weights that float32 products cannot take; type precision=fp32, or "
             f"leave precision.compute={storage.value}"
         )
-    if storage is precision.Storage.fp8 and not run.method.is_adapter:
+    if storage.quantised and not run.method.is_adapter:
         raise Usage(
-            f"precision=fp8 stores what is frozen, and with method={option(run.method)} nothing is frozen; type method=lora, or "
+            f"precision={storage.name} stores what is frozen, and with method={option(run.method)} nothing is frozen; type method=lora, or "
             f"precision={precision.Storage(compute.value).name}"
         )
     check_card(run, run.hardware.card)
@@ -293,6 +293,10 @@ def check_card(run: Run, card: hardware.Card) -> None:
         instead = next((kind for kind, can in able.items() if can), "float32")
         remedy = f"precision={precision.Storage(instead).name}" if storage.value in lacking else f"precision.compute={instead}"
         raise Usage(f"hardware: {card.name} is not made to train in {lacking[0]}; type {remedy}")
+    if storage.needs_bitsandbytes and card.bitsandbytes is False:
+        raise Usage(
+            f"precision={storage.name} is read by bitsandbytes, which does not run on {card.name}; type precision=fp8 or precision=int8"
+        )
     if run.optimizer.needs_bitsandbytes and card.bitsandbytes is False:
         raise Usage(f"optimizer={option(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw")
 

@@ -191,9 +191,8 @@ def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
 def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each tensor of the network by name, before training and after it (one and the same where it was not trained)."""
     from trainer.method import frozen, merged
-    from trainer.model import stored
 
-    begun = None if run.method.is_adapter else stored(run.model.folder() / run.model.denoiser)
+    begun = None if run.method.is_adapter else run.model.weights()
     for name in names:
         after = merged(network, name).float()
         before = frozen(network, name).float() if begun is None else begun(name).to(after.device).float()
@@ -205,10 +204,10 @@ def _kept(folder: Path, changes: Iterable[tuple], shapes: dict[str, tuple[int, .
     less than KEPT, and where any tensor is not what it was meant to be."""
     import torch
 
-    from trainer.model import stored
+    from trainer.model import Weights
 
     limits = torch.finfo(getattr(torch, dtype))
-    read, wrong, whole, left = stored(folder), [], 0.0, 0.0
+    read, wrong, whole, left = Weights(folder), [], 0.0, 0.0
     for name, before, after in changes:
         written = read(name)
         if written.shape != shapes[name] or str(written.dtype) != f"torch.{dtype}":

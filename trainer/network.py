@@ -20,9 +20,8 @@ def build(run: Run, device: torch.device) -> torch.nn.Module:
     import torch
 
     # What trains is kept in float32, and is not rounded on the way there.
-    network = run.model.network(run.precision.dtype() if run.method.is_adapter else torch.float32)
-    run.precision.store(network, run.model.keep_high, device)
-    network.to(device)
+    dtype = run.precision.dtype() if run.method.is_adapter else torch.float32
+    network = run.model.network(dtype, device, run.precision.stored(run.model.keep_high, device))
     run.method.attach(network, run.model.targets, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -36,7 +36,7 @@ class Card:
     float8: bool | None = None
     """Whether it multiplies float8. Where it does not, float8 still stores."""
     bitsandbytes: bool | None = None
-    """Whether the 8-bit optimizers run on it."""
+    """Whether its 8-bit optimizers and 4-bit weights run on it."""
 
 
 @dataclass(slots=True)

@@ -144,14 +144,9 @@ def effects(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def frozen(network: torch.nn.Module, name: str) -> torch.Tensor:
     """The tensor `name` of the network as it was before an adapter was attached; of a quantised layer what its products see."""
-    import torch
-
     path, _, leaf = name.rpartition(".")
     layer = network.get_submodule(path)
-    layer = getattr(layer, "base_layer", layer)
-    if leaf == "weight" and hasattr(layer, "dequantised"):
-        return layer.dequantised(torch.float32).weight
-    return getattr(layer, leaf)
+    return getattr(getattr(layer, "base_layer", layer), leaf)
 
 
 def merged(network: torch.nn.Module, name: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ import importlib
 import json
 import pkgutil
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -110,13 +111,18 @@ class Family:
     def encoder(self, device: torch.device) -> Encoder:
         raise NotImplementedError
 
-    def network(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The denoiser with its weights."""
+    def skeleton(self) -> torch.nn.Module:
+        """Everything live in a step without its weights, built inside `weightless`: the denoiser, with its own names."""
         raise NotImplementedError
 
-    def skeleton(self) -> torch.nn.Module:
-        """The denoiser on the meta device: shapes and names without weights."""
-        raise NotImplementedError
+    def weights(self) -> Weights:
+        """Where the weights of the skeleton are read."""
+        return Weights(self.folder() / self.denoiser)
+
+    def network(self, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None) -> torch.nn.Module:
+        """The skeleton with its weights; see `filled`."""
+        quiet_libraries()
+        return filled(self.skeleton(), self.weights(), dtype, device, stored)
 
     def predict(
         self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
@@ -225,6 +231,76 @@ def _file_digest(path: Path, digests: Digests) -> str:
     return digests.of(path)
 
 
+@contextmanager
+def weightless() -> Iterator[None]:
+    """What is built inside has its parameters on the meta device: shapes and names that take no memory. Buffers are made as ever."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        yield
+
+
+class Weights:
+    """The tensors in the files of a denoiser's `folder`, each read from the disk when it is asked for by name. Raises errors.BadData."""
+
+    def __init__(self, folder: Path):
+        index, single = folder / f"{SHARDS}.safetensors.index.json", folder / f"{SHARDS}.safetensors"
+        self.where = {}
+        if index.exists():
+            self.where = {name: folder / file for name, file in files.read_json(index)["weight_map"].items()}
+        self.single = single
+
+    def __call__(self, name: str) -> torch.Tensor:
+        import safetensors
+
+        path = self.where.get(name, self.single)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise BadData(f"{path} does not hold {name} ({error})") from error
+
+    def types(self) -> dict[str, str]:
+        """What safetensors calls the type of each tensor ("F32", "BF16", "F8_E4M3", ...) by name, told from the files' headers."""
+        import safetensors
+
+        found = {}
+        for path in sorted({*self.where.values()} or {self.single}):
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            except (OSError, safetensors.SafetensorError) as error:
+                raise BadData(f"{path} cannot be read as weights ({error})") from error
+        return found
+
+
+Stored = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "torch.nn.Module | None"]
+"""(name, layer without weights, a function that reads tensors by name) -> another layer that has its weights, or None."""
+
+
+def filled(
+    skeleton: torch.nn.Module, read: Weights, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None
+) -> torch.nn.Module:
+    """The skeleton with its weights, read tensor by tensor, each of which is on `device` in `dtype` before the next is read: no more than the
+    network itself and one tensor are ever in memory. `stored`, where given, is asked first whether it has another layer for a layer.
+    """
+    import torch
+
+    for name, layer in list(skeleton.named_modules()):
+        if stored is not None and any(p.is_meta for p in layer.parameters(recurse=False)) and (other := stored(name, layer, read)):
+            skeleton.set_submodule(name, other)
+            continue
+        for leaf, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                path = f"{name}.{leaf}" if name else leaf
+                tensor = read(path)
+                if tensor.shape != parameter.shape:
+                    raise BadData(f"the weights' {path} has shape {tuple(tensor.shape)}, and the config says {tuple(parameter.shape)}")
+                setattr(layer, leaf, torch.nn.Parameter(tensor.to(device, dtype)))
+    # Buffers, and what has no weights in the files, from where they were made.
+    return skeleton.to(device).eval()
+
+
 def hollow(skeleton: torch.nn.Module) -> torch.nn.Module:
     """A network on the meta device, moved to the CPU without taking memory: every weight is one zero, however large its shape.
 
@@ -263,24 +339,6 @@ def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> No
         files.write_json(folder / f"{SHARDS}.safetensors.index.json", index)
     for path, name in zip(paths, names, strict=True):
         path.rename(folder / name)
-
-
-def stored(folder: Path) -> Callable[[str], torch.Tensor]:
-    """A function that reads one of a denoiser's tensors by name. Raises errors.BadData where it is not there."""
-    import safetensors
-
-    index, single = folder / f"{SHARDS}.safetensors.index.json", folder / f"{SHARDS}.safetensors"
-    where = files.read_json(index)["weight_map"] if index.exists() else {}
-
-    def read(name: str) -> torch.Tensor:
-        path = folder / where[name] if name in where else single
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise BadData(f"{path} does not hold {name} ({error})") from error
-
-    return read
 
 
 def _unwanted(is_denoiser: bool) -> Callable[[str, list[str]], list[str]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trainer import files
 from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries
+from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, weightless
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -78,17 +78,10 @@ class FluxKontext(Family):
         quiet_libraries()
         return FluxEncoder(self.folder(), device, self.encoder_dtype.value, self.text_length)
 
-    def network(self, dtype: torch.dtype) -> torch.nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        quiet_libraries()
-        return FluxTransformer2DModel.from_pretrained(self.folder(), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)
-
     def skeleton(self) -> torch.nn.Module:
-        import torch
         from diffusers import FluxTransformer2DModel
 
-        with torch.device("meta"):
+        with weightless():
             return FluxTransformer2DModel.from_config(self._config("transformer"))
 
     def predict(

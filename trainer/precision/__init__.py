@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -12,12 +13,27 @@ if TYPE_CHECKING:
 
 
 class Storage(Enum):
-    """Type of the frozen weights: torch's own names. Below 16 bits only linear layers take it, and `keep_high` of the family does not."""
+    """Type of the frozen weights: torch's own names, and those of bitsandbytes. Below 16 bits only linear layers take it, and `keep_high` of
+    the family does not."""
 
     fp32 = "float32"
     bf16 = "bfloat16"
     fp16 = "float16"
     fp8 = "float8_e4m3fn"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    native = "native"
+    """As the checkpoint has them, which is quantised already."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether only what is frozen can be stored so."""
+        return self not in (Storage.fp32, Storage.bf16, Storage.fp16)
+
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        return self in (Storage.nf4, Storage.fp4)
 
 
 class Compute(Enum):
@@ -37,15 +53,25 @@ class Precision:
         """The type in which weights are loaded, and which those keep that no smaller storage takes."""
         import torch
 
-        return getattr(torch, self.compute.value if self.storage is Storage.fp8 else self.storage.value)
+        return getattr(torch, self.compute.value if self.storage.quantised else self.storage.value)
 
-    def store(self, network: torch.nn.Module, keep_high: tuple[str, ...], device: torch.device) -> None:
-        """Give the frozen linear layers of `network` their storage type in place, one by one on `device`. To be called before adapters are
-        attached: only what is there already is frozen."""
-        if self.storage is Storage.fp8:
-            from trainer.precision.fp8 import store
+    def stored(self, keep_high: tuple[str, ...], device: torch.device) -> Callable | None:
+        """What makes of a frozen linear layer without weights, while a network is read (see `trainer.model.filled`), one that stores them in
+        fewer than 16 bits on `device`; None where nothing is."""
+        if not self.storage.quantised:
+            return None
+        from functools import partial
 
-            store(network, keep_high, device)
+        from trainer.precision import eight_bit, four_bit
+        from trainer.precision.linear import maker
+
+        makes = {
+            Storage.fp8: eight_bit.fp8,
+            Storage.int8: eight_bit.int8,
+            Storage.nf4: partial(four_bit.four_bit, kind="nf4"),
+            Storage.fp4: partial(four_bit.four_bit, kind="fp4"),
+        }
+        return maker(makes[self.storage], keep_high, self.dtype(), device)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The context in which a network's forward pass runs."""
@@ -79,4 +105,4 @@ class LossScale:
             self.value, self.since = self.value * 2, 0
 
 
-OPTIONS = {"fp32": Precision, "bf16": Precision, "fp16": Precision, "fp8": Precision}
+OPTIONS = dict.fromkeys(("fp32", "bf16", "fp16", "fp8", "int8", "nf4", "fp4"), Precision)
