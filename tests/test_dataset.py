@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from trainer import dataset
-from trainer.dataset import ImageFolder, Pairs, Sample
+from trainer.dataset import Demo, ImageFolder, Pairs, Sample, Task
 from trainer.dataset.picture import FileSource, fit
 from trainer.errors import BadData, Usage
 from trainer.files import Digests
@@ -565,3 +566,9 @@ def test_fitting_covers_the_size_and_cuts_at_the_centre():
     assert tuple(pixels[10, 79]) == BLUE
     np.testing.assert_array_equal(fit(wide, 80, 20, flip=True), pixels[:, ::-1])
     np.testing.assert_array_equal(fit(wide, 40, 10), np.asarray(wide))
+
+
+def test_described_scenes_have_no_control_and_say_what_they_show(digests: Digests):
+    samples = dataset.read(Demo(resolution="64", task=Task.describe, pairs=8, held_out=2), digests)
+    assert {len(sample.controls) for sample in samples} == {0} and len({sample.caption for sample in samples}) == 10
+    assert all(re.fullmatch(r"a \w+ \w+( and a \w+ \w+)*, \w+", sample.caption) for sample in samples)

@@ -225,6 +225,8 @@ def resolved(run: Run) -> Run:
         run = replace(run, method=replace(run.method, alpha=run.method.rank * run.method.alpha_per_rank))
     if not getattr(run.method, "targets", True):
         run = replace(run, method=replace(run.method, targets=list(run.model.targets)))
+    if getattr(run.dataset, "task", 0) is None:
+        run = replace(run, dataset=replace(run.dataset, task=dataset.Task.edit if max(run.model.controls) else dataset.Task.describe))
     # A square in one spelling.
     width, height = run.dataset.size() or (suggested.resolution, suggested.resolution)
     run = replace(run, dataset=replace(run.dataset, resolution=str(width) if width == height else f"{width}x{height}"))

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import streams
-from trainer.dataset.sample import Sample, Source, Split
+from trainer.dataset.sample import Sample, Source, Split, Task
 from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
     from trainer.dataset.view import Framing
     from trainer.files import Digests
 
-__all__ = ["OPTIONS", "Dataset", "ImageFolder", "Pairs", "Sample", "Source", "Split", "read", "split"]
+__all__ = ["OPTIONS", "Dataset", "ImageFolder", "Pairs", "Sample", "Source", "Split", "Task", "read", "split"]
 
 
 @dataclass(slots=True)
@@ -94,8 +94,12 @@ class Pairs(Dataset):
 
 @dataclass(slots=True)
 class Demo(Dataset):
-    """A world of scenes and edits that the program draws itself: `pairs` samples to train on, `held_out` others to judge by."""
+    """A world of scenes and edits that the program draws itself: `pairs` samples to train on, `held_out` others to judge by.
 
+    `task` null: edits for a model that reads control pictures, else described scenes, whose captions `edits` do not change.
+    """
+
+    task: Task | None = None
     edits: list[str] = field(default_factory=lambda: ["night"])
     pairs: int = 64
     held_out: int = 32

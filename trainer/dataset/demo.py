@@ -1,7 +1,7 @@
 """A small world of scenes and edits, drawn on the spot: control picture, instruction, target picture.
 
 A scene is one to three things (of different shapes, so that "the circle" names one) before one of five backgrounds. An
-edit turns a scene's picture into another by instruction. Scenes are drawn in unit coordinates, so the same world exists
+edit turns a scene's picture into another by instruction; for models that draw from words alone a scene is described instead. Scenes are drawn in unit coordinates, so the same world exists
 at 64 px and at 1024 px, and every sample is a pure function of (kind of edit, split, index).
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from trainer.dataset.sample import Sample
+from trainer.dataset.sample import Sample, Task
 from trainer.streams import draws
 
 if TYPE_CHECKING:
@@ -183,11 +183,22 @@ EDITS = (*SCENE_EDITS, *PICTURE_EDITS)
 BASE_EDITS = ("recolour", "remove", "enlarge", "background", "mirror", "sketch")
 
 
+DESCRIBE = "describe"
+"""In place of an edit: the instruction is what the scene shows."""
+
+
+def described(picture: Scene) -> str:
+    """`a red circle and a blue house, beach`"""
+    return " and ".join(f"a {thing.colour} {thing.shape}" for thing in picture.things) + f", {picture.background}"
+
+
 @lru_cache(maxsize=64)
 def pair(kind: str, split: str, index: int, side: int) -> tuple[Image.Image, str, Image.Image]:
     """Control picture, instruction and target picture of one sample. The scene does not depend on the kind of edit."""
     before = scene(draws("demo scene", split, index))
     control = draw(before, side)
+    if kind == DESCRIBE:
+        return control, described(before), control
     if kind in PICTURE_EDITS:
         instruction, edit = PICTURE_EDITS[kind]
         return control, instruction, edit(control)
@@ -221,15 +232,17 @@ class Drawing:
 
 def read(settings: Demo, side: int) -> list[Sample]:
     """`settings.pairs` training and `settings.held_out` validation samples, the kinds of edit taken in turn."""
+    describe = settings.task is Task.describe
+    kinds = [DESCRIBE] if describe else settings.edits
     samples = []
     for split, count in (("train", settings.pairs), ("validation", settings.held_out)):
         for index in range(count):
-            kind = settings.edits[index % len(settings.edits)]
+            kind = kinds[index % len(kinds)]
             samples.append(
                 Sample(
                     id=f"{split}-{index:06d}-{kind}",
                     image=Drawing(kind, split, index, side, target=True),
-                    controls=(Drawing(kind, split, index, side, target=False),),
+                    controls=() if describe else (Drawing(kind, split, index, side, target=False),),
                     caption=pair(kind, split, index, side)[1],
                     split=split,
                 )

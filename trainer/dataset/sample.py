@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 FAULTS_LISTED = 20
 LONGEST_CAPTION = 10_000
 """Characters; text encoders read some hundred tokens, so what is longer is another file's text."""
+
+
+class Task(Enum):
+    """What a model is taught on the demo world: to change a control picture by instruction, or to draw what a caption describes."""
+
+    edit = "edit"
+    describe = "describe"
 
 
 class Source(Protocol):
