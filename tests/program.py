@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ import torch
 from trainer import model
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints
-from trainer.tracking import journal
+from trainer.tracking import curves, journal
 
 # What a run imports when it needs it, here imported once for all children.
 for name in (
@@ -166,6 +167,10 @@ class Lab:
         name, kind = next(iter(model.families().items()))
         torch.set_num_threads(1)
         self.settings = [f"model={name}", *kind.tiny(folder / "model"), *SMALL, f"cache.path={folder / 'cache'}"]
+        # What Python and its libraries do at the first use of a class, once for all children.
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main([*self.settings, *DEMO, *SCHEDULE, f"out={folder}", "stage=check"]) == 0
+        curves.draw_curves(folder)
         self._references: dict[tuple[str, ...], tuple[Path, float]] = {}
         self._count = 0
 
@@ -225,26 +230,31 @@ def checkpoint(folder: Path):
 
 
 def fingerprint(folder: Path, state: bool = True) -> str:
-    """H: sha256 over step, weights, optimizer, average and (what evaluations left) state of the newest checkpoint."""
+    """H: of step, weights, optimizer, average and (what evaluations left) state of the newest checkpoint."""
     loaded = checkpoint(folder)
-    digest = hashlib.sha256(repr([loaded.step, loaded.state if state else None]).encode())
+    return digest([loaded.step, loaded.state if state else None, loaded.weights, loaded.optimizer, loaded.ema])
+
+
+def digest(value: Any) -> str:
+    """sha256 over every bit of tensors in lists and dicts, and of what stands beside them."""
+    result = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            digest.update(repr((value.dtype, value.shape)).encode())
-            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            result.update(repr((value.dtype, value.shape)).encode())
+            result.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key in sorted(value, key=repr):
-                digest.update(repr(key).encode())
+                result.update(repr(key).encode())
                 add(value[key])
         elif isinstance(value, list | tuple):
             for item in value:
                 add(item)
         else:
-            digest.update(repr(value).encode())
+            result.update(repr(value).encode())
 
-    add([loaded.weights, loaded.optimizer, loaded.ema])
-    return digest.hexdigest()
+    add(value)
+    return result.hexdigest()
 
 
 def best(folder: Path) -> tuple[int, float] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.cache import Cache
-from trainer.errors import Storage
+from trainer.errors import Ending, Storage
 from trainer.rows import Row, chunks, collate
 from trainer.signals import in_worker
 from trainer.streams import draws, fraction, normal
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 STALLED = 600
 """Seconds after which a silent loader worker counts as hanging."""
+PATIENCE = 2
+"""Seconds between two looks at whether the workers live, while one is waited for."""
 
 
 @lru_cache(maxsize=2)
@@ -96,6 +101,10 @@ class Batches:
         """The samples of this process's share of a step's batch."""
         return [self.samples[index].id for _, index in self.share(step)]
 
+    def of_all(self, step: int) -> list[str]:
+        """The samples of a step's whole batch."""
+        return [self.samples[index].id for _, index in visits(self.seed, step, self.batch, len(self.samples))]
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -108,27 +117,63 @@ def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tupl
     """Steps `start` + 1 .. `stop`, read ahead by `workers` processes (0: in this one). Raises errors.Storage where a worker dies or hangs."""
     from torch.utils.data import DataLoader
 
+    before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
-        batches,
+        _Told(batches),
         batch_size=None,
         sampler=range(start + 1, stop + 1),
         num_workers=workers,
         worker_init_fn=_start_worker,
-        timeout=STALLED if workers else 0,
+        timeout=PATIENCE if workers else 0,
         collate_fn=_as_it_is,
     )
-    step = start + 1
-    try:
-        for item in loader:
-            yield item
-            step += 1
-    except RuntimeError as error:
-        if not workers or "worker" not in str(error):
-            raise
-        raise Storage(
-            f"A process that loads data died or hung while reading step {step} (samples {', '.join(batches.ids(step)[:8])}): {error}. "
-            "The same command continues from the last checkpoint; hardware.workers=0 loads in the main process."
-        ) from error
+    items = iter(loader)
+    # Torch raises of a dead worker wherever this process is, in the midst of an update too. Here it is noticed where its item is awaited.
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    for step in range(start + 1, stop + 1):
+        item = _awaited(items, step, batches)
+        if isinstance(item, Ending):
+            raise item
+        yield item
+
+
+def _awaited(items: Iterator, step: int, batches: Batches) -> Any:
+    began = time.monotonic()
+    while True:
+        try:
+            return next(items)
+        except RuntimeError as error:
+            reason = str(error)
+            if not reason.startswith(("DataLoader timed out", "DataLoader worker (pid")):
+                raise
+        if not reason.startswith("DataLoader timed out"):
+            break
+        if time.monotonic() - began > STALLED:
+            reason = f"nothing came for {STALLED} seconds"
+            break
+    # One that hangs does not hear SIGTERM either, and would keep this process from ending.
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    raise Storage(
+        f"A process that loads data died or hung while reading step {step} (samples {', '.join(batches.ids(step)[:8])}): {reason}. "
+        "The same command continues from the last checkpoint; hardware.workers=0 loads in the main process."
+    )
+
+
+@dataclass(slots=True)
+class _Told:
+    """Batches whose endings come as items: what a worker raises would reach the user wrapped in its traceback."""
+
+    batches: Batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> tuple[int, list[dict[str, torch.Tensor]]] | Ending:
+        try:
+            return self.batches[step]
+        except Ending as ending:
+            return ending
 
 
 def _start_worker(worker: int) -> None:
