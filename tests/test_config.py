@@ -24,7 +24,8 @@ from trainer.config import Run
 
 OPTIONS = [(path.parent.name, path.stem) for room in (*config.ROOMS, "experiment") for path in sorted((CONF / room).glob("*.yaml"))]
 FREE = {"hardware", "evaluation", "tracking", "sample", "save", "export", "log", "cache", "stage", "run", "resume", "name", "out", "fresh"}
-"""Root settings that do not decide the path of the weights."""
+FREE |= {"skip_nonfinite"}
+"""Root settings that do not decide the path of the weights. Whether NaN is skipped decides whether there is a result, not which."""
 DECISIVE = """
     optimizer.lr=5e-4 optimizer.weight_decay=0.5 optimizer.betas=[0.8,0.9] lr_scheduler=constant lr_scheduler.warmup=3
     method.rank=8 method.alpha=8 method.dropout=0.1 method.targets=[to_q] method.init=gaussian method.init_from=x method=full
@@ -153,6 +154,7 @@ def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
         ("save.keep=0", r"save\.keep=1"),
         ("max_grad_norm=0", "1e9 for no clipping"),
         ("max_grad_norm=nan", "not finite"),
+        ("skip_nonfinite=-1", "type 0 to stop"),
         ("optimizer.lr=0", "such as 1e-4"),
         ("optimizer.lr=-1", "such as 1e-4"),
         ("optimizer.lr=inf", "not finite"),

@@ -18,8 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 from PIL import Image
 from program import (
     Action,
@@ -30,6 +33,7 @@ from program import (
     checkpoint,
     command,
     copied,
+    digest,
     fingerprint,
     last_step,
     losses,
@@ -301,7 +305,7 @@ def train_losses(folder: Path) -> dict[int, float]:
 MOMENTS = [
     ("trainer.dataset:split", 1, False),
     ("trainer.cache:Cache.put", 7, False),
-    ("trainer.run:build", 1, True),
+    ("trainer.network:build", 1, True),
     ("trainer.judge:held_out_loss", 1, False),
     ("trainer.judge:held_out_loss", 2, True),
     ("trainer.judge:Judge._draw", 3, True),
@@ -432,6 +436,74 @@ def spoiled(call: int, how: Callable) -> Action:
         Training._losses = spoil
 
     return set_up
+
+
+@fault("F16", "NaN: up to so many steps in a row are skipped", 3, [0, 2])
+def skipped(lab: Lab, out: Path, trial: int) -> None:
+    """Steps 2 and 3 are bad: one may be skipped, or two, or two after the run has stopped at the first."""
+    spoil = all_of(*(spoiled(step, lambda loss: loss * float("nan")) for step in (2, 3)))
+    settings = ["save.every=1", "save.keep=9", "skip_nonfinite=2"]
+    if trial == 0:
+        ended = lab.run(out, *settings, "skip_nonfinite=1", before=spoil)
+        assert ended.code == 70 and "At step 3" in ended.text and "skip_nonfinite=2" in ended.text
+        assert Checkpoints(only_run(out) / "checkpoints", 9).steps() == [1, 2]
+    elif trial == 1:
+        assert lab.run(out, before=spoil).code == 70
+        assert lab.run(out, *settings, before=spoil).code == 0
+    else:
+        ended = lab.run(out, *settings, before=spoil)
+        assert ended.code == 0 and ended.text.count("It is skipped") == 2
+    folder = only_run(out)
+    kept = Checkpoints(folder / "checkpoints", 9)
+    before, after = kept.load(1), kept.load(2)
+    assert digest([before.weights, before.optimizer]) == digest([after.weights, after.optimizer])
+    assert all(len(record["samples"]) == 4 for record in records(folder, "not_finite"))
+    assert {record["step"] for record in records(folder, "not_finite")} == {2, 3}
+    if trial:
+        assert [step for step, key, _ in losses(folder) if key == "train/loss"] == [1, 4, 5]
+
+
+GIB = 2**30
+
+
+def greedy(appetite: int) -> Action:
+    """A scene: each sample of a forward pass wants that many bytes, where the system gives 3.5 GiB."""
+
+    def set_up() -> None:
+        from trainer.judge import Judge
+
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + 7 * GIB // 2, resource.RLIM_INFINITY))
+        predict = Judge.predict
+
+        def eat(self: Judge, x: torch.Tensor, *others: Any) -> torch.Tensor:
+            torch.empty(len(x) * appetite, dtype=torch.uint8)
+            return predict(self, x, *others)
+
+        Judge.predict = eat
+
+    return set_up
+
+
+@fault("F18", "memory for three samples; not even for one; none for the network", 3)
+def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
+    if trial == 0:
+        ended = lab.run(out, before=greedy(GIB))
+        folder = only_run(out)
+        assert ended.code == 0 and "from now on 2 sample(s) a forward pass" in ended.text
+        assert len(records(folder, "warning")) == 1
+        assert losses(folder) == [(step, key, pytest.approx(loss, abs=1e-6)) for step, key, loss in losses(lab.reference())]
+        return
+    nothing = at("trainer.network:build", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
+    ended = lab.run(out, before=greedy(4 * GIB) if trial == 1 else nothing)
+    assert ended.code == 71 and "Traceback" not in ended.text, ended
+    # What costs nothing but time comes before what makes another run.
+    assert (
+        0 < ended.text.index("gradient_checkpointing=true") < ended.text.index("precision=bf16") < ended.text.index("dataset.resolution=")
+    )
+    (failed,) = records(only_run(out), "failed")
+    assert "precision=bf16" in failed["reason"]
+    assert_continues(lab, out)
 
 
 @fault("F25", "a second run on the folder; a dead owner", 2)

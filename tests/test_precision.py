@@ -19,7 +19,7 @@ from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints
 from trainer.command_line import CONF
 from trainer.config import Run
-from trainer.errors import Numerics, Usage
+from trainer.errors import Usage
 from trainer.hardware import Card
 from trainer.loop import fit
 from trainer.method import Full, Lora, trained
@@ -331,9 +331,11 @@ def test_the_scale_doubles_after_two_thousand_steps_without_overflow():
     assert (scale.value, scale.since) == (4, 0)
 
 
-def test_gradients_that_are_not_finite_without_any_scale_end_the_run():
-    with pytest.raises(Numerics, match="At step 2 "):
-        linear(LossScale(value=1.0), overflow_at=(2,), bearable=0.0)
+def test_gradients_that_are_not_finite_without_any_scale_are_said_to_be_and_not_used():
+    scale = LossScale(value=1.0)
+    done, weights = linear(scale, overflow_at=(2,), bearable=0.0)
+    assert [step.finite for step in done] == [True, False, True, True]
+    assert torch.equal(weights[0][0], weights[1][0]) and scale.value == 1
 
 
 def test_only_float16_products_need_a_scale():

@@ -81,6 +81,7 @@ class Run:
     out: str = "runs"
     fresh: bool = False
     max_grad_norm: float = 1.0
+    skip_nonfinite: int = 0
     ema: float | None = None
 
 
@@ -260,6 +261,10 @@ def check(run: Run) -> None:
         raise Usage(
             f"max_grad_norm={run.max_grad_norm:g} stops every update; type a number above 0, or a very large one such as 1e9 for no clipping"
         )
+    if run.skip_nonfinite < 0:
+        raise Usage(
+            f"skip_nonfinite={run.skip_nonfinite} is no number of steps; type 0 to stop at the first loss that is not finite, or how many in a row to skip"
+        )
     if run.ema is not None and not 0 < run.ema < 1:
         raise Usage(f"ema={run.ema:g} is no decay between 0 and 1; type for example ema=0.999, or ema=null for none")
     if getattr(run.method, "alpha", 1) <= 0:
@@ -308,6 +313,26 @@ def open_device(run: Run) -> torch.device:
     device = run.hardware.open()
     check_card(run, hardware.card(device))
     return device
+
+
+def remedies(run: Run) -> list[str]:
+    """What to type where not even a single sample has room, what costs least first."""
+    storage, adapter = run.precision.storage, run.method.is_adapter
+    found = []
+    if not run.hardware.gradient_checkpointing:
+        found.append("hardware.gradient_checkpointing=true (the same result, more slowly)")
+    if not adapter and not run.optimizer.needs_bitsandbytes and run.hardware.card.bitsandbytes is not False:
+        found.append("optimizer=adamw8bit")
+    if storage is precision.Storage.fp32 and run.hardware.card.bfloat16 is not False:
+        found.append("precision=bf16")
+    elif adapter and storage in (precision.Storage.bf16, precision.Storage.fp16):
+        found.append("precision=fp8")
+    if not adapter:
+        found.append("method=lora")
+    width, height = run.dataset.size()
+    smaller = [max(side // 2, 16) for side in (width, height)]
+    found.append(f"dataset.resolution={smaller[0]}" + (f"x{smaller[1]}" if width != height else ""))
+    return found
 
 
 def option(settings: Any) -> str:

@@ -6,6 +6,8 @@ The codes follow sysexits.h where it has one, and the shell's 128 + signal for i
 
 from __future__ import annotations
 
+import errno
+
 
 class Ending(Exception):
     """A known way for a run to end; `code` is what the process returns."""
@@ -72,3 +74,11 @@ class Interrupted(BaseException):
     def __init__(self, signal: int):
         super().__init__(f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'}")
         self.code = 128 + signal
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether what failed is an allocation: Python's, torch's on any device, or that of a library below."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import Run
+from trainer.errors import is_out_of_memory
 from trainer.evaluation import held_out_loss, psnr
 from trainer.material import Material, drawn, held_out, unconditional
 from trainer.method import swapped
@@ -37,6 +38,18 @@ class Judge:
         with self.run.precision.autocast(self.device):
             return self.run.model.predict(self.network, x, t, cond, guidance)
 
+    def _judging(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None) -> torch.Tensor:
+        """`predict` without gradients: by halves where memory is short."""
+        import torch
+
+        try:
+            return self.predict(x, t, cond, guidance)
+        except (RuntimeError, MemoryError) as error:
+            if len(x) < 2 or not is_out_of_memory(error):
+                raise
+        halves = slice(len(x) // 2), slice(len(x) // 2, None)
+        return torch.cat([self._judging(x[h], t[h], {name: value[h] for name, value in cond.items()}, guidance) for h in halves])
+
     def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> float | None:
         """Journal all that is measured at this step, with pictures in `folder`; the held-out loss, None without held-out samples.
 
@@ -48,7 +61,7 @@ class Judge:
             views = held_out(self.run, self.material, self.run.evaluation.samples)
             rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
             if rows:
-                values |= held_out_loss(self.run.model, self.predict, rows, self.device, self.at_once)
+                values |= held_out_loss(self.run.model, self._judging, rows, self.device, self.at_once)
             values |= self._draw(step, folder, journal, before or folder)
         journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
         return values.get("val/loss")
@@ -59,7 +72,7 @@ class Judge:
         rows = [cache.row(view) for view in views]
         bare = [cache.row(view) for view in unconditional(run, views)] or None
         with self._judged():
-            yield from pictures(run.model, self.predict, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once)
+            yield from pictures(run.model, self._judging, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once)
 
     def _judged(self):
         self.network.eval()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.errors import Numerics
+from trainer.errors import is_out_of_memory
 from trainer.streams import number
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ class Step:
     loss: float
     grad_norm: float
     lr: float
+    finite: bool = True
+    """False where loss or gradients were not, and nothing was updated with them. A loss scale that was too high is no such case."""
+    micro_batch: int | None = None
+    """Where memory was too short for more: how many samples a forward pass has from this step on."""
 
 
 def fit(
@@ -50,12 +54,14 @@ def fit(
     `batches` yields (step, micro-batches); `losses` gives the loss of each sample of a micro-batch, (b,); `rate` the learning rate of a
     step; `average`, where given, follows `parameters` as their exponential moving average. `loss_scale`, where given, scales the loss for the
     backward pass; a step in which it was too high updates nothing, and counts. `reduce`, where given, adds to the gradients and the loss (and
-    returns it) those of other processes, whose samples are the rest of the batch. Raises errors.Numerics before an update that is not finite,
-    with weights and optimizer as they were.
+    returns it) those of other processes, whose samples are the rest of the batch. A step that is not finite is yielded as such, with weights
+    and optimizer as they were. Where memory is short a step begins again in micro-batches of half the size, and the later ones keep to it;
+    what a single sample has no room for is raised.
     """
     import torch
 
-    for step, micro_batches in batches:
+    def accumulate(step: int, micro_batches: list[Batch]) -> float:
+        """The loss of a step, whose gradients the parameters then have."""
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for index, rows in enumerate(micro_batches):
@@ -65,24 +71,51 @@ def fit(
             part = losses(rows).sum() / batch
             (part if loss_scale is None else part * loss_scale.value).backward()
             loss += part.item()
+        return loss
+
+    ceiling = batch
+    for step, micro_batches in batches:
+        before = ceiling
+        while True:
+            micro_batches = [piece for rows in micro_batches for piece in pieces(rows, ceiling)]
+            largest = max(map(count, micro_batches), default=0)
+            try:
+                loss = accumulate(step, micro_batches)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if largest < 2 or not is_out_of_memory(error):
+                    raise
+            # Not before the handler is left: until then the traceback keeps the tensors of the failed pass.
+            ceiling = (largest + 1) // 2
         if reduce is not None:
             loss = reduce(parameters, loss)
         if loss_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-        finite = math.isfinite(norm)
-        if not math.isfinite(loss) or not (finite or (loss_scale is not None and loss_scale.value > 1)):
-            raise Numerics(f"At step {step} the loss is {loss} and the gradient norm {norm}; nothing was updated with them.")
         lr = rate(step)
+        update = math.isfinite(loss) and math.isfinite(norm)
+        finite = update or (math.isfinite(loss) and loss_scale is not None and loss_scale.value > 1)
         with uninterrupted():
-            if loss_scale is not None:
-                loss_scale.follow(finite)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            if finite and loss_scale is not None:
+                loss_scale.follow(update)
             if finite:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            if update:
                 optimizer.step()
-            if finite and average is not None:
+            if update and average is not None:
                 # Short memory at first (TensorFlow's num_updates rule), or the average keeps the untrained start.
                 torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
-            finished = Step(step, loss, norm, lr)
+            finished = Step(step, loss, norm, lr, finite, ceiling if ceiling < before else None)
         yield finished
+
+
+def count(rows: Batch) -> int:
+    return len(next(iter(rows.values())))
+
+
+def pieces(rows: Batch, size: int) -> list[Batch]:
+    """The same samples in micro-batches of at most `size`."""
+    if count(rows) <= size:
+        return [rows]
+    return [{name: tensor[i : i + size] for name, tensor in rows.items()} for i in range(0, count(rows), size)]

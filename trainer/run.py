@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import config, files, secret, streams, sweep
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
-from trainer.errors import Ending, Interrupted, Usage
+from trainer.errors import Ending, Interrupted, Numerics, OutOfMemory, Storage, Usage, is_out_of_memory
 from trainer.material import Material, encode, prepare, views
 from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
 from trainer.processes import Processes, rank_and_count
@@ -27,11 +27,18 @@ if TYPE_CHECKING:
 
     from trainer import tracking
     from trainer.dataset.view import View
+    from trainer.loader import Batches
+    from trainer.loop import Step
     from trainer.tracking.journal import Journal
 
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     """Carry out the run's stage; the held-out loss where it has one."""
+    with _room(run):
+        return _execute(run, signals, overrides)
+
+
+def _execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     if run.stage is Stage.train:
         with Processes(signals, lambda: config.open_device(run)) as processes:
             return train(run, processes.first(lambda: prepare(run)), signals, processes, overrides)
@@ -110,6 +117,8 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
             return summary
         journal = stack.enter_context(Journal(place.folder))
         stack.enter_context(_logged(place.folder, journal))
+        # Once more, so that journal and log tell it in the same words.
+        stack.enter_context(_room(run))
         files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
         made = encode(run, material, views(run, material))
         say("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
@@ -140,8 +149,9 @@ class Training:
         self.network = build(run, self.device)
         self.trained = trained(self.network)
         self.optimizer = run.optimizer.build(self.trained.values())
-        # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago.
-        self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0}
+        # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
+        # many steps in a row were not finite.
+        self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0, "skipped": 0}
         loaded = self._restored()
         self.step = self.saved = loaded.step if loaded else 0
         self.average = self._average(loaded) if run.ema and processes.main else None
@@ -160,13 +170,13 @@ class Training:
                 for done in self._steps():
                     self.step = done.number
                     speed = progress.step(done)
-                    if self.step % run.log.every == 0 or self.step == self.steps:
+                    if done.finite and (self.step % run.log.every == 0 or self.step == self.steps):
                         self._log(done, speed)
                     self.processes.stop_if_asked()
                     with progress.paused():
                         is_best = self._evaluate_if_due()
                         if self.step % run.save.every == 0 or self.step == self.steps or is_best or self._out_of_patience():
-                            self._save()
+                            self._save(or_later=self.step < self.steps and not self._out_of_patience())
                     if self._out_of_patience():
                         break
             except Interrupted as stop:
@@ -191,7 +201,8 @@ class Training:
 
     def warn(self, text: str) -> None:
         """Say it, and keep it in the journal."""
-        self.journal.event("warning", text=text)
+        if self.journal:
+            self.journal.event("warning", text=text)
         say(text)
 
     # The pieces, in the order of their use
@@ -220,7 +231,7 @@ class Training:
         if loaded is not None:
             fill(self.trained, loaded.weights, Path(found[0]))
             self.optimizer.load_state_dict(loaded.optimizer)
-            self.state = loaded.state
+            self.state |= loaded.state
             say(f"continuing at step {loaded.step} of {self.steps}")
         elif run.method.init_from is not None:
             fill(self.trained, initial_weights(run), Path(run.method.init_from))
@@ -242,7 +253,7 @@ class Training:
         number = 1 + self.journal.counts["attempt"]
         self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
 
-    def _steps(self) -> Iterator:
+    def _steps(self) -> Iterator[Step]:
         from trainer.loader import Batches, load
         from trainer.loop import fit
 
@@ -280,7 +291,38 @@ class Training:
             loss_scale=self.loss_scale,
             reduce=self.processes.reduce,
         )
-        return self.processes.steps(steps)
+        return self.processes.steps(self._watched(steps, batches))
+
+    def _watched(self, steps: Iterator[Step], batches: Batches) -> Iterator[Step]:
+        """The same steps, with a word where memory was short; raises errors.Numerics where too many in a row are not finite."""
+        for done in steps:
+            if done.micro_batch is not None:
+                self.warn(
+                    f"Memory was short at step {done.number}: from now on {done.micro_batch} sample(s) a forward pass, and more of them; noise "
+                    f"and result are the same. hardware.micro_batch={done.micro_batch} begins so."
+                )
+            self.state["skipped"] = 0 if done.finite else self.state["skipped"] + 1
+            if not done.finite:
+                self._endure(done, batches.of_all(done.number))
+            yield done
+
+    def _endure(self, done: Step, samples: list[str]) -> None:
+        """Write down a step that is not finite; raises errors.Numerics where it is one more in a row than may be skipped."""
+        values = {"loss": done.loss, "grad_norm": done.grad_norm}
+        if self.processes.main:
+            self.journal.event("not_finite", step=done.number, samples=samples, **values)
+        more = f" and {len(samples) - 16} more" if len(samples) > 16 else ""
+        text = (
+            f"At step {done.number} the loss is {done.loss} and the gradient norm {done.grad_norm}; nothing was updated with them. "
+            f"The samples of this step: {', '.join(samples[:16])}{more}."
+        )
+        skipped, most = self.state["skipped"], self.run.skip_nonfinite
+        if skipped > most:
+            raise Numerics(
+                f"{text} The usual remedy is a lower optimizer.lr; skip_nonfinite={most + 1} and the same command skips "
+                f"{'such a step' if most == 0 else f'{most + 1} of them in a row'} and goes on."
+            )
+        self.warn(f"{text} It is skipped, as up to {most} in a row are.")
 
     def _losses(self, row: Row) -> torch.Tensor:
         """The loss of each sample of a micro-batch, (b,)."""
@@ -290,7 +332,7 @@ class Training:
         prediction = self.judge.predict(objective.noised(clean, noise, times), times, conditions(row))
         return objective.losses(prediction, clean, noise, times, row.get("weight"))
 
-    def _log(self, done, speed: dict[str, float]) -> None:
+    def _log(self, done: Step, speed: dict[str, float]) -> None:
         from trainer.hardware import memory
 
         values = {"train/loss": done.loss, "train/grad_norm": done.grad_norm, "train/lr": done.lr}
@@ -305,7 +347,7 @@ class Training:
         state = self.state
         if (self.step % self.every == 0 or self.step == self.steps) and state["evaluated"] != self.step:
             loss = self.processes.led(lambda: self.judge.evaluate(self.step, self.place.folder, self.journal))
-            best = loss is not None and (state["best"] is None or loss < state["best"])
+            best = loss is not None and math.isfinite(loss) and (state["best"] is None or loss < state["best"])
             news = {"best": loss, "since_best": 0} if best else {"since_best": state["since_best"] + 1}
             state |= {"evaluated": self.step, "val_loss": loss} | news
             self.network.train()
@@ -317,8 +359,9 @@ class Training:
         patience = self.run.evaluation.patience
         return patience is not None and self.state["since_best"] >= patience
 
-    def _save(self) -> None:
-        """Commit the last finished step; before the first of this attempt there is nothing new to keep."""
+    def _save(self, or_later: bool = False) -> None:
+        """Commit the last finished step; before the first of this attempt there is nothing new to keep. Where the disk does not take it,
+        training may go on if another save comes later."""
         if self.step == self.saved:
             return
         current = self.state | ({} if self.state["evaluated"] == self.step else {"val_loss": None})
@@ -326,7 +369,13 @@ class Training:
             current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
         with self.signals.held():
-            self.checkpoints.save(self.step, weights, self.optimizer.state_dict(), self.average, current)
+            try:
+                self.checkpoints.save(self.step, weights, self.optimizer.state_dict(), self.average, current)
+            except Storage as error:
+                if not or_later:
+                    raise
+                self.warn(f"{error} Training goes on; until the next save there is only what was saved at step {self.saved}.")
+                return
             self.saved = self.step
             self.journal.event("checkpoint", step=self.step)
 
@@ -389,6 +438,21 @@ def show_what_lacks(run: Run, place: Place, overrides: list[str]) -> None:
 def total_steps(run: Run, material: Material) -> int:
     """`steps`, or `epochs` x samples / batch rounded up."""
     return run.steps or -(-run.epochs * len(material.visited) // run.batch)
+
+
+@contextmanager
+def _room(run: Run) -> Iterator[None]:
+    """For a block in which memory may not suffice, of whatever kind. Raises errors.OutOfMemory with what to type."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise OutOfMemory(
+            f"There is not enough memory, not even for one sample at a time ({reason}). What helps, the cheapest first: "
+            f"{'; '.join(config.remedies(run))}. A setting that changes the result makes a run of its own."
+        ) from error
 
 
 @contextmanager
