@@ -169,7 +169,7 @@ class _Told:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, step: int) -> tuple[int, list[dict[str, torch.Tensor]]] | Ending:
+    def __getitem__(self, step: int) -> tuple[int, list[Row]] | Ending:
         try:
             return self.batches[step]
         except Ending as ending:
