@@ -20,6 +20,7 @@ from PIL import Image
 from trainer import dataset
 from trainer.dataset import Demo, ImageFolder, Pairs, Sample, Task
 from trainer.dataset.picture import FileSource, fit
+from trainer.dataset.reading import Listing
 from trainer.errors import BadData, Usage
 from trainer.files import Digests
 
@@ -157,7 +158,7 @@ def test_every_fault_of_pairs_is_listed_at_once(tmp_path: Path, digests: Digests
         "training_images/stray.txt: there is no such instruction",
     ):
         assert fault in message
-    assert "12 faults in 11 samples" in message
+    assert "11 faults in 11 samples" in message
     assert "good" not in message
 
 
@@ -231,7 +232,7 @@ def test_of_many_faults_the_first_are_shown_and_all_are_counted(tmp_path: Path, 
     message = faults_of(ImageFolder(path=str(folder)), digests)
     assert "30 faults in 30 samples" in message
     assert message.count("there is no file") == 20
-    assert message.endswith("... and 10 more")
+    assert message.endswith("... and 10 more (stage=check lists all)")
 
 
 @pytest.mark.parametrize(
@@ -303,8 +304,8 @@ def test_the_limit_keeps_the_first_samples_by_id(tmp_path: Path, digests: Digest
 def test_the_limit_counts_for_each_split_that_the_layout_has_itself(digests: Digests):
     @dataclass(slots=True)
     class Layout(dataset.Dataset):
-        def read(self, digests: Digests) -> list[Sample]:
-            return [sample(f"{split}-{number}", split) for split in ("validation", "train") for number in range(5)]
+        def read(self, digests: Digests) -> Listing:
+            return Listing([sample(f"{split}-{number}", split) for split in ("validation", "train") for number in range(5)])
 
     assert [found.id for found in dataset.read(Layout(limit=2), digests)] == ["train-0", "train-1", "validation-0", "validation-1"]
 

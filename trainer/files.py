@@ -15,7 +15,7 @@ import sqlite3
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -196,7 +196,7 @@ _REMEDIES = {
 
 
 class Digests:
-    """sha256 of files, remembered in a small SQLite file at `path` that several processes may share.
+    """sha256 of files and what else their bytes tell, remembered in a small SQLite file at `path` that several processes may share.
 
     A file is known again by (device, inode, size, mtime, ctime): whoever changes its bytes and puts size and mtime back cannot put
     ctime back. `verify=True` reads every file anyhow. A database that is broken or cannot be written only means hashing again.
@@ -215,28 +215,31 @@ class Digests:
 
     def of(self, path: Path) -> str:
         """Hex sha256 of the file at `path`. Raises errors.Storage where it cannot be read."""
+        return self.remembered(path, "", lambda: sha256(path))
+
+    def remembered(self, path: Path, what: str, make: Callable[[], str]) -> str:
+        """`make()`, which tells something of the file at `path`, asked for once as long as the file stays as it is; `what` tells one question
+        from another. Raises errors.Storage where there is no such file, and what `make` raises."""
+        now = time.time_ns()
         with storage("read", path):
-            now = time.time_ns()
-            name, state = _identity(os.stat(path))
-            known = self._known.get(name)
-            if known and known[0] == state and not self.verify:
-                return known[1]
-            with open(path, "rb") as file:
-                # Of the open file, before its first byte is read: a change that comes later shows as another ctime.
-                status = os.fstat(file.fileno())
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # Before its first byte is read: a change that comes later shows as another ctime.
+            status = os.stat(path)
+        name, state = _identity(status, what)
+        known = self._known.get(name)
+        if known and known[0] == state and not self.verify:
+            return known[1]
+        value = make()
         # A file changed just now may change again within the same tick of the file system's clock, and would look the same.
         if max(status.st_mtime_ns, status.st_ctime_ns) < now - self._RACY:
-            name, state = _identity(status)
-            self._known[name] = self._new[name] = (state, digest)
+            self._known[name] = self._new[name] = (state, value)
             if len(self._new) >= self._BATCH:
                 self.flush()
-        return digest
+        return value
 
     def flush(self) -> None:
         """Write what was learnt since the last flush; call it after the last file."""
-        rows = [(name, state, digest) for name, (state, digest) in self._new.items()]
-        self._new.clear()
+        new, self._new = self._new, {}
+        rows = [(name, state, digest) for name, (state, digest) in list(new.items())]
         if not rows:
             return
         # A failure is no harm: the next process reads those files again.
@@ -257,8 +260,8 @@ class Digests:
         return {}
 
 
-def _identity(status: os.stat_result) -> tuple[str, str]:
-    return f"{status.st_dev}:{status.st_ino}", f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+def _identity(status: os.stat_result, what: str = "") -> tuple[str, str]:
+    return f"{status.st_dev}:{status.st_ino}" + (f":{what}" if what else ""), f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 class Lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import streams
-from trainer.dataset.sample import Sample, Source, Split, Task
+from trainer.dataset.sample import Sample, Split, Task
 from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
+    from trainer.dataset.reading import Listing
     from trainer.dataset.view import Framing
     from trainer.files import Digests
-
-__all__ = ["OPTIONS", "Dataset", "ImageFolder", "Pairs", "Sample", "Source", "Split", "Task", "read", "split"]
 
 
 @dataclass(slots=True)
@@ -26,6 +26,7 @@ class Dataset:
 
     `resolution` is the side of a square (1024) or width x height ("832x576"); null: the model's own.
     `validation_fraction` is the share of samples held out where the layout does not say itself; 0 trains without validation.
+    `on_fault`: stop refuses a set with any fault; skip goes on without the samples concerned, and keeps a record of them.
     `caption_dropout` and `control_dropout` are the shares of visits at which a sample's caption is empty, its control pictures grey.
     `control_resolution` is the size of control pictures; null: that of their target. `mask_floor` is the weight of the loss outside an edit mask.
     `limit` keeps only the first samples in the order of their ids (of each split, where the layout has splits itself).
@@ -35,8 +36,7 @@ class Dataset:
     resolution: str | None = None
     validation_fraction: float = 0.15
     limit: int | None = None
-    caption_column: str = "text"
-    image_column: str = "file_name"
+    on_fault: str = "stop"
     caption_dropout: float = 0.0
     control_dropout: float = 0.0
     control_resolution: str | None = None
@@ -51,6 +51,8 @@ class Dataset:
         for name in ("caption_dropout", "control_dropout", "mask_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise Usage(f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1.")
+        if self.on_fault not in ("stop", "skip"):
+            raise Usage(f"dataset.on_fault={self.on_fault} is unknown: type stop or skip.")
         if self.limit is not None and self.limit < 1:
             raise Usage(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
 
@@ -67,29 +69,145 @@ class Dataset:
             raise BadData(f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one.")
         return folder
 
-    def read(self, digests: Digests) -> list[Sample]:
-        """All samples, in any order. Raises errors.BadData that lists every fault."""
+    def read(self, digests: Digests) -> Listing:
+        """All samples in any order, and all faults. Raises errors.BadData where the folder is no data set of this layout."""
         raise NotImplementedError
 
 
 @dataclass(slots=True)
-class ImageFolder(Dataset):
+class Table(Dataset):
+    """What the layouts with named columns have in common. `control_columns` name control pictures, `mask_column` an edit mask; without it
+    masks/NAME.png is the mask of NAME.jpg."""
+
+    caption_column: str = "text"
+    image_column: str = "file_name"
+    control_columns: list[str] = field(default_factory=list)
+    mask_column: str | None = None
+
+
+@dataclass(slots=True)
+class ImageFolder(Table):
     """Pictures and a metadata.jsonl that names and captions them."""
 
-    def read(self, digests: Digests) -> list[Sample]:
+    def read(self, digests: Digests) -> Listing:
         from trainer.dataset import imagefolder
 
         return imagefolder.read(self, digests)
 
 
 @dataclass(slots=True)
+class CaptionsJson(Table):
+    """Pictures in images/ and a captions.json that captions them by name."""
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import captions_json
+
+        return captions_json.read(self, digests)
+
+
+@dataclass(slots=True)
+class Csv(Table):
+    """Pictures and a table of them; `path` may be the table. `delimiter`: null for a comma (.csv) or a tab (.tsv)."""
+
+    delimiter: str | None = None
+
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise Usage(f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'")
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import csv
+
+        return csv.read(self, digests)
+
+
+@dataclass(slots=True)
+class Hub(Table):
+    """A data set of the Hugging Face hub, or a folder of the same form. `subset` is what the hub calls a configuration.
+
+    `validation_split`: null takes validation, val or test where there is one.
+    """
+
+    image_column: str = "image"
+    subset: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import hub
+
+        return hub.read(self, digests)
+
+
+@dataclass(slots=True)
 class Pairs(Dataset):
     """Control pictures and the pictures to be made of them, paired by name, with an instruction each."""
 
-    def read(self, digests: Digests) -> list[Sample]:
+    def read(self, digests: Digests) -> Listing:
         from trainer.dataset import pairs
 
         return pairs.read(self, digests)
+
+
+@dataclass(slots=True)
+class Arrays(Dataset):
+    """Pictures and descriptions as numpy arrays."""
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import arrays
+
+        return arrays.read(self, digests)
+
+
+@dataclass(slots=True)
+class Concepts(Dataset):
+    """A folder a concept. By its name: `triggers`, the word that every caption of it holds, put in front where it does not; `weights` of its
+    samples' loss; `repeats`, how often an epoch visits each of them."""
+
+    triggers: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        for name, word in self.triggers.items():
+            if not word.strip():
+                raise Usage(f"dataset.triggers: that of {name} is empty; leave it out for captions as they are")
+        for name, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise Usage(f"dataset.weights: {weight:g} for {name} is no weight of a loss; type a number above 0")
+        for name, count in self.repeats.items():
+            if count < 1:
+                raise Usage(f"dataset.repeats: {count} for {name} visits nothing; type 1 or more")
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import concepts
+
+        return concepts.read(self, digests)
+
+
+@dataclass(slots=True)
+class Personalized(Dataset):
+    """Histories of what users liked, and the item to draw next. The caption is `template` with {history} (the captions of the items, joined by
+    `separator`), {style}, {target} and {user} filled in."""
+
+    caption_column: str = "caption"
+    image_column: str = "image_path"
+    template: str = "The user liked: {history}. Their style: {style}."
+    separator: str = "; "
+
+    def __post_init__(self) -> None:
+        from trainer.dataset import template
+
+        Dataset.__post_init__(self)
+        template.check(self.template)
+
+    def read(self, digests: Digests) -> Listing:
+        from trainer.dataset import personalized
+
+        return personalized.read(self, digests)
 
 
 @dataclass(slots=True)
@@ -107,21 +225,34 @@ class Demo(Dataset):
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
         if self.path is not None:
-            raise Usage(f"dataset=demo draws its own pictures; type dataset=pairs or dataset=imagefolder beside dataset.path={self.path}.")
+            raise Usage(
+                f"dataset=demo draws its own pictures; type dataset=pairs, dataset=imagefolder or another layout beside dataset.path={self.path}."
+            )
         for name, value in (("pairs", self.pairs), ("held_out", self.held_out)):
             if value < 1:
                 raise Usage(f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more.")
 
-    def read(self, digests: Digests) -> list[Sample]:
+    def read(self, digests: Digests) -> Listing:
         from trainer.dataset import demo
+        from trainer.dataset.reading import Listing
 
         unknown = [edit for edit in self.edits if edit not in demo.EDITS]
         if unknown or not self.edits:
             raise Usage(f"dataset.edits={self.edits}: the demo world draws {', '.join(demo.EDITS)}; type for example dataset.edits=[night]")
-        return demo.read(self, max(self.size()))
+        return Listing(demo.read(self, max(self.size())), found=self.pairs + self.held_out)
 
 
-OPTIONS = {"demo": Demo, "imagefolder": ImageFolder, "pairs": Pairs}
+OPTIONS = {
+    "arrays": Arrays,
+    "captions_json": CaptionsJson,
+    "concepts": Concepts,
+    "csv": Csv,
+    "demo": Demo,
+    "hub": Hub,
+    "imagefolder": ImageFolder,
+    "pairs": Pairs,
+    "personalized": Personalized,
+}
 
 
 def read(settings: Dataset, digests: Digests) -> list[Sample]:
@@ -129,10 +260,17 @@ def read(settings: Dataset, digests: Digests) -> list[Sample]:
 
     Raises errors.Usage without a path, and one errors.BadData that lists every fault.
     """
+    listing = settings.read(digests)
+    listing.refuse(f"dataset.path={settings.path}")
+    return limited(listing.samples, settings.limit)
+
+
+def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """The first `limit` samples of each split in the order of their ids."""
     groups = defaultdict(list)
-    for sample in sorted(settings.read(digests), key=lambda sample: sample.id):
+    for sample in sorted(samples, key=lambda sample: sample.id):
         groups[sample.split].append(sample)
-    return sorted((sample for group in groups.values() for sample in group[: settings.limit]), key=lambda sample: sample.id)
+    return sorted((sample for group in groups.values() for sample in group[:limit]), key=lambda sample: sample.id)
 
 
 def framing(settings: Dataset, multiple: int) -> Framing:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -44,33 +44,46 @@ class FileSource:
     def digest(self) -> str:
         return self.digests.of(self.path)
 
+    def remember(self, what: str, make: Callable[[], str]) -> str:
+        return self.digests.remembered(self.path, what, make)
+
     def size(self) -> tuple[int, int]:
         """(width, height) as `open` gives them; a PNG whose EXIF block follows its pixels counts as upright here."""
-        with self._opened() as image:
-            # Not `image.getexif()`: that of a PNG decodes the pixels to look behind them. Pillow has turned a TIFF's size already.
-            turned = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
+        with opened(self.path, self.name) as image:
+            return upright_size(image)
 
     def open(self) -> Image.Image:
-        with self._opened() as image:
+        with opened(self.path, self.name) as image:
             return decode(image)
 
-    @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        try:
-            if not os.path.getsize(self.path):
-                raise ValueError("the file is empty")
-            with Image.open(self.path, formats=FORMATS) as image:
-                _judge(image)
-                yield image
-        except MemoryError:
-            raise
-        except UnidentifiedImageError:
-            raise BadData(f"{self.path}: {_what_else(self.path)}") from None
-        except ValueError as error:
-            raise BadData(f"{self.path}: {error}") from error
-        except Exception as error:  # Pillow's readers raise whatever they stumble over: OSError, SyntaxError, struct.error, KeyError, ...
-            raise BadData(f"{self.path}: cannot be decoded ({error})") from error
+
+@contextmanager
+def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """A picture whose header has been judged. Raises one errors.BadData that calls it `name`, also for what is raised in the block."""
+    try:
+        if not (os.path.getsize(file) if isinstance(file, Path) else file.getbuffer().nbytes):
+            raise ValueError("the file is empty")
+        with Image.open(file, formats=FORMATS) as image:
+            # A phone's JPEG may carry a preview or depth map (MPO): its first picture is the photograph.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise ValueError("it holds several pictures (an animation, or pages); save the one that is meant")
+            judge(image.size)
+            yield image
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise BadData(f"{name}: {_what_else(file)}") from None
+    except ValueError as error:
+        raise BadData(f"{name}: {error}") from error
+    except Exception as error:  # Pillow's readers raise whatever they stumble over: OSError, SyntaxError, struct.error, KeyError, ...
+        raise BadData(f"{name}: cannot be decoded ({error})") from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened picture once it is turned as EXIF says."""
+    # Not `image.getexif()`: that of a PNG decodes the pixels to look behind them. Pillow has turned a TIFF's size already.
+    turned = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -99,24 +112,25 @@ def fit(image: Image.Image, width: int, height: int, flip: bool = False) -> np.n
     return pixels[:, ::-1].copy() if flip else pixels
 
 
-def _judge(image: Image.Image) -> None:
-    """Refuse by the header alone, before any pixel takes memory."""
-    width, height = image.size
+def judge(size: tuple[int, int]) -> None:
+    """Refuse by (width, height) alone, before any pixel takes memory. Raises ValueError."""
+    width, height = size
     if width * height > LARGEST:
         raise ValueError(f"{width} x {height} pixels are more than {LARGEST / 1e6:.0f} million; make it smaller")
     if min(width, height) < SMALLEST:
         raise ValueError(f"{width} x {height} pixels are too few; each side needs {SMALLEST}")
     if max(width, height) > STEEPEST * min(width, height):
         raise ValueError(f"{width} x {height} pixels are too long and thin (more than {STEEPEST} to 1); crop it")
-    # A phone's JPEG may carry a preview or depth map (MPO): its first picture is the photograph.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ValueError("it holds several pictures (an animation, or pages); save the one that is meant")
 
 
-def _what_else(path: Path) -> str:
+def _what_else(file: Path | BytesIO) -> str:
     """What a file is that is no picture."""
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
+    if isinstance(file, Path):
+        with open(file, "rb") as stream:
+            start = stream.read(512)
+    else:
+        start = file.getvalue()[:512]
+    start = start.lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, not a picture (a download that failed?)"
     return f"is not a picture that can be read ({', '.join(FORMATS)})"
@@ -135,7 +149,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Colours as the embedded ICC profile means them; a profile that is broken or for other channels is ignored, as viewers do."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
         if space != image.mode or "sRGB" in (source.profile.profile_description or ""):
             return image

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.errors import BadData
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FAULTS_LISTED = 20
+"""Of many faults the first are shown; stage=check lists all."""
 LONGEST_CAPTION = 10_000
 """Characters; text encoders read some hundred tokens, so what is longer is another file's text."""
 
@@ -37,6 +36,9 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """Hex sha256 of the picture's content, never of its name."""
+
+    def remember(self, what: str, make: Callable[[], str]) -> str:
+        """`make()`, which tells something of the picture's content, asked for once as long as the content stays as it is."""
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels as `open` gives them, from the header alone. Raises errors.BadData."""
@@ -100,25 +102,3 @@ def relative(name: object) -> PurePosixPath:
 def inside(folder: Path, path: Path) -> bool:
     """Whether `path` lies in `folder` once all links are followed; opens nothing."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-def clashes(places: Iterable[tuple[str, str]]) -> list[str]:
-    """A fault for every id that occurs twice or differs from another in case only; from (id, where it stands)."""
-    faults, seen = [], {}
-    for id, place in places:
-        first, where = seen.setdefault(id.casefold(), (id, place))
-        if where != place:
-            how = "is the same sample as" if first == id else "differs in case only from"
-            faults.append(f"{place}: {how} {where}")
-    return faults
-
-
-def refuse(faults: list[str], where: str, samples: int) -> None:
-    """End with one errors.BadData that counts all faults (a line each) and lists the first; nothing happens where there are none."""
-    if not faults:
-        return
-    lines = [f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)} in {samples} sample{'s' * (samples > 1)}. Mend or remove these:"]
-    lines += [f"  {fault}" for fault in faults[:FAULTS_LISTED]]
-    if len(faults) > FAULTS_LISTED:
-        lines.append(f"  ... and {len(faults) - FAULTS_LISTED} more")
-    raise BadData("\n".join(lines))
