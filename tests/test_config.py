@@ -174,7 +174,7 @@ def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
         ("dataset.validation_fraction=1", "0 to 0.99"),
         ("dataset.caption_dropout=2", "0 to 1"),
         ("dataset.pairs=0", r"dataset\.pairs=1"),
-        ("dataset.path=pictures", "dataset=pairs or dataset=imagefolder"),
+        ("dataset.path=pictures", "dataset=pairs, dataset=imagefolder or another"),
         ("hardware.micro_batch=0", "1 or more"),
         ("hardware.workers=-1", "0 to load"),
         ("evaluation.every=0", "1 or more"),

@@ -124,7 +124,12 @@ def register() -> None:
     store.store(group="schema", name="run", node=Run)
     for room, options in ROOMS.items():
         for name, settings in options.items():
-            store.store(group=f"schema/{room}", name=name, node=settings)
+            schema = OmegaConf.structured(settings)
+            for _, value in schema.items_ex(resolve=False):
+                if OmegaConf.is_dict(value) and OmegaConf.get_type(value) is dict:
+                    # A table of the user's own names: `key={name: value}` shall need no +.
+                    OmegaConf.set_struct(value, False)
+            store.store(group=f"schema/{room}", name=name, node=schema)
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = (), find: Callable[[str, str], Path] | None = None) -> Run:

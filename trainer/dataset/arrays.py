@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -53,9 +54,15 @@ class Slice:
         return np.array(_mapped(self.path)[self.index])
 
 
-@lru_cache(maxsize=8)
 def _mapped(path: Path) -> np.ndarray:
     """The array in a file, which the system reads as it is asked for. Nothing pickled is read. Raises errors.BadData."""
+    with storage("read", path):
+        status = os.stat(path)
+    return _mapped_as(path, status.st_ino, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _mapped_as(path: Path, inode: int, changed: int) -> np.ndarray:
     _refuse_objects(path)
     with storage("read", path):
         try:

@@ -85,9 +85,10 @@ class Reading:
 
     def claim(self, id: str, place: str) -> bool:
         """Whether the id is new; a fault where it is not, or differs from another in case only."""
-        first, where = self._places.setdefault(id.casefold(), (id, place))
-        if where == place:
+        if id.casefold() not in self._places:
+            self._places[id.casefold()] = (id, place)
             return True
+        first, where = self._places[id.casefold()]
         how = "is the same sample as" if first == id else "differs in case only from"
         self.fault(f"{place}: {how} {where}")
         return False
