@@ -51,13 +51,14 @@ def test_noising_runs_from_the_picture_to_the_noise():
     torch.testing.assert_close(noised, torch.stack([clean[0], 0.75 * clean[1] + 0.25 * noise[1], noise[2]]))
 
 
-def test_sampling_times_are_those_of_the_flow_match_scheduler():
+@pytest.mark.parametrize("terminal", [0.0, 0.02])
+def test_sampling_times_are_those_of_the_flow_match_scheduler(terminal: float):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal or None)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=math.log(2.3))
     seen = []
-    Flow().sample(lambda x, t: seen.append(t[0].item()) or x, torch.zeros(1, 1), 7, 2.3)
+    Flow(terminal=terminal).sample(lambda x, t: seen.append(t[0].item()) or x, torch.zeros(1, 1), 7, 2.3)
     np.testing.assert_allclose(seen, scheduler.sigmas[:-1], rtol=1e-6)
 
 

@@ -367,6 +367,7 @@ def families() -> dict[str, type[Family]]:
     found = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.ispkg:
-            members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
-            found[module.name] = next(c for c in members if isinstance(c, type) and issubclass(c, Family) and c is not Family)
+            name = f"{__name__}.{module.name}"
+            members = vars(importlib.import_module(name)).values()
+            found[module.name] = next(c for c in members if isinstance(c, type) and issubclass(c, Family) and c.__module__ == name)
     return found

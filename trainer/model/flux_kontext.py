@@ -178,11 +178,7 @@ class FluxKontext(Family):
         return [f"model.path={folder}", "model.text_length=8", "dataset.resolution=32"]
 
     def shift(self, height: int, width: int) -> float:
-        """exp(mu), mu linear in the number of target tokens (diffusers' `calculate_shift`)."""
-        scheduler = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15} | self._config("scheduler")
-        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
-        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
-        return math.exp(scheduler["base_shift"] + slope * (height * width / PATCH**2 - low))
+        return resolution_shift(self._config("scheduler"), height, width)
 
     def _scale(self) -> int:
         """Pixels a latent pixel."""
@@ -198,7 +194,15 @@ def read_config(folder: Path, component: str) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read ({error}), so this folder is no FLUX checkpoint; type another model.path") from error
+        raise BadData(f"{path} cannot be read ({error}), so this folder is no checkpoint of this model; type another model.path") from error
+
+
+def resolution_shift(scheduler: dict, height: int, width: int) -> float:
+    """exp(mu), mu linear in the number of tokens of a latent size, by a scheduler's config (diffusers' `calculate_shift`)."""
+    scheduler = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15} | scheduler
+    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+    return math.exp(scheduler["base_shift"] + slope * (height * width / PATCH**2 - low))
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

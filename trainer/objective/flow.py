@@ -25,13 +25,21 @@ class Times(Enum):
 
 @dataclass(slots=True)
 class Flow:
-    """Settings of the flow objective; `mean` and `std` are those of logit(t) where times are logit-normal."""
+    """Settings of the flow objective; `mean` and `std` are those of logit(t) where times are logit-normal.
+
+    `terminal` is the time at which sampling takes its last step, to which its times are stretched; 0: where they fall.
+    """
 
     times: Times = Times.logit_normal
     mean: float = 0.0
     std: float = 1.0
+    terminal: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.terminal < 1:
+            raise Usage(
+                f"model.objective.terminal={self.terminal:g} is no time before noise; type a number from 0 to below 1, such as 0.02"
+            )
         if self.std <= 0:
             raise Usage(f"model.objective.std={self.std:g} is no spread; type a number above 0, such as 1")
 
@@ -60,7 +68,11 @@ class Flow:
         self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float
     ) -> torch.Tensor:
         """Euler steps from `noise` (B, ...) down to clean latents; the same times as diffusers' flow-match scheduler."""
-        times = [shift * t / (1 + (shift - 1) * t) for t in ((steps - i) / steps for i in range(steps))] + [0.0]
+        times = [shift * t / (1 + (shift - 1) * t) for t in ((steps - i) / steps for i in range(steps))]
+        if self.terminal and steps > 1:
+            stretch = (1 - self.terminal) / (1 - times[-1])
+            times = [1 - (1 - time) * stretch for time in times]
+        times.append(0.0)
         x = noise
         for now, later in pairwise(times):
             x = x + (later - now) * predict(x, x.new_full((x.shape[0],), now)).to(x.dtype)
