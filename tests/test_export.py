@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from trainer import config, export, files, model
 from trainer.config import Run
 from trainer.errors import BadData, Storage, Usage
 from trainer.export import Dtype, Export, Format
-from trainer.method import Full, Lora, load_adapter, trained
+from trainer.method import Adapter, Dora, Full, Loha, Lokr, Lora, trained
+from trainer.method.adapter import frozen, load_adapter, merged, parts
 from trainer.model import Family
-from trainer.precision import Precision
+from trainer.precision import Compute, Precision
 from trainer.precision import Storage as Stored
 from trainer.streams import normal
 
 CPU = torch.device("cpu")
+ADAPTERS = [Lora(rank=4, alpha=8.0), Dora(rank=4, alpha=8.0), Loha(rank=4, alpha=8.0), Lokr(rank=2, alpha=8.0)]
+EACH_ADAPTER = pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
 
 
 @pytest.fixture
@@ -61,8 +65,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): files.sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(family: Family, tmp_path: Path):
-    run = run_of(family, Format.pipeline, Format.peft)
+@EACH_ADAPTER
+def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(family: Family, method: Adapter, tmp_path: Path):
+    run = run_of(family, Format.pipeline, Format.peft, method=method)
     network = network_of(run)
     expected = prediction(family, network)
     whole, beside = write(run, network, tmp_path / "export")
@@ -71,6 +76,50 @@ def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(famil
     fresh = load_adapter(family.network(torch.float32).eval(), beside)
     torch.testing.assert_close(prediction(family, fresh), expected, rtol=0, atol=1e-5)
     assert (prediction(family, family.network(torch.float32).eval()) - expected).abs().max() > 0.01
+
+
+@EACH_ADAPTER
+def test_a_method_that_some_format_cannot_hold_is_refused_with_those_that_can(family: Family, method: Adapter):
+    for format in Format:
+        settings = Export([format])
+        if format.name in method.formats:
+            assert settings.chosen(method.formats) == [format]
+        else:
+            with pytest.raises(Usage, match=re.escape(f"type export.formats=[{','.join(method.formats)}]")):
+                settings.chosen(method.formats)
+
+
+def as_comfyui_does(weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weights of a layer with the LoHa or LoKr of a file in them, by the rules of ComfyUI's loader: a scale only beside a rank."""
+    alpha = tensors.get("alpha")
+    if "hada_w1_a" in tensors:
+        rank = len(tensors["hada_w1_b"])
+        update = (tensors["hada_w1_a"] @ tensors["hada_w1_b"]) * (tensors["hada_w2_a"] @ tensors["hada_w2_b"])
+    else:
+        first, second = (tensors.get(f"lokr_w{i}") for i in (1, 2))
+        rank = next((len(tensors[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), None)
+        first = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"] if first is None else first
+        second = tensors["lokr_w2_a"] @ tensors["lokr_w2_b"] if second is None else second
+        update = torch.kron(first, second)
+    return weight + update * (float(alpha) / rank if alpha is not None and rank is not None else 1.0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Loha(rank=3, alpha=2.0), Lokr(rank=1, alpha=0.5), Lokr(rank=1, alpha=0.5, decompose_both=True), Lokr(rank=64, alpha=16.0)],
+    ids=["loha", "lokr", "lokr of low rank twice", "lokr with whole factors"],
+)
+def test_comfyui_makes_of_a_loha_or_lokr_the_weights_that_were_trained(family: Family, method: Adapter, tmp_path: Path):
+    run = run_of(family, Format.comfyui, method=method)
+    network = network_of(run)
+    (path,) = write(run, network, tmp_path)
+    tensors, layers = files.load_tensors(path), parts(network)
+    for name in layers:
+        start = family.export_name(f"{name}.alpha").removesuffix("alpha")
+        own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        weight = f"{name}.weight"
+        torch.testing.assert_close(as_comfyui_does(frozen(network, weight), own), merged(network, weight), rtol=0, atol=1e-5)
+    assert layers and not tensors
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -122,19 +171,24 @@ def test_whole_weights_are_exported_as_a_checkpoint(family: Family, tmp_path: Pa
 
 def test_formats_for_adapters_are_refused_where_there_is_no_adapter():
     with pytest.raises(Usage, match="type export.formats=\\[pipeline\\]"):
-        Export([Format.pipeline, Format.peft]).chosen(is_adapter=False)
-    assert Export().chosen(is_adapter=True) == [Format.diffusers]
-    assert Export().chosen(is_adapter=False) == [Format.pipeline]
+        Export([Format.pipeline, Format.peft]).chosen(Full.formats)
+    assert Export().chosen(Lora.formats) == [Format.diffusers]
+    assert Export().chosen(Full.formats) == [Format.pipeline]
 
 
-@pytest.mark.parametrize("format", list(Format))
-def test_an_adapter_that_changes_nothing_is_refused(family: Family, format: Format, tmp_path: Path):
-    run = run_of(family, format)
-    network = run.model.network(torch.float32)
-    run.method.attach(network, family.targets, seed=0)
+@pytest.mark.parametrize("precision", [Precision(), Precision(storage=Stored.bf16, compute=Compute.bfloat16)], ids=["fp32", "bf16"])
+@EACH_ADAPTER
+def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adapter, precision: Precision, tmp_path: Path):
+    run = run_of(family, *(Format[name] for name in method.formats), method=method, precision=precision)
+    network = run.model.network(precision.dtype())
+    method.attach(network, family.targets, seed=0)
     with pytest.raises(BadData, match="changes nothing"):
         write(run, network, tmp_path)
     assert contents(tmp_path) == {}
+    if isinstance(method, Dora):
+        # Lengths alone are something to keep.
+        network.get_parameter(next(name for name in trained(network) if "magnitude" in name)).data *= 1.01
+        assert write(dataclasses.replace(run, export=Export([Format.peft])), network, tmp_path)
 
 
 def test_whole_weights_that_are_what_they_were_are_refused(family: Family, tmp_path: Path):

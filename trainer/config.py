@@ -259,7 +259,7 @@ def check(run: Run) -> None:
         if value is not None and value < 1:
             raise Usage(f"{name}={value} trains nothing; type {name}=1 or more")
     run.lr_scheduler.check(run.steps)
-    run.export.chosen(run.method.is_adapter)
+    run.export.chosen(run.method.formats)
     if not run.out:
         raise Usage("out is empty; type out=FOLDER, the place of the runs")
     if run.max_grad_norm <= 0:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from trainer.config import Run
-    from trainer.model import Family
 
 
 class Format(Enum):
@@ -43,7 +42,7 @@ class Dtype(Enum):
 
 @dataclass(slots=True)
 class Export:
-    """`formats` null: of an adapter diffusers'; of whole networks the pipeline, which is large and so left to `stage=export`.
+    """`formats` null: the first that holds what the method trains; a pipeline, which is large, is then left to `stage=export`.
 
     `dtype` null: adapters float32, as they were trained; a pipeline the type of the weights in training, that of the products where they
     were quantised.
@@ -52,15 +51,14 @@ class Export:
     formats: list[Format] | None = None
     dtype: Dtype | None = None
 
-    def chosen(self, is_adapter: bool) -> list[Format]:
-        """The formats asked for. Raises errors.Usage for those that hold an adapter where there is none."""
+    def chosen(self, possible: tuple[str, ...]) -> list[Format]:
+        """The formats asked for, of those that hold what a method trains. Raises errors.Usage for others."""
         if self.formats is None:
-            return [Format.diffusers if is_adapter else Format.pipeline]
-        wrong = [format.name for format in self.formats if format is not Format.pipeline and not is_adapter]
+            return [Format[possible[0]]]
+        wrong = [format.name for format in self.formats if format.name not in possible]
         if wrong:
             raise Usage(
-                f"export.formats: {', '.join(wrong)} holds an adapter, and this method trains the network's own weights; "
-                "type export.formats=[pipeline]"
+                f"export.formats: {', '.join(wrong)} cannot hold what this method trains; type export.formats=[{','.join(possible)}]"
             )
         return list(dict.fromkeys(self.formats))
 
@@ -95,12 +93,14 @@ def write(
     """
     import torch
 
-    from trainer.method import adapter, effects, swapped
+    from trainer.method import swapped
+    from trainer.method.adapter import is_idle
 
-    chosen, is_adapter = run.export.chosen(run.method.is_adapter), run.method.is_adapter
+    chosen = run.export.chosen(run.method.formats)
     _clean(folder)
+    network.eval()
     with torch.no_grad(), swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}):
-        if is_adapter and not any(effect.any() for effect in effects(network).values()):
+        if run.method.is_adapter and is_idle(network):
             raise BadData(
                 f"The adapter that would go to {folder} changes nothing: training has moved none of its weights. "
                 "Look at train/grad_norm and train/lr in the run's metrics.csv, and type another optimizer.lr"
@@ -109,10 +109,7 @@ def write(
             if format is Format.pipeline:
                 _write_pipeline(run, network, folder / format.value)
             else:
-                dtype = run.export.dtype or Dtype.float32
-                tensors, configuration = adapter(network)
-                tensors = {name: tensor.to(getattr(torch, dtype.value)) for name, tensor in tensors.items()}
-                _write_adapter(run.model, format, tensors, configuration, effects(network), ROUNDING[dtype.value], folder / format.value)
+                _write_adapter(run, network, format, folder / format.value)
     return [folder / format.value for format in chosen]
 
 
@@ -124,39 +121,46 @@ def _clean(folder: Path) -> None:
                 files.remove(path)
 
 
-def _write_adapter(
-    family: Family,
-    format: Format,
-    weights: dict[str, torch.Tensor],
-    configuration: dict,
-    expected: dict[str, torch.Tensor],
-    tolerance: float,
-    path: Path,
-) -> None:
-    from trainer.method import effects, load_adapter, save_adapter
+def _write_adapter(run: Run, network: torch.nn.Module, format: Format, path: Path) -> None:
+    import torch
+
+    from trainer.method import adapter
     from trainer.model import hollow
 
+    family, dtype = run.model, run.export.dtype or Dtype.float32
+
+    def written(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().to(getattr(torch, dtype.value)).contiguous() for name, tensor in tensors.items()}
+
+    weights, configuration = adapter.adapter(network)
     replacing = files.replacing_folder if format is Format.peft else files.replacing
     with replacing(path) as unfinished:
         if format is Format.peft:
-            save_adapter(weights, configuration, unfinished)
-            again = load_adapter(hollow(family.skeleton()), unfinished)
+            adapter.save_adapter(written(weights), configuration, unfinished)
+            again = adapter.load_adapter(hollow(family.skeleton()), unfinished)
         elif format is Format.diffusers:
-            family.save_adapter(weights, configuration, unfinished)
+            family.save_adapter(written(weights), configuration, unfinished)
             again = family.load_adapter(unfinished)
         else:
-            files.save_tensors(unfinished, _spelled(family, weights, configuration["lora_alpha"]), {"format": "pt"})
-            again = family.load_adapter(unfinished)
-        _compare(expected, effects(again), tolerance, path)
+            tensors = adapter.spelled(adapter.parts(network), family.export_name)
+            alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
+            files.save_tensors(unfinished, written(tensors) | alphas, {"format": "pt"})
+            again = _spelled_again(run, unfinished)
+        _compare(adapter.effects(network), adapter.effects(again), ROUNDING[dtype.value], path)
 
 
-def _spelled(family: Family, weights: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """The weights by the names that inference tools use, with each layer's alpha beside them."""
-    import torch
+def _spelled_again(run: Run, path: Path) -> torch.nn.Module:
+    """The network without weights, and in it the adapter of a file for ComfyUI."""
+    from trainer.method import adapter
+    from trainer.model import hollow
+    from trainer.network import adapter_in
 
-    layers = sorted({name.partition(".lora_")[0] for name in weights})
-    tensors = weights | {f"{layer}.alpha": torch.tensor(float(alpha)) for layer in layers}
-    return {family.export_name(name): tensor for name, tensor in tensors.items()}
+    if "diffusers" in run.method.formats:
+        return run.model.load_adapter(path)
+    network = hollow(run.model.skeleton())
+    run.method.attach(network, run.model.targets, run.seed)
+    adapter.put(adapter_in(path, run.model), network, path)
+    return network
 
 
 def _compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], tolerance: float, path: Path) -> None:
@@ -176,7 +180,7 @@ def _compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], 
 def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
     import torch
 
-    from trainer.method import merged
+    from trainer.method.adapter import merged
     from trainer.report import say
 
     dtype = run.export.dtype.value if run.export.dtype else str(run.precision.dtype()).removeprefix("torch.")
@@ -190,7 +194,7 @@ def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
 
 def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each tensor of the network by name, before training and after it (one and the same where it was not trained)."""
-    from trainer.method import frozen, merged
+    from trainer.method.adapter import frozen, merged
 
     begun = None if run.method.is_adapter else run.model.weights()
     for name in names:

@@ -101,6 +101,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         safetensors.torch.save_file(plain, path, metadata)
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises errors.BadData where it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise errors.BadData(f"{path} cannot be read as safetensors, the only kind of weights that is read here ({error})") from error
+
+
 @contextlib.contextmanager
 def from_safetensors(path: Path) -> Iterator[None]:
     """For a block in which safetensors writes `path`: a file like any other, and OSError where the disk does not take it."""

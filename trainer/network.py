@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import config, files
 from trainer.checkpoint import Checkpoints
 from trainer.config import Run
 from trainer.errors import BadData, Usage
@@ -14,14 +15,17 @@ from trainer.report import say
 if TYPE_CHECKING:
     import torch
 
+    from trainer.method.adapter import Part
+    from trainer.model import Family
+
+ADAPTER = "adapter_config.json"
+"""What a folder of peft's has."""
+
 
 def build(run: Run, device: torch.device) -> torch.nn.Module:
     """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached."""
-    import torch
-
-    # What trains is kept in float32, and is not rounded on the way there.
-    dtype = run.precision.dtype() if run.method.is_adapter else torch.float32
-    network = run.model.network(dtype, device, run.precision.stored(run.model.keep_high, device))
+    stored = run.precision.stored(run.model.keep_high, device)
+    network = run.model.network(run.method.dtype(run.precision.dtype()), device, stored)
     run.method.attach(network, run.model.targets, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -30,14 +34,51 @@ def build(run: Run, device: torch.device) -> torch.nn.Module:
     return network
 
 
-def initial_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What `method.init_from` names: the best, else the last weights of a run, or a safetensors file with this program's names."""
-    path = Path(run.method.init_from).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        from safetensors.torch import load_file
+def begin_from(run: Run, network: torch.nn.Module) -> None:
+    """Give what trains the weights that `method.init_from` names: those to use of a run, or of a file or folder that this program, diffusers,
+    peft, ComfyUI or kohya's scripts wrote. An adapter begins by doing what that one does, whatever alpha either has. Raises errors.Usage where
+    they do not fit."""
+    from trainer.method import trained
 
-        return load_file(path)
-    return weights_of(find(run.method.init_from, run.out))[1]
+    path, method = Path(run.method.init_from).expanduser(), run.method
+    if not method.is_adapter:
+        weights = files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
+        fill(trained(network), weights, path)
+        return
+    from trainer.method.adapter import of_trained, put
+
+    if path.is_file() or (path / ADAPTER).is_file():
+        found = adapter_in(path, run.model, method.alpha / method.rank)
+    else:
+        folder = find(method.init_from, run.out)
+        theirs = config.from_yaml(folder / "config.yaml").method
+        found = of_trained(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
+    put(found, network, method.init_from)
+
+
+def adapter_in(path: Path, family: Family, scale: float = 1.0) -> dict[str, Part]:
+    """What a peft folder or a file of adapter weights attaches to each layer; `scale` is that of a file with this program's own names, which
+    has none. Raises errors.Usage where it holds no adapter of this model."""
+    from trainer.method.adapter import load_adapter, of_trained, parts, read_spelled
+    from trainer.model import hollow
+
+    if path.is_dir():
+        return parts(load_adapter(hollow(family.skeleton()), path))
+    tensors = files.load_tensors(path)
+    if own := of_trained(tensors, scale):
+        return own
+    known = {name for name, _ in family.skeleton().named_modules()}
+    found = read_spelled(tensors, sorted(known), family.export_name)
+    # A LoRA whose alpha does not lie beside it has it in metadata, and some name layers that they have joined: what diffusers is for.
+    if all(".lokr_" in name or ".hada_" in name or name.endswith(".alpha") for name in tensors):
+        return found
+    if found.keys() <= known and sum(name.endswith(".alpha") for name in tensors) == len(found):
+        return found
+    try:
+        return parts(family.load_adapter(path))
+    except (ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Usage(f"{path} holds no LoRA that diffusers can read for this model ({reason[0]}); type another method.init_from") from error
 
 
 def weights_of(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:

@@ -209,7 +209,7 @@ class Training:
 
     def _restored(self) -> Loaded | None:
         """The newest good checkpoint (of the parent, where this run only begins), which weights and optimizer now are."""
-        from trainer.network import fill, initial_weights
+        from trainer.network import begin_from, fill
 
         run, loaded = self.run, None
 
@@ -234,7 +234,7 @@ class Training:
             self.state |= loaded.state
             say(f"continuing at step {loaded.step} of {self.steps}")
         elif run.method.init_from is not None:
-            fill(self.trained, initial_weights(run), Path(run.method.init_from))
+            begin_from(run, self.network)
         return loaded
 
     def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
 from trainer.errors import Usage
-from trainer.streams import normal, number
+from trainer.streams import number
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
+
+
+ADAPTER_FORMATS = ("diffusers", "peft", "comfyui")
 
 
 class Init(Enum):
@@ -24,22 +26,42 @@ class Init(Enum):
     gaussian = "gaussian"
 
 
+class LokrInit(Enum):
+    """Which factor of LoKr starts at zero: the small one (peft's default), or the large one as in LyCORIS."""
+
+    peft = "peft"
+    lycoris = "lycoris"
+
+
+class Master(Enum):
+    """What a bfloat16 weight's updates are added to: a float32 copy, which it is itself while it trains; or the weight, by chance rounded."""
+
+    fp32 = "fp32"
+    none = "none"
+
+
 @dataclass(slots=True)
 class Method:
-    """`attach` makes `network` trainable in place. `init_from` names weights to start from: a run folder or a safetensors file."""
+    """`attach` makes `network` trainable in place. `init_from` names weights to start from: a run, a peft folder or a safetensors file."""
 
     init_from: str | None = None
 
     is_adapter = False
     """Whether what trains lies beside the network's own weights, so that it can be exported alone."""
+    formats = ("pipeline",)
+    """Names of the export formats that hold what trains; the first is written where none is asked for."""
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         raise NotImplementedError
 
+    def dtype(self, precision: torch.dtype) -> torch.dtype:
+        """The type in which the network is loaded, where its frozen weights are to be of type `precision`."""
+        return precision
+
 
 @dataclass(slots=True)
-class Lora(Method):
-    """LoRA (Hu et al. 2021): W + alpha / rank * B A.
+class Adapter(Method):
+    """A product of small matrices added to the weights of some layers, times alpha / rank.
 
     `alpha` null is `alpha_per_rank` x rank, so that a sweep over ranks does not move the scale. `targets` null are the
     family's own.
@@ -48,45 +70,143 @@ class Lora(Method):
     rank: int = 16
     alpha: float | None = None
     alpha_per_rank: float = 1.0
-    dropout: float = 0.0
     targets: list[str] | None = None
-    init: Init = Init.kaiming
 
     is_adapter = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise Usage(f"method.rank={self.rank} adapts nothing; type a rank of 1 or more, such as method.rank=16")
-        if not 0 <= self.dropout < 1:
-            raise Usage(f"method.dropout={self.dropout:g} is no probability below 1; type a number such as method.dropout=0.1")
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            value = getattr(self, name, 0.0)
+            if not 0 <= value < 1:
+                raise Usage(f"method.{name}={value:g} is no probability below 1; type a number such as method.{name}=0.1")
+
+    def configuration(self, targets: list[str]) -> PeftConfig:
+        """peft's settings of this adapter."""
+        raise NotImplementedError
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         import torch
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
         network.requires_grad_(False)
         torch.manual_seed(number(seed, "adapter"))
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(self.targets or targets),
-            init_lora_weights="gaussian" if self.init is Init.gaussian else True,
-        )
         try:
-            inject_adapter_in_model(config, network)
+            inject_adapter_in_model(self.configuration(list(self.targets or targets)), network)
         except ValueError as error:
             raise Usage(f"method.targets={self.targets} name no layer of this model ({error}); the default is {list(targets)}") from error
         keep_trained_in_float32(network)
 
 
 @dataclass(slots=True)
+class Lora(Adapter):
+    """LoRA (Hu et al. 2021): W + alpha / rank * B A."""
+
+    dropout: float = 0.0
+    init: Init = Init.kaiming
+
+    formats = (*ADAPTER_FORMATS, "pipeline")
+
+    def configuration(self, targets: list[str]) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            init_lora_weights="gaussian" if self.init is Init.gaussian else True,
+        )
+
+
+@dataclass(slots=True)
+class Dora(Lora):
+    """DoRA (Liu et al. 2024): rows of W + alpha / rank * B A at lengths of their own, m (W + ...) / |W + ...|; m starts at |W|."""
+
+    # ComfyUI divides by |W| alone, and so would draw with other weights than those that were trained.
+    formats = ("diffusers", "peft", "pipeline")
+
+    def configuration(self, targets: list[str]) -> PeftConfig:
+        configuration = Lora.configuration(self, targets)
+        configuration.use_dora = True
+        return configuration
+
+    def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
+        from trainer.method.adapter import begin_at_own_lengths
+
+        Lora.attach(self, network, targets, seed)
+        begin_at_own_lengths(network)
+
+
+@dataclass(slots=True)
+class Loha(Adapter):
+    """LoHa (Hyeon-Woo et al. 2022): W + alpha / rank * (B1 A1) * (B2 A2), entry by entry, so that the update has up to rank^2 as its rank.
+
+    The dropouts leave out rows of the update, and the updates of whole layers.
+    """
+
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+
+    formats = ("comfyui", "peft", "pipeline")
+
+    def configuration(self, targets: list[str]) -> PeftConfig:
+        from peft import LoHaConfig
+
+        return LoHaConfig(
+            r=self.rank, alpha=self.alpha, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout, target_modules=targets
+        )
+
+
+@dataclass(slots=True)
+class Lokr(Loha):
+    """LoKr (Yeh et al. 2024): W + alpha / rank * (C kron (B A)), with C as large as `decompose_factor` says (-1: near the square root of a
+    side). A factor whose side is no more than twice the rank is whole; `decompose_both` makes C a product of low rank too.
+    """
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    init: LokrInit = LokrInit.peft
+
+    def __post_init__(self) -> None:
+        Loha.__post_init__(self)
+        if self.decompose_factor < 1 and self.decompose_factor != -1:
+            raise Usage(
+                f"method.decompose_factor={self.decompose_factor} divides no side; type 2 or more, or -1 for one near the square root"
+            )
+
+    def configuration(self, targets: list[str]) -> PeftConfig:
+        from peft import LoKrConfig
+
+        return LoKrConfig(
+            r=self.rank,
+            alpha=self.alpha,
+            rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+            decompose_both=self.decompose_both,
+            decompose_factor=self.decompose_factor,
+            init_weights="lycoris" if self.init is LokrInit.lycoris else True,
+            target_modules=targets,
+        )
+
+
+@dataclass(slots=True)
 class Full(Method):
     """Every weight of the network trains."""
 
+    master_weights: Master = Master.fp32
+
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         network.requires_grad_(True)
-        keep_trained_in_float32(network)
+        if self.master_weights is Master.fp32:
+            keep_trained_in_float32(network)
+
+    def dtype(self, precision: torch.dtype) -> torch.dtype:
+        import torch
+
+        # Not rounded on the way there.
+        return torch.float32 if self.master_weights is Master.fp32 else precision
 
 
 def trained(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -98,66 +218,6 @@ def keep_trained_in_float32(network: torch.nn.Module) -> None:
     """Updates of 1e-5 vanish when added to bfloat16 weights: 95 % of the entries would never change."""
     for parameter in trained(network).values():
         parameter.data = parameter.data.float()
-
-
-def adapter(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
-    """The attached adapter's weights in peft's names, and its configuration."""
-    from peft import get_peft_model_state_dict
-
-    configuration = network.peft_config["default"].to_dict()
-    # A set has another order in every process, and so would the file have other bytes.
-    configuration["target_modules"] = sorted(configuration["target_modules"])
-    return get_peft_model_state_dict(network), configuration
-
-
-def save_adapter(weights: dict[str, torch.Tensor], configuration: dict, folder: Path) -> None:
-    """Write an adapter as `peft.PeftModel.from_pretrained(network, folder)` reads it. Raises OSError."""
-    files.write_json(folder / "adapter_config.json", configuration | {"inference_mode": True})
-    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    files.save_tensors(folder / "adapter_model.safetensors", prefixed, {"format": "pt"})
-
-
-def load_adapter(network: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """`network` with the adapter of a folder in it, by peft's own loader."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(network, str(folder), torch_device="cpu", low_cpu_mem_usage=True).get_base_model()
-
-
-def effects(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the attached adapter adds to each adapted layer's output for a fixed random input: layer -> (rows, out) in float32.
-
-    The weights of the layers themselves have no part in it, so a network without weights can be asked as well.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    found = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, LoraLayer):
-            (active,) = layer.active_adapters
-            # Of a convolution the kernel is flattened; B's is 1 x 1.
-            down, up = (side[active].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
-            probe = normal((4, down.shape[1]), "probe", name).to(down.device)
-            found[name] = probe @ down.T @ up.T * layer.scaling[active]
-    return found
-
-
-def frozen(network: torch.nn.Module, name: str) -> torch.Tensor:
-    """The tensor `name` of the network as it was before an adapter was attached; of a quantised layer what its products see."""
-    path, _, leaf = name.rpartition(".")
-    layer = network.get_submodule(path)
-    return getattr(getattr(layer, "base_layer", layer), leaf)
-
-
-def merged(network: torch.nn.Module, name: str) -> torch.Tensor:
-    """The tensor `name` of the network with what was trained in it; of an adapted layer W + alpha / rank * B A in float32."""
-    path, _, leaf = name.rpartition(".")
-    layer = network.get_submodule(path)
-    tensor = frozen(network, name)
-    if leaf != "weight" or not hasattr(layer, "base_layer"):
-        return tensor
-    (active,) = layer.active_adapters
-    return tensor.float() + layer.get_delta_weight(active)
 
 
 @contextmanager
@@ -176,4 +236,4 @@ def swapped(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -
             parameter.data = own[name]
 
 
-OPTIONS = {"lora": Lora, "full": Full}
+OPTIONS = {"lora": Lora, "dora": Dora, "lokr": Lokr, "loha": Loha, "full": Full}

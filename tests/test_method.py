@@ -1,0 +1,230 @@
+"""What trains: how each method begins, what it changes, where it can begin from, and that it can be stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import config, export, files
+from trainer.config import Run
+from trainer.errors import BadData, Usage
+from trainer.export import Export, Format
+from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, trained
+from trainer.method.adapter import effects, is_idle, layers, parts
+from trainer.model import Family
+from trainer.network import begin_from
+from trainer.precision import Compute, Precision, Storage
+from trainer.streams import normal
+
+CPU = torch.device("cpu")
+ADAPTERS = [
+    Lora(rank=2, alpha=4.0),
+    Dora(rank=2, alpha=4.0),
+    Loha(rank=2, alpha=4.0),
+    Lokr(rank=2, alpha=4.0),
+    Lokr(rank=2, alpha=4.0, init=LokrInit.lycoris),
+]
+EACH_ADAPTER = pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
+
+
+@pytest.fixture
+def family(tiny) -> Family:
+    return tiny.family()
+
+
+def run_of(family: Family, method: Adapter | Full, *formats: Format, **rooms) -> Run:
+    return Run(model=family, export=Export(list(formats)), **{"method": method, "precision": Precision()} | rooms)
+
+
+def attached(run: Run, size: float | None = None) -> torch.nn.Module:
+    """The run's network; where a size is given with adapters of normal numbers."""
+    stored = run.precision.stored(run.model.keep_high, CPU)
+    network = run.model.network(run.method.dtype(run.precision.dtype()), CPU, stored)
+    run.method.attach(network, run.model.targets, seed=0)
+    if size is not None:
+        with torch.no_grad():
+            for name, parameter in trained(network).items():
+                parameter.add_(size * normal(tuple(parameter.shape), name))
+    return network.eval()
+
+
+def prediction(run: Run, network: torch.nn.Module) -> torch.Tensor:
+    spec = run.model.spec(32, 48, ((32, 48),) if 1 in run.model.controls else ())
+    rows = {name: normal(shape, name)[None] for name, shape in spec.items()}
+    with run.precision.autocast(CPU):
+        return run.model.predict(network, rows.pop("latents"), torch.tensor([0.4]), rows).float()
+
+
+def written(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
+    parameters = trained(network)
+    return export.write(run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("precision", [Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.nf4, Compute.bfloat16)])
+@EACH_ADAPTER
+def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(family: Family, method: Adapter, precision: Precision):
+    run = run_of(family, method, precision=precision)
+    network = attached(run)
+    plain = family.network(precision.dtype(), CPU, precision.stored(family.keep_high, CPU))
+    found, expected = prediction(run, network), prediction(run, plain)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=0 if not isinstance(method, Dora) else 1e-6 if precision == Precision() else 0.01
+    )
+    assert is_idle(network)
+    parameters = trained(network)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    network.train()
+    prediction(run, network).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in parameters.values())
+    assert any(parameter.grad.any() for parameter in parameters.values())
+    assert all(parameter.grad is None for name, parameter in network.named_parameters() if name not in parameters)
+
+
+def test_doras_lengths_begin_at_those_of_the_frozen_weights_whatever_type_these_have(family: Family):
+    for precision in (Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.fp8, Compute.bfloat16)):
+        network = attached(run_of(family, ADAPTERS[1], precision=precision))
+        for _, layer, active in layers(network):
+            expected = torch.linalg.norm(layer.get_base_layer().weight.float(), dim=1)
+            assert torch.equal(layer.lora_magnitude_vector[active].weight, expected)
+
+
+@EACH_ADAPTER
+def test_a_stored_base_is_adapted_as_its_dequantised_weights_are(family: Family, method: Adapter):
+    stored = attached(run_of(family, method, precision=Precision(Storage.nf4, Compute.float32)), 0.1)
+    plain = attached(run_of(family, method), 0.1)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            parameter.copy_(getattr(stored.get_submodule(path), leaf))
+    run = run_of(family, method)
+    found, expected = prediction(run, stored), prediction(run, plain)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for output in (found, expected):
+        output.square().mean().backward()
+    for name, parameter in trained(stored).items():
+        torch.testing.assert_close(parameter.grad, trained(plain)[name].grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "moved"),
+    [(Loha(rank=2, alpha=2.0, rank_dropout=0.5), "rank_dropout"), (Lokr(rank=2, alpha=2.0, module_dropout=0.5), "module_dropout")],
+)
+def test_dropout_follows_the_seed_and_is_off_when_nothing_trains(family: Family, method: Adapter, moved: str):
+    run = run_of(family, method)
+    network = attached(run, 0.3)
+    with torch.no_grad():
+        whole = prediction(run, network)
+        network.train()
+        drawn = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            drawn.append(prediction(run, network))
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], whole)
+        network.eval()
+        assert torch.equal(prediction(run, network), whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"rank": 0}, "method.rank=16"),
+        ({"rank_dropout": 1.0}, "method.rank_dropout=0.1"),
+        ({"module_dropout": -0.1}, "method.module_dropout=0.1"),
+        ({"decompose_factor": 0}, "-1 for one near the square root"),
+    ],
+)
+def test_what_no_adapter_can_be_is_refused(settings: dict, remedy: str):
+    with pytest.raises(Usage, match=remedy):
+        Lokr(**settings)
+
+
+# Beginning from an adapter
+
+SOURCES = [
+    (Lora(rank=2, alpha=8.0), Format.diffusers),
+    (Lora(rank=2, alpha=8.0), Format.comfyui),
+    (Lora(rank=2, alpha=8.0), Format.peft),
+    (Dora(rank=2, alpha=8.0), Format.diffusers),
+    (Dora(rank=2, alpha=8.0), Format.peft),
+    (Loha(rank=2, alpha=8.0), Format.comfyui),
+    (Loha(rank=2, alpha=8.0), Format.peft),
+    (Lokr(rank=2, alpha=8.0), Format.comfyui),
+    (Lokr(rank=2, alpha=8.0), Format.peft),
+]
+
+
+@pytest.mark.parametrize(("method", "format"), SOURCES, ids=lambda value: value.name if isinstance(value, Format) else type(value).__name__)
+def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(family: Family, method: Adapter, format: Format, tmp_path: Path):
+    source = run_of(family, method, format)
+    network = attached(source, 0.3)
+    (path,) = written(source, network, tmp_path)
+    # Another alpha: the update is the same all the same.
+    run = run_of(family, dataclasses.replace(method, alpha=2.0, init_from=str(path)))
+    again = attached(run)
+    assert is_idle(again)
+    begin_from(run, again)
+    expected = effects(network)
+    assert effects(again).keys() == expected.keys()
+    for name, effect in effects(again).items():
+        torch.testing.assert_close(effect, expected[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction(run, again), prediction(source, network), rtol=0, atol=1e-5)
+
+
+def other_name(leaf: str) -> str:
+    """A tensor's name as kohya's scripts and LyCORIS have it."""
+    others = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector.weight": "dora_scale"}
+    return others.get(leaf, leaf)
+
+
+@pytest.mark.parametrize("method", ADAPTERS[:4], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("spelling", ["lycoris_{}", "lora_unet_{}"])
+def test_an_adapter_of_other_trainers_is_read_by_its_names(family: Family, method: Adapter, spelling: str, tmp_path: Path):
+    network = attached(run_of(family, method), 0.3)
+    tensors = {}
+    for name, part in parts(network).items():
+        start = spelling.format(name.replace(".", "_"))
+        tensors |= {f"{start}.{other_name(leaf)}": tensor for leaf, tensor in part.tensors.items()} | {f"{start}.alpha": torch.tensor(4.0)}
+    files.save_tensors(tmp_path / "other.safetensors", tensors)
+    run = run_of(family, dataclasses.replace(method, init_from=str(tmp_path / "other.safetensors")))
+    again = attached(run)
+    begin_from(run, again)
+    torch.testing.assert_close(prediction(run, again), prediction(run, network), rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_by_name_with_what_to_type(family: Family, tmp_path: Path):
+    source = run_of(family, Lora(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), Format.diffusers)
+    (path,) = written(source, attached(source, 0.3), tmp_path)
+    first = next(iter(parts(attached(source))))
+    for method, said in (
+        (Lora(rank=4, alpha=4.0, targets=["to_q", "to_out.0"]), f"has rank 2 .*{re.escape(first)}.*type method.rank=2"),
+        (Lora(rank=2, alpha=2.0, targets=["to_q", "to_k", "to_out.0"]), r"it lacks \(.*to_k.*Type method.targets=\[to_out.0,to_q\]"),
+        (Lora(rank=2, alpha=2.0, targets=["to_q"]), r"it has more \(.*to_out.*Type method.targets=\[to_out.0,to_q\]"),
+        (Dora(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
+        (Lokr(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
+    ):
+        run = run_of(family, dataclasses.replace(method, init_from=str(path)))
+        network = attached(run)
+        with pytest.raises(Usage, match=said):
+            begin_from(run, network)
+        assert is_idle(network)
+
+
+def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
+    path = tmp_path / "lora.bin"
+    torch.save({"to_q.lora_A.weight": torch.zeros(2, 2)}, path)
+    run = run_of(family, Lora(rank=2, alpha=2.0, init_from=str(path)))
+    with pytest.raises(BadData, match="safetensors, the only kind"):
+        begin_from(run, attached(run))
+
+
+def test_every_method_is_an_option_with_settings_of_its_own():
+    assert set(config.ROOMS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
+    assert len({config.option(kind()) for kind in (Lora, Dora, Loha, Lokr, Full)}) == 5
