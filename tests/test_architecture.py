@@ -47,7 +47,20 @@ DOORS = {
     "torchmetrics": {"evaluation"},
     "accelerate": {"model", "processes"},
 }
-HEAVY = {"torch", "torchvision", "diffusers", "transformers", "mlflow", "peft", "PIL", "matplotlib", "accelerate", "datasets", "pandas"}
+HEAVY = {
+    "numpy",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "mlflow",
+    "peft",
+    "PIL",
+    "matplotlib",
+    "accelerate",
+    "datasets",
+    "pandas",
+}
 FAMILIES = re.compile(r"flux|kontext|qwen|sdxl|sd15|stable.?diffusion|\bpmg\b", re.IGNORECASE)
 MACHINE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|mnt|opt|private|scratch)/\w+")
 """A folder of somebody's machine."""

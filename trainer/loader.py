@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Batches:
     rank: int = 0
     count: int = 1
     weighted: bool = False
+    _shifts: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
 
     def share(self, step: int) -> list[tuple[int, int]]:
         """(visit, sample index) of each place of this process's share of a step's batch."""
@@ -94,8 +95,14 @@ class Batches:
         # Half a unit in the last place keeps the quantile off 0, where a normal distribution has no finite value.
         quantile = fraction(self.seed, "time", visit, name) + 2**-54
         row["noise"] = normal(shape, self.seed, "noise", visit, name)
-        row["time"] = torch.tensor(self.family.objective.time(quantile, self.family.shift(*shape[1:])))
+        row["time"] = torch.tensor(self.family.objective.time(quantile, self._shift(*shape[1:])))
         return row
+
+    def _shift(self, height: int, width: int) -> float:
+        # A family works it out from its files.
+        if (height, width) not in self._shifts:
+            self._shifts[height, width] = self.family.shift(height, width)
+        return self._shifts[height, width]
 
     def ids(self, step: int) -> list[str]:
         """The samples of this process's share of a step's batch."""
@@ -128,8 +135,9 @@ def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tupl
         collate_fn=_as_it_is,
     )
     items = iter(loader)
-    # Torch raises of a dead worker wherever this process is, in the midst of an update too. Here it is noticed where its item is awaited.
-    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    if workers:
+        # Torch raises of a dead worker wherever this process is, in the midst of an update too. Here it is noticed where its item is awaited.
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     for step in range(start + 1, stop + 1):
         item = _awaited(items, step, batches)
         if isinstance(item, Ending):

@@ -60,18 +60,23 @@ def fit(
     """
     import torch
 
-    def accumulate(step: int, micro_batches: list[Batch]) -> float:
-        """The loss of a step, whose gradients the parameters then have."""
+    device = parameters[0].device
+    # torch.manual_seed would also seed, and write down a stack trace for, each kind of device that is not there.
+    generators = [torch.default_generator] + ([] if device.type == "cpu" else [torch.get_device_module(device)])
+
+    def accumulate(step: int, micro_batches: list[Batch]) -> list[torch.Tensor]:
+        """What each micro-batch adds to the loss of a step, whose gradients the parameters then have."""
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        parts = []
         for index, rows in enumerate(micro_batches):
-            # Dropout draws from torch's global generator: seeded here, nothing that ran before can change it.
-            torch.manual_seed(number(seed, "dropout", step, index))
+            # Dropout draws from torch's global generators: seeded here, nothing that ran before can change it.
+            for generator in generators:
+                generator.manual_seed(number(seed, "dropout", step, index))
             # The sum over the samples by the global batch, never a mean of means: the last micro-batch may be smaller.
             part = losses(rows).sum() / batch
             (part if loss_scale is None else part * loss_scale.value).backward()
-            loss += part.item()
-        return loss
+            parts.append(part.detach())
+        return parts
 
     ceiling = batch
     for step, micro_batches in batches:
@@ -80,18 +85,19 @@ def fit(
             micro_batches = [piece for rows in micro_batches for piece in pieces(rows, ceiling)]
             largest = max(map(count, micro_batches), default=0)
             try:
-                loss = accumulate(step, micro_batches)
+                parts = accumulate(step, micro_batches)
                 break
             except (RuntimeError, MemoryError) as error:
                 if largest < 2 or not is_out_of_memory(error):
                     raise
             # Not before the handler is left: until then the traceback keeps the tensors of the failed pass.
             ceiling = (largest + 1) // 2
-        if reduce is not None:
-            loss = reduce(parameters, loss)
+        loss = None if reduce is None else reduce(parameters, total(part.item() for part in parts))
         if loss_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        # All values in one reading: at each a GPU has to come to the end of its queue.
+        *values, norm = torch.stack([*parts, torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)]).tolist()
+        loss = total(values) if loss is None else loss
         lr = rate(step)
         update = math.isfinite(loss) and math.isfinite(norm)
         finite = update or (math.isfinite(loss) and loss_scale is not None and loss_scale.value > 1)
@@ -108,6 +114,14 @@ def fit(
                 torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
             finished = Step(step, loss, norm, lr, finite, ceiling if ceiling < before else None)
         yield finished
+
+
+def total(values: Iterable[float]) -> float:
+    """Added one after the other: since Python 3.12 `sum` adds floats in a way of its own, and losses shall be the same bits."""
+    result = 0.0
+    for value in values:
+        result += value
+    return result
 
 
 def count(rows: Batch) -> int:

@@ -162,8 +162,6 @@ class Processes:
         One flat sum after the last micro-batch, and no DistributedDataParallel: its buckets hide the transfer behind the backward pass, which
         is nothing to gain for adapters of some megabytes, and its wrapper would have to be taken off wherever weights have names.
         """
-        if self.count == 1:
-            return loss
         import torch
         from torch import distributed
 

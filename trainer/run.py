@@ -260,6 +260,7 @@ class Training:
         run, material = self.run, self.material
         if self._out_of_patience():
             return iter(())
+        self.network.train()
         micro_batch = run.hardware.micro_batch_for(run.batch, sum(p.numel() for p in self.network.parameters()))
         rank, count = self.processes.rank, self.processes.count
         batches = Batches(
@@ -289,7 +290,7 @@ class Training:
             average=list(self.average.values()) if self.average else None,
             decay=run.ema or 0.0,
             loss_scale=self.loss_scale,
-            reduce=self.processes.reduce,
+            reduce=self.processes.reduce if self.processes.count > 1 else None,
         )
         return self.processes.steps(self._watched(steps, batches))
 
@@ -352,7 +353,6 @@ class Training:
             state |= {"evaluated": self.step, "val_loss": loss} | news
             self.network.train()
             return best
-        self.network.train()
         return False
 
     def _out_of_patience(self) -> bool:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
 def draws(*names: int | str) -> np.random.Generator:
     """An independent generator for these names; the same names give the same numbers on every machine."""
+    import numpy as np
+
     return np.random.Generator(np.random.Philox(key=_key(names, 16)))
 
 
 def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
     """Standard normal numbers for these names, float32 on the CPU."""
+    import numpy as np
     import torch
 
     return torch.from_numpy(draws(*names).standard_normal(shape, dtype=np.float32))
