@@ -133,7 +133,7 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     assert model.Weights(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.network(dtype).eval())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if compute == "float32" else 0.05 * expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if compute == "float32" else 0.1 * expected.abs().max().item())
 
 
 def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -142,7 +142,7 @@ def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family,
     network = network_of(run)
     (path,) = write(run, network, tmp_path)
     pieces = sorted((path / family.denoiser).glob("*.safetensors"))
-    assert len(pieces) > 3 and all(piece.stat().st_size < 60_000 for piece in pieces)
+    assert len(pieces) > 3 and all(piece.stat().st_size < 80_000 for piece in pieces)
     again = dataclasses.replace(family, path=str(path))
     torch.testing.assert_close(prediction(again, again.network(torch.float32).eval()), prediction(family, network), rtol=0, atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family,
 def test_only_weights_configs_and_tokenizers_of_the_source_are_copied(family: Family, tmp_path: Path):
     source = tmp_path / "source"
     files.shutil.copytree(family.folder(), source)
-    for name in ("transformer/optimizer.pt", "vae/diffusion_pytorch_model.bin", "vae/.cache"):
+    for name in (f"{family.denoiser}/optimizer.pt", "vae/diffusion_pytorch_model.bin", "vae/.cache"):
         (source / name).write_text("")
     run = run_of(dataclasses.replace(family, path=str(source)), Format.pipeline)
     (path,) = write(run, network_of(run), tmp_path / "export")

@@ -7,7 +7,7 @@ second model. A merged checkpoint is read tensor by tensor. Where anything is no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -187,7 +187,7 @@ def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
     shapes = {name: tensor.shape for name, tensor in run.model.skeleton().state_dict().items()}
     with files.replacing_folder(path) as unfinished:
         run.model.save_checkpoint(((name, merged(network, name).to(getattr(torch, dtype))) for name in shapes), unfinished)
-        kept = _kept(unfinished / run.model.denoiser, _changes(run, network, shapes), shapes, dtype, path)
+        kept = _kept(run.model.weights(unfinished), _changes(run, network, shapes), shapes, dtype, path)
     if kept < KEPT["float32"]:
         say(f"{path}: in {dtype} {kept:.0%} of what was trained is left; export.dtype=float32 keeps all")
 
@@ -203,15 +203,15 @@ def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterat
         yield name, before, after
 
 
-def _kept(folder: Path, changes: Iterable[tuple], shapes: dict[str, tuple[int, ...]], dtype: str, path: Path) -> float:
-    """The part of the `changes` that is left in the weights in `folder`, which are to become those of `path`. Raises errors.BadData where it is
-    less than KEPT, and where any tensor is not what it was meant to be."""
+def _kept(
+    read: Callable[[str], torch.Tensor], changes: Iterable[tuple], shapes: dict[str, tuple[int, ...]], dtype: str, path: Path
+) -> float:
+    """The part of the `changes` that is left in the weights that were written, which are to become those of `path`. Raises errors.BadData where
+    it is less than KEPT, and where any tensor is not what it was meant to be."""
     import torch
 
-    from trainer.model import Weights
-
     limits = torch.finfo(getattr(torch, dtype))
-    read, wrong, whole, left = Weights(folder), [], 0.0, 0.0
+    wrong, whole, left = [], 0.0, 0.0
     for name, before, after in changes:
         written = read(name)
         if written.shape != shapes[name] or str(written.dtype) != f"torch.{dtype}":

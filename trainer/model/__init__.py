@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PACKAGE = "package:"
 KINDS = {".safetensors", ".json", ".txt", ".model"}
 """What a checkpoint consists of: weights, configs and tokenizers; nothing that holds pickles is read or copied."""
+VARIANTS = ["*.fp16.*", "*.non_ema.*"]
+"""Second copies of weights, in fewer bits or of other training, which some checkpoints hold beside the ones that are read."""
 SHARD = 5 * 2**30
 """Bytes of a file of weights, and so of memory when a checkpoint is written."""
 SHARDS = "diffusion_pytorch_model"
@@ -115,9 +117,9 @@ class Family:
         """Everything live in a step without its weights, built inside `weightless`: the denoiser, with its own names."""
         raise NotImplementedError
 
-    def weights(self) -> Weights:
-        """Where the weights of the skeleton are read."""
-        return Weights(self.folder() / self.denoiser)
+    def weights(self, folder: Path | None = None) -> Weights:
+        """Where the weights of the skeleton are read: this checkpoint's, or those of another in `folder`."""
+        return Weights((folder or self.folder()) / self.denoiser)
 
     def network(self, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None) -> torch.nn.Module:
         """The skeleton with its weights; see `filled`."""
@@ -148,11 +150,14 @@ class Family:
 
     def save_checkpoint(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
         """Write the whole checkpoint with these weights of the denoiser in it, for `model.path` and diffusers. Raises OSError."""
-        source = self.folder()
         for component in self.components:
-            shutil.copytree(source / component, folder / component, ignore=_unwanted(component == self.denoiser))
-        if (source / "model_index.json").exists():
-            shutil.copy(source / "model_index.json", folder)
+            shutil.copytree(self.component(component), folder / component, ignore=_unwanted(component == self.denoiser))
+        index = self.folder() / "model_index.json"
+        if index.exists():
+            classes = files.read_json(index)
+            # What is not copied (a safety checker, say) is not to be looked for: diffusers marks it so.
+            absent = {name: [None, None] for name, value in classes.items() if isinstance(value, list) and name not in self.components}
+            files.write_json(folder / "model_index.json", classes | absent)
         save_shards(tensors, folder / self.denoiser)
 
     @classmethod
@@ -168,33 +173,47 @@ class Family:
         """Where the checkpoint lies on this machine; a hub id is downloaded (weights, configs and tokenizers only) or found in the hub's cache."""
         if self.path.startswith(PACKAGE):
             return Path(__file__).parents[1] / self.path.removeprefix(PACKAGE)
-        local = Path(self.path).expanduser()
-        if local.is_dir():
-            return local
-        if self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1:
-            raise NoWeights(
-                f"model.path={self.path}: there is no such folder, and it is no hub id (owner/name); type the path of a diffusers folder"
-            )
-        return self._from_hub()
-
-    def _from_hub(self) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
         wanted = [f"{part}/*{kind}" for part in self.components for kind in sorted(KINDS)]
-        try:
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=["model_index.json", *wanted]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise NoWeights(
-                f"model.path={self.path}: the weights are not to be had from the hub ({reason}). Type model.path=FOLDER for a copy on this "
-                f"machine, or log in (`hf auth login`) after accepting the model's terms on its page"
-            ) from error
+        return located("path", self.path, self.revision, ["model_index.json", *wanted])
+
+    def component(self, name: str) -> Path:
+        """The folder of one component of the checkpoint."""
+        return self.folder() / name
+
+    def config(self, component: str) -> dict:
+        """The json that describes a component."""
+        return read_config(self.component(component))
 
     def digest(self, digests: Digests) -> dict[str, str]:
         """Component -> digest of its files' names and contents."""
-        folder = self.folder()
-        return {part: _folder_digest(folder / part, digests) for part in self.components}
+        return {part: _folder_digest(self.component(part), digests) for part in self.components}
+
+    def remarks(self) -> list[str]:
+        """What is allowed but perhaps not meant, in a sentence each."""
+        return []
+
+
+def located(key: str, path: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder that the setting `model.<key>` names: one of this machine, or that of a hub id, of which the files `wanted` (glob patterns) are
+    downloaded or found in the hub's cache. Raises errors.NoWeights."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise NoWeights(
+            f"model.{key}={path}: there is no such folder, and it is no hub id (owner/name); type the path of a diffusers folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=VARIANTS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NoWeights(
+            f"model.{key}={path}: the weights are not to be had from the hub ({reason}). Type model.{key}=FOLDER for a copy on this "
+            f"machine, or log in (`hf auth login`) after accepting the model's terms on its page"
+        ) from error
 
 
 @dataclass(slots=True, frozen=True)
@@ -241,10 +260,10 @@ def weightless() -> Iterator[None]:
 
 
 class Weights:
-    """The tensors in the files of a denoiser's `folder`, each read from the disk when it is asked for by name. Raises errors.BadData."""
+    """The tensors in the files of a component's `folder`, each read from the disk when it is asked for by name. Raises errors.BadData."""
 
-    def __init__(self, folder: Path):
-        index, single = folder / f"{SHARDS}.safetensors.index.json", folder / f"{SHARDS}.safetensors"
+    def __init__(self, folder: Path, name: str = SHARDS):
+        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
         self.where = {}
         if index.exists():
             self.where = {name: folder / file for name, file in files.read_json(index)["weight_map"].items()}
@@ -314,31 +333,40 @@ def hollow(skeleton: torch.nn.Module) -> torch.nn.Module:
     return skeleton
 
 
-def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write weights as diffusers' `from_pretrained` reads them. No more than one file's worth is in memory. Raises OSError."""
+def read_config(folder: Path) -> dict:
+    """The json that describes a component of a diffusers folder. Raises errors.BadData."""
+    path = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path} cannot be read ({error}), so its folder is no checkpoint of this model; type another model.path") from error
+
+
+def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, name: str = SHARDS) -> None:
+    """Write weights as `from_pretrained` reads them, in files of this name. No more than one file's worth is in memory. Raises OSError."""
     held, size, total, paths, where = {}, 0, 0, [], {}
 
     def flush() -> None:
-        paths.append(files.partial(folder / SHARDS))
+        paths.append(files.partial(folder / name))
         files.save_tensors(paths[-1], held, {"format": "pt"})
         where.update(dict.fromkeys(held, len(paths)))
         held.clear()
 
-    for name, tensor in tensors:
+    for key, tensor in tensors:
         if held and size + tensor.nbytes > SHARD:
             flush()
             size = 0
-        held[name] = tensor.cpu()
+        held[key] = tensor.cpu()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    names = [f"{SHARDS}-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, len(paths) + 1)]
+    names = [f"{name}-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, len(paths) + 1)]
     if len(paths) == 1:
-        names = [f"{SHARDS}.safetensors"]
+        names = [f"{name}.safetensors"]
     else:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
-        files.write_json(folder / f"{SHARDS}.safetensors.index.json", index)
-    for path, name in zip(paths, names, strict=True):
-        path.rename(folder / name)
+        index = {"metadata": {"total_size": total}, "weight_map": {key: names[i - 1] for key, i in where.items()}}
+        files.write_json(folder / f"{name}.safetensors.index.json", index)
+    for path, final in zip(paths, names, strict=True):
+        path.rename(folder / final)
 
 
 def _unwanted(is_denoiser: bool) -> Callable[[str, list[str]], list[str]]:
@@ -363,7 +391,7 @@ def quiet_libraries() -> None:
 
 
 def families() -> dict[str, type[Family]]:
-    """Every family of this folder by the name of its module."""
+    """Every family of this folder by the name of its module; what several share lies in packages."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.ispkg:

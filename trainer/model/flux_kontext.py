@@ -5,7 +5,6 @@ Follows diffusers' FluxKontextPipeline: the tensors that reach the transformer a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import files
-from trainer.errors import BadData, Usage
+from trainer.errors import Usage
 from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, weightless
 from trainer.objective import Flow
 
@@ -62,7 +61,7 @@ class FluxKontext(Family):
         return parts | {name: Made((name,), picture) for name in control_names(controls)}
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
-        scale, transformer = self._scale(), self._config("transformer")
+        scale, transformer = self._scale(), self.config("transformer")
 
         def latents(height: int, width: int) -> tuple[int, ...]:
             return transformer["in_channels"] // PATCH**2, height // scale, width // scale
@@ -82,7 +81,7 @@ class FluxKontext(Family):
         from diffusers import FluxTransformer2DModel
 
         with weightless():
-            return FluxTransformer2DModel.from_config(self._config("transformer"))
+            return FluxTransformer2DModel.from_config(self.config("transformer"))
 
     def predict(
         self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
@@ -178,23 +177,11 @@ class FluxKontext(Family):
         return [f"model.path={folder}", "model.text_length=8", "dataset.resolution=32"]
 
     def shift(self, height: int, width: int) -> float:
-        return resolution_shift(self._config("scheduler"), height, width)
+        return resolution_shift(self.config("scheduler"), height, width)
 
     def _scale(self) -> int:
         """Pixels a latent pixel."""
-        return 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
-
-    def _config(self, component: str) -> dict:
-        return read_config(self.folder(), component)
-
-
-def read_config(folder: Path, component: str) -> dict:
-    """The json that describes a component of a diffusers folder."""
-    path = folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read ({error}), so this folder is no checkpoint of this model; type another model.path") from error
+        return 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
 
 
 def resolution_shift(scheduler: dict, height: int, width: int) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from trainer import files
 from trainer.errors import BadData, Usage
 from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, weightless
-from trainer.model.flux_kontext import PATCH, pack, read_config, resolution_shift, unpack
+from trainer.model.flux_kontext import PATCH, pack, resolution_shift, unpack
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class QwenImageEdit(Family):
         return parts | {name: Made((name,), picture) for name in control_names(controls)}
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
-        scale, transformer = self._scale(), self._config("transformer")
+        scale, transformer = self._scale(), self.config("transformer")
         pictures = _processor(self.folder() / "processor")
         seen = [vision_size(*size, self.vision_area)[::-1] if self.vision_area else size for size in controls]
         tokens = self.text_length + sum(pictures.get_number_of_image_patches(*size, {}) // pictures.merge_size**2 for size in seen)
@@ -105,7 +105,7 @@ class QwenImageEdit(Family):
         from diffusers import QwenImageTransformer2DModel
 
         with weightless():
-            return QwenImageTransformer2DModel.from_config(self._config("transformer"))
+            return QwenImageTransformer2DModel.from_config(self.config("transformer"))
 
     def predict(
         self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
@@ -222,14 +222,11 @@ class QwenImageEdit(Family):
         return [f"model.path={folder}", "dataset.resolution=32"]
 
     def shift(self, height: int, width: int) -> float:
-        return resolution_shift(self._config("scheduler"), height, width)
+        return resolution_shift(self.config("scheduler"), height, width)
 
     def _scale(self) -> int:
         """Pixels a latent pixel."""
-        return 2 ** len(self._config("vae")["temperal_downsample"])
-
-    def _config(self, component: str) -> dict:
-        return read_config(self.folder(), component)
+        return 2 ** len(self.config("vae")["temperal_downsample"])
 
 
 def vision_size(height: int, width: int, area: int) -> tuple[int, int]:

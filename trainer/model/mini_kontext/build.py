@@ -30,13 +30,28 @@ def save_folder(
     save_index(folder)
 
 
+CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
+
+
 def save_tokenizers(folder: Path, words: Sequence[str], length: int) -> tuple[int, int]:
     """A CLIP and a T5 tokenizer with whole words, and single characters for all else; returns the vocabulary sizes."""
-    from transformers import CLIPTokenizer, T5Tokenizer
+    from transformers import T5Tokenizer
 
-    characters = string.ascii_lowercase + string.digits + string.punctuation
+    clip_words = save_clip_tokenizer(folder / "tokenizer", words, length)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    whole = [(f"▁{word}", -1.0) for word in words]
+    single = [(c, -4.0) for c in dict.fromkeys(CHARACTERS + string.ascii_uppercase)]
+    t5 = T5Tokenizer(vocab=[*special, *whole, *single], extra_ids=0, model_max_length=length)
+    t5.save_pretrained(folder / "tokenizer_2")
+    return clip_words, len(special) + len(whole) + len(single)
+
+
+def save_clip_tokenizer(folder: Path, words: Sequence[str], length: int) -> int:
+    """A CLIP tokenizer with whole words, and single characters for all else; returns the size of its vocabulary."""
+    from transformers import CLIPTokenizer
+
     ends = ("<|startoftext|>", "<|endoftext|>")
-    pieces, merges = [*characters, *(f"{c}</w>" for c in characters)], []
+    pieces, merges = [*CHARACTERS, *(f"{c}</w>" for c in CHARACTERS)], []
     for word in words:
         left = word[0]
         for i, character in enumerate(word[1:], 2):
@@ -46,15 +61,8 @@ def save_tokenizers(folder: Path, words: Sequence[str], length: int) -> tuple[in
                 pieces.append(left + right)
             left += right
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*ends, *pieces]))}
-    clip = CLIPTokenizer(vocabulary, merges, model_max_length=length)
-    clip.save_pretrained(folder / "tokenizer")
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    whole = [(f"▁{word}", -1.0) for word in words]
-    single = [(c, -4.0) for c in dict.fromkeys(characters + string.ascii_uppercase)]
-    t5 = T5Tokenizer(vocab=[*special, *whole, *single], extra_ids=0, model_max_length=length)
-    t5.save_pretrained(folder / "tokenizer_2")
-    return len(vocabulary), len(special) + len(whole) + len(single)
+    CLIPTokenizer(vocabulary, merges, model_max_length=length).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def save_text_encoders(folder: Path, clip_words: int, t5_words: int, length: int, width: int) -> None:
