@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import config, dataset, files
 from trainer.cache import Cache, Part
-from trainer.config import Run
-from trainer.dataset import Sample, Split
+from trainer.config import Run, Stage
+from trainer.dataset import Sample, Source, Split
+from trainer.dataset.reading import Listing
 from trainer.dataset.view import Framing, View
-from trainer.errors import BadData, Usage
+from trainer.errors import Usage
 from trainer.report import refresh
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Material:
     cache: Cache
     digests: dict[str, Any]
     """Of the data set, and of each component of the model."""
+    listing: Listing
+    """What was found when the data set was read: faults, and facts of its pictures."""
 
     @property
     def visited(self) -> list[Sample]:
@@ -50,24 +54,28 @@ class Material:
 
 
 def prepare(run: Run) -> Material:
-    """Read the data set's headers and captions, and digest all that the run depends on."""
+    """Read the data set, looking at every picture once, and digest all that the run depends on.
+
+    Raises errors.BadData that lists the faults; for stage=check only where nothing is left without them.
+    """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = files.Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
-    where = run.dataset.path or "the demo world"
-    split = dataset.split(dataset.read(run.dataset, digests), run.dataset.validation_fraction, where=where)
-    counts = {len(sample.controls) for sample in (*split.train, *split.validation)}
-    if len(counts) > 1:
-        raise BadData(f"{where}: some samples have {min(counts)} control pictures and some {max(counts)}; all must have as many")
-    if min(counts) not in run.model.controls:
+    framing = dataset.framing(run.dataset, run.model.multiple)
+    listing = dataset.surveyed(run.dataset, digests, framing, _progress)
+    where = dataset.where(run.dataset)
+    if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
+        listing.refuse(where)
+    split = dataset.split(listing.samples, run.dataset.validation_fraction, where=where)
+    controls = len(split.train[0].controls)
+    if controls not in run.model.controls:
         takes = (
             "no control pictures"
             if not max(run.model.controls)
             else f"{min(run.model.controls)} to {max(run.model.controls)} control pictures a sample"
         )
         raise Usage(
-            f"{where} has {min(counts)} control pictures a sample, and this model takes {takes}; choose another dataset, or another model"
+            f"{where} has {controls} control pictures a sample, and this model takes {takes}; choose another dataset, or another model"
         )
-    framing = dataset.framing(run.dataset, run.model.multiple)
     weights = run.model.digest(digests)
     content = [
         (sample.id, side, sample.caption, sample.image.digest(), [control.digest() for control in sample.controls], *_extras(sample))
@@ -75,11 +83,18 @@ def prepare(run: Run) -> Material:
         for sample in samples
     ]
     digests.flush()
-    parts = [Part(name, made.fields, made.maker) for name, made in run.model.parts(weights, counts.pop()).items()]
+    parts = [Part(name, made.fields, made.maker) for name, made in run.model.parts(weights, controls).items()]
     if any(sample.mask for sample in split.train):
         parts.append(Part(MASK, (MASK,), f"area means over {_pixels_a_latent(run)} pixels"))
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Material(split, framing, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights})
+    return Material(split, framing, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights}, listing)
+
+
+def _progress(sources: Sequence[Source]) -> Iterable[Source]:
+    """With a bar, where it takes long."""
+    from tqdm import tqdm
+
+    return tqdm(sources, desc="looking at pictures", unit="picture", mininterval=refresh(), delay=1)
 
 
 def _extras(sample: Sample) -> list:

@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, files, secret, streams, sweep
+from trainer import config, dataset, files, secret, streams, sweep
+from trainer.check import data as report_data
+from trainer.check import enlarged
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
 from trainer.errors import Ending, Interrupted, Numerics, OutOfMemory, Storage, Usage, is_out_of_memory
@@ -66,7 +68,7 @@ def check(run: Run, material: Material) -> None:
     run.method.attach(network, run.model.targets, run.seed)
     whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trained(network).values()))
     micro_batch = run.hardware.micro_batch_for(run.batch, whole)
-    steps, split, cache = total_steps(run, material), material.split, material.cache
+    steps, cache = total_steps(run, material), material.cache
     wanted = views(run, material)
     missing = cache.missing(wanted)
     # Entries are in float32 at most; a checkpoint holds weights and two moments each.
@@ -74,10 +76,6 @@ def check(run: Run, material: Material) -> None:
     kept = (run.save.keep + 1) * training * 4 * (3 + bool(run.ema))
     say(f"identity    {config.identity(run)}  (folder {Path(run.out) / config.identity(run)})")
     say(f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train")
-    say(
-        f"data        {len(split.train)} to train on, {len(split.validation)} held out, "
-        f"{', '.join(f'{width}x{height}' for width, height in material.framing.sizes)} px, {material.controls} control(s) each"
-    )
     say(
         f"training    {steps} steps of {run.batch}: {steps * run.batch / len(material.visited):.1f} epochs; "
         f"{-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
@@ -88,6 +86,7 @@ def check(run: Run, material: Material) -> None:
     say(f"precision   weights {run.precision.storage.name}, products {run.precision.compute.name}, what trains fp32")
     say(f"cache       {cache.root}: {len(missing)} entries to make, up to {size(bytes_missing)}")
     say(f"checkpoints up to {size(kept)} for {run.save.keep} and the best")
+    report_data(run, material)
 
 
 def shapes(run: Run, view: View) -> dict[str, tuple[int, ...]]:
@@ -122,6 +121,11 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
         files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
         made = encode(run, material, views(run, material))
         say("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
+        if faults := material.listing.faults:
+            journal.event("left_out", faults=faults)
+            say(f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check")
+        for note in (*material.listing.notes, *enlarged(material, material.split.train)):
+            say(f"note: {note}")
         return None
 
     if processes.led(lambda: material.digests) != material.digests:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer import streams
-from trainer.dataset.sample import Sample, Split, Task
+from trainer.dataset.sample import Sample, Source, Split, Task
 from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
     from trainer.dataset.reading import Listing
     from trainer.dataset.view import Framing
     from trainer.files import Digests
+
+Progress = Callable[[Sequence[Source]], Iterable[Source]]
+"""Hands on what it is given, and may show how far it is."""
 
 
 @dataclass(slots=True)
@@ -29,6 +32,8 @@ class Dataset:
     `on_fault`: stop refuses a set with any fault; skip goes on without the samples concerned, and keeps a record of them.
     `caption_dropout` and `control_dropout` are the shares of visits at which a sample's caption is empty, its control pictures grey.
     `control_resolution` is the size of control pictures; null: that of their target. `mask_floor` is the weight of the loss outside an edit mask.
+    `buckets`: false for one size; true for sizes of the same number of pixels in several shapes, the longer side at most `bucket_ratio` times the
+    shorter; or a list of sizes. Each picture takes that of the nearest shape. `max_upscale`: by what a picture may be enlarged for its size.
     `limit` keeps only the first samples in the order of their ids (of each split, where the layout has splits itself).
     """
 
@@ -42,10 +47,21 @@ class Dataset:
     control_resolution: str | None = None
     mask_floor: float = 0.1
     flip: bool = False
+    buckets: Any = False
+    bucket_ratio: float = 2.0
+    max_upscale: float | None = None
 
     def __post_init__(self) -> None:
         self.size()
         _parsed("control_resolution", self.control_resolution)
+        if not isinstance(self.buckets, bool | list) or self.buckets == []:
+            raise Usage(f"dataset.buckets={self.buckets} is unknown: type true, false, or a list of sizes such as [1024x1024,832x1216].")
+        for size in self.buckets if isinstance(self.buckets, list) else ():
+            _parsed("buckets", size)
+        if self.bucket_ratio < 1:
+            raise Usage(f"dataset.bucket_ratio={self.bucket_ratio:g} is no longer side over the shorter: type 1 or more.")
+        if self.max_upscale is not None and self.max_upscale < 1:
+            raise Usage(f"dataset.max_upscale={self.max_upscale:g} is less than the picture itself: type 1 or more, or null for no bound.")
         if not 0 <= self.validation_fraction < 1:
             raise Usage(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
         for name in ("caption_dropout", "control_dropout", "mask_floor"):
@@ -255,14 +271,44 @@ OPTIONS = {
 }
 
 
+def where(settings: Dataset) -> str:
+    """How messages call the data set."""
+    return f"dataset.path={settings.path}" if settings.path else "the demo world"
+
+
 def read(settings: Dataset, digests: Digests) -> list[Sample]:
     """The samples of a data set in the order of their ids, `settings.limit` applied; of pictures only headers are read.
 
     Raises errors.Usage without a path, and one errors.BadData that lists every fault.
     """
     listing = settings.read(digests)
-    listing.refuse(f"dataset.path={settings.path}")
+    listing.refuse(where(settings))
     return limited(listing.samples, settings.limit)
+
+
+def surveyed(settings: Dataset, digests: Digests, framing: Framing, progress: Progress) -> Listing:
+    """The data set with every picture decoded once: those samples, ordered and limited, of which all can be used, and all faults.
+
+    Raises errors.Usage without a path, errors.BadData where the folder is no data set of this layout.
+    """
+    from trainer.dataset import buckets, survey
+
+    listing = settings.read(digests)
+    samples = limited(listing.samples, settings.limit)
+    facts = {} if isinstance(settings, Demo) else survey.inspected(samples, progress)
+    digests.flush()
+    good = []
+    for sample in samples:
+        faults = [f"{source.name}: {facts[source].fault}" for source in survey.sources(sample) if source in facts and facts[source].fault]
+        size = sample.image.size()
+        factor = buckets.enlargement(size, buckets.nearest(size, framing.sizes))
+        if not faults and settings.max_upscale is not None and factor > settings.max_upscale:
+            faults = [f"{sample.image.name}: {size[0]} x {size[1]} pixels would be enlarged {factor:.1f} times (dataset.max_upscale)"]
+        listing.faults += faults
+        if not faults:
+            good.append(sample)
+    listing.samples, listing.facts = good, facts
+    return listing
 
 
 def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
@@ -275,20 +321,25 @@ def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
 
 def framing(settings: Dataset, multiple: int) -> Framing:
     """The sizes of a data set's pictures for a model that takes sides divisible by `multiple`. Raises errors.Usage."""
+    from trainer.dataset import buckets
     from trainer.dataset.view import Framing
 
-    control = _parsed("control_resolution", settings.control_resolution)
-    for key, text, size in (
-        ("resolution", settings.resolution, settings.size()),
-        ("control_resolution", settings.control_resolution, control),
-    ):
-        if size and any(side % multiple for side in size):
+    def checked(key: str, text: object) -> tuple[int, int]:
+        size = _parsed(key, text)
+        if any(side % multiple for side in size):
             nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
-            raise Usage(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={nearest}")
-    return Framing((settings.size(),), (control,) if control else ())
+            typed = f"[...,{nearest}]" if key == "buckets" else nearest
+            raise Usage(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}")
+        return size
+
+    control = (checked("control_resolution", settings.control_resolution),) if settings.control_resolution is not None else ()
+    if isinstance(settings.buckets, list):
+        return Framing(tuple(dict.fromkeys(checked("buckets", text) for text in settings.buckets)), control)
+    size = checked("resolution", settings.resolution)
+    return Framing(buckets.made(*size, multiple, settings.bucket_ratio) if settings.buckets else (size,), control)
 
 
-def _parsed(key: str, text: str | None) -> tuple[int, int] | None:
+def _parsed(key: str, text: object) -> tuple[int, int] | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(text))

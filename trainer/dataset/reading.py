@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from trainer.dataset.picture import SUFFIXES, FileSource
 from trainer.dataset.sample import FAULTS_LISTED, Sample, Source, caption, inside
+from trainer.dataset.survey import Facts
 from trainer.errors import BadData
 from trainer.files import Digests, storage
 
@@ -24,12 +25,14 @@ SKEW = 0.02
 
 @dataclass(slots=True)
 class Listing:
-    """`found` samples were looked at; `faults` are a line each, `notes` say what was left alone on purpose."""
+    """`found` samples were looked at; `faults` are a line each, `notes` say what was left alone on purpose, `facts` are of pictures that were
+    decoded."""
 
     samples: list[Sample]
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     found: int = 0
+    facts: dict[Source, Facts] = field(default_factory=dict)
 
     def refuse(self, where: str, at_most: int | None = FAULTS_LISTED) -> None:
         """End with one errors.BadData that counts all faults and lists the first; nothing happens where there are none."""

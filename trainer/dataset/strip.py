@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +47,35 @@ def strip(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
 def sheet(strips: list[np.ndarray]) -> np.ndarray:
     """Strips of one width under each other."""
     return np.concatenate(strips)
+
+
+def contact(cells: Sequence[tuple[Sequence[np.ndarray], str]], across: int = 4, side: int = 192, lines: int = 3) -> np.ndarray:
+    """Pictures (H, W, 3) of any sizes with a text under each group, `across` groups a row."""
+    font = ImageFont.load_default(12)
+    height = font.getbbox("Ag")[3] + 2
+    wide = max(sum(side + 4 for _ in pictures) for pictures, _ in cells) + 8
+    tall = side + lines * height + 12
+    sheet = Image.new("RGB", (wide * min(across, len(cells)), tall * -(-len(cells) // across)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (pictures, text) in enumerate(cells):
+        left, top = number % across * wide, number // across * tall
+        for column, picture in enumerate(pictures):
+            image = Image.fromarray(picture)
+            factor = side / max(image.size)
+            kind = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+            sheet.paste(image.resize([max(1, round(length * factor)) for length in image.size], kind), (left + column * (side + 4), top))
+        for line, words in enumerate(_wrapped(text, font, wide - 8, lines)):
+            pen.text((left, top + side + 2 + line * height), words, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """The text in at most so many lines of at most so many pixels."""
+    rows = [""]
+    for word in text[:400].split():
+        longer = f"{rows[-1]} {word}".strip()
+        if rows[-1] and font.getlength(longer) > width:
+            rows.append(word)
+        else:
+            rows[-1] = longer
+    return rows[:lines]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trainer.dataset.buckets import Size, nearest
 from trainer.dataset.sample import Sample, Source
 
 if TYPE_CHECKING:
     import numpy as np
 
-Size = tuple[int, int]
-"""(width, height) in pixels."""
 GREY = 127
 """A control picture that was left away; next to 0 once pixels are scaled to [-1, 1]."""
 
@@ -116,15 +114,16 @@ class Framing:
 
     sizes: tuple[Size, ...]
     control_sizes: tuple[Size, ...] = ()
+    _known: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
 
     def view(self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False) -> View:
-        own = tuple(nearest(source, self.control_sizes) for source in sample.controls) if self.control_sizes else ()
-        return View(sample, *nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own)
+        own = tuple(self._nearest(source, self.control_sizes) for source in sample.controls) if self.control_sizes else ()
+        return View(sample, *self._nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own)
 
-
-def nearest(source: Source, sizes: tuple[Size, ...]) -> Size:
-    """Of these sizes that whose aspect ratio is nearest to the picture's."""
-    if len(sizes) == 1:
-        return sizes[0]
-    width, height = source.size()
-    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] * height / width)), size))
+    def _nearest(self, source: Source, sizes: tuple[Size, ...]) -> Size:
+        if len(sizes) == 1:
+            return sizes[0]
+        # A header is read once, not at each visit.
+        if source not in self._known:
+            self._known[source] = source.size()
+        return nearest(self._known[source], sizes)

@@ -110,6 +110,10 @@ class Family:
         """Name -> shape of every cached tensor of one sample of `height` x `width` pixels with control pictures of these (height, width)."""
         raise NotImplementedError
 
+    def caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int] | None:
+        """How many tokens each caption has, and how many the model reads of one; None: it is not known. Needs tokenizers only."""
+        return None
+
     def encoder(self, device: torch.device) -> Encoder:
         raise NotImplementedError
 

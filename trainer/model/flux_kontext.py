@@ -73,6 +73,12 @@ class FluxKontext(Family):
         }
         return spec | {name: latents(*size) for name, size in zip(control_names(len(controls)), controls, strict=True)}
 
+    def caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        from transformers import T5Tokenizer
+
+        tokenizer = T5Tokenizer.from_pretrained(self.folder() / "tokenizer_2")
+        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], self.text_length
+
     def encoder(self, device: torch.device) -> FluxEncoder:
         quiet_libraries()
         return FluxEncoder(self.folder(), device, self.encoder_dtype.value, self.text_length)
