@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from program import Action, Ended, Lab, Started, all_of, at, checkpoint, losses, only_run, records, to_itself
+import torch
+from program import Action, Ended, Lab, Started, all_of, at, checkpoint, fingerprint, losses, only_run, records, to_itself
 from torch.distributed import TCPStore
 
+from trainer.shards import is_part
+
 STEP = "trainer.run:Training._losses"
+EVALUATION = "trainer.judge:held_out_loss"
+SAVE = "trainer.files:save_tensors"
 KILLED = to_itself(signal.SIGKILL)
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch --config_file launch/fsdp2.yaml` says."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,9 @@ def told(ended: list[Ended]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("count", "settings"), [(2, ["batch=5", "hardware.micro_batch=2"]), (3, ["batch=2"])])
+@pytest.mark.parametrize(
+    ("count", "settings"), [(2, ["batch=5", "hardware.micro_batch=2"]), pytest.param(3, ["batch=2"], marks=pytest.mark.slow)]
+)
 def test_processes_that_share_a_batch_unevenly_give_the_losses_of_one(lab: Lab, count: int, settings: list[str]):
     """Of five samples two processes have three and two; of two samples the third process has none."""
     folder = finish(lab, lab.place(), *settings, count=count)
@@ -98,7 +107,7 @@ def test_a_run_goes_on_with_another_number_of_processes(lab: Lab):
     assert [record["start"] for record in records(only_run(out), "attempt")] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_ends_all_after_the_same_step(lab: Lab, number: int):
     """Launchers signal all, at moments of their own; a batch system may signal one."""
     out = lab.place()
@@ -109,7 +118,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(lab: Lab, number: 
     assert_same_losses(finish(lab, out), lab.reference())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_all(lab: Lab, rank: int):
     out = lab.place()
     ended = launch(lab, out, count=3, before={rank: at(STEP, 3, KILLED)}).wait()
@@ -141,4 +150,116 @@ def test_accelerate_that_starts_one_process_of_several_is_not_taken_for_a_run_of
     scene = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ended = lab.run(out, before=lambda: os.environ.update(scene))
     assert ended.code == 64 and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in ended.text
+    assert not list(out.iterdir())
+
+
+# A network of which each process holds a part
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        (2, ["batch=5", "hardware.micro_batch=1"]),
+        (2, ["method=full", "hardware.gradient_checkpointing=true"]),
+        (3, ["method=full", "batch=2"]),
+    ],
+)
+@pytest.mark.slow
+def test_a_sharded_network_gives_the_losses_and_files_of_a_whole_one(lab: Lab, count: int, settings: list[str]):
+    """With unequal numbers of micro-batches, and where a process has no sample at all."""
+    folder, reference = finish(lab, lab.place(), *settings, count=count, **SHARDED), lab.reference(*settings)
+    assert_same_losses(folder, reference)
+    assert [path.relative_to(folder) for path in sorted(folder.rglob("*"))] == [
+        path.relative_to(reference) for path in sorted(reference.rglob("*"))
+    ]
+    ours, theirs = checkpoint(folder), checkpoint(reference)
+    for name in theirs.weights:
+        torch.testing.assert_close(ours.weights[name], theirs.weights[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_sharding_changes_no_bit_of_an_adapter_beside_rounded_weights(lab: Lab, precision: str):
+    """Against as many processes with the whole network each: rounded products depend on how a batch is divided."""
+    settings = [f"precision={precision}", "batch=5", "hardware.gradient_checkpointing=true"]
+    assert fingerprint(finish(lab, lab.place(), *settings, **SHARDED)) == fingerprint(finish(lab, lab.place(), *settings))
+
+
+def test_a_run_goes_on_sharded_or_whole(lab: Lab):
+    """Checkpoints are the same files: begun in parts, continued whole, ended in parts; of the five micro-batches one process has two."""
+    out, settings = lab.place(), ["method=full", "ema=0.9", "batch=5", "hardware.micro_batch=1"]
+    sharded = launch(lab, out, *settings, before={1: at(STEP, 4, to_itself(signal.SIGTERM))}, **SHARDED).wait()
+    assert [end.code for end in sharded] == [143, 143], sharded
+    assert lab.run(out, *settings, before=at(STEP, 2, to_itself(signal.SIGTERM))).code == 143
+    assert_same_losses(finish(lab, out, *settings, **SHARDED), lab.reference(*settings))
+    assert [record["start"] for record in records(only_run(out), "attempt")] == [0, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_process_holds_its_part_and_no_more(lab: Lab, method: str):
+    out = lab.place()
+    weighed = {rank: out / f"{rank}" for rank in (0, 1)}
+    assert [
+        end.code for end in launch(lab, out, f"method={method}", before={rank: weigh(weighed[rank]) for rank in weighed}, **SHARDED).wait()
+    ] == [0, 0]
+    whole, here = zip(*(map(int, path.read_text().split()) for path in weighed.values()), strict=True)
+    assert whole[0] == whole[1] and max(here) < (0.6 if method == "full" else 0.65) * whole[0]
+
+
+def weigh(path: Path) -> Action:
+    """Write down how many numbers the network has, and how many of them this process holds when training begins."""
+
+    def set_up() -> None:
+        from trainer import run
+
+        go = run.Training.go
+
+        def weighed(self, overrides: list[str]):
+            parameters = list(self.network.parameters())
+            here = sum((p.to_local() if is_part(p) else p).numel() for p in parameters)
+            path.write_text(f"{sum(p.numel() for p in parameters)} {here}")
+            return go(self, overrides)
+
+        run.Training.go = weighed
+
+    return set_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [EVALUATION, SAVE])
+def test_a_signal_while_a_sharded_network_is_evaluated_or_saved_ends_all_after_a_step(lab: Lab, where: str):
+    out, settings = lab.place(), ["method=full"]
+    ended = launch(lab, out, *settings, before={0: at(where, 2, to_itself(signal.SIGTERM))}, **SHARDED).wait()
+    assert [end.code for end in ended] == [143, 143], ended
+    assert_same_losses(finish(lab, out, *settings), lab.reference(*settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [STEP, EVALUATION])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_of_a_sharded_network_that_is_killed_ends_all(lab: Lab, where: str, rank: int):
+    out = lab.place()
+    ended = launch(lab, out, "method=full", before={rank: at(where, 3, KILLED)}, **SHARDED).wait()
+    assert sorted(end.code for end in ended) == [-signal.SIGKILL, 74], ended
+    (paragraph,) = told(ended)
+    assert "has ended or cannot be reached" in paragraph
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "words"),
+    [
+        (["method=full", "optimizer=prodigy"], {}, "optimizer=adamw"),
+        (["hardware.compile=true"], {}, "hardware.compile"),
+        (["export.formats=[pipeline]"], {}, "stage=export"),
+        ([], {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ],
+)
+def test_what_a_sharded_network_cannot_do_is_refused(lab: Lab, settings: list[str], environment: dict[str, str], words: str):
+    """Before the processes meet, so that one is enough to see it."""
+    scene = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **SHARDED, **environment}
+    out = lab.place()
+    ended = lab.run(out, *settings, before=lambda: os.environ.update(scene))
+    assert ended.code == 64 and words in ended.text, ended
     assert not list(out.iterdir())

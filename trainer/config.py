@@ -23,7 +23,7 @@ from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, 
 from trainer.cache import CacheSettings
 from trainer.checkpoint import Save
 from trainer.errors import BadData, Usage
-from trainer.export import Export
+from trainer.export import Export, Format
 from trainer.sample import Sampling
 
 if TYPE_CHECKING:
@@ -311,6 +311,25 @@ def check_card(run: Run, card: hardware.Card) -> None:
         )
     if run.optimizer.needs_bitsandbytes and card.bitsandbytes is False:
         raise Usage(f"optimizer={option(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw")
+
+
+def check_sharded(run: Run) -> None:
+    """Every rule of a run whose network is divided among processes; raises errors.Usage with what to type."""
+    whole = "or start it without accelerate's FSDP, where each process holds the whole network (launch/gpus.yaml)"
+    storage = run.precision.storage
+    if storage.needs_bitsandbytes or storage is precision.Storage.native:
+        raise Usage(f"precision={storage.name}: weights packed so cannot be divided among processes; type precision=fp8, {whole}")
+    if not run.method.is_adapter and not run.optimizer.takes_parts:
+        raise Usage(
+            f"optimizer={option(run.optimizer)} needs whole tensors, and each process has a part of them; type optimizer=adamw, {whole}"
+        )
+    if run.hardware.compile:
+        raise Usage(f"hardware.compile=true does not go with a network that is divided among processes; leave it out, {whole}")
+    if run.export.formats and Format.pipeline in run.export.formats:
+        raise Usage(
+            "export.formats: no process has the whole network that pipeline writes; leave it out, and type stage=export run=<id> "
+            "export.formats=[pipeline] when the run is finished"
+        )
 
 
 def open_device(run: Run) -> torch.device:

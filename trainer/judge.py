@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from trainer.method import swapped
 from trainer.sample import pictures
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from trainer.tracking.journal import Journal
@@ -24,12 +26,20 @@ AT_ONCE = 32
 
 
 class Judge:
-    """`average`, where given, are the weights to judge in place of the network's own."""
+    """`average`, where given, are the weights to judge in place of the network's own. `may_halve`: whether a forward pass may become two where
+    memory is short, which no process may decide alone where others take part in it."""
 
     def __init__(
-        self, run: Run, material: Material, network: torch.nn.Module, device: torch.device, average: dict[str, torch.Tensor] | None = None
+        self,
+        run: Run,
+        material: Material,
+        network: torch.nn.Module,
+        device: torch.device,
+        average: dict[str, torch.Tensor] | None = None,
+        may_halve: bool = True,
     ):
         self.run, self.material, self.network, self.device, self.average = run, material, network, device, average
+        self.may_halve = may_halve
         self.encoder = run.model.encoder(device)
         self.at_once = run.hardware.micro_batch_for(AT_ONCE, sum(p.numel() for p in network.parameters()))
 
@@ -45,7 +55,7 @@ class Judge:
         try:
             return self.predict(x, t, cond, guidance)
         except (RuntimeError, MemoryError) as error:
-            if len(x) < 2 or not is_out_of_memory(error):
+            if len(x) < 2 or not self.may_halve or not is_out_of_memory(error):
                 raise
         halves = slice(len(x) // 2), slice(len(x) // 2, None)
         return torch.cat([self._judging(x[h], t[h], {name: value[h] for name, value in cond.items()}, guidance) for h in halves])
@@ -56,15 +66,24 @@ class Judge:
         `before` is the folder whose pictures of step 0 stand beside those of this step (null: `folder`).
         """
         began = time.perf_counter()
-        values = {}
-        with self._judged():
-            views = held_out(self.run, self.material, self.run.evaluation.samples)
-            rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
-            if rows:
-                values |= held_out_loss(self.run.model, self._judging, rows, self.device, self.at_once)
-            values |= self._draw(step, folder, journal, before or folder)
+        values, images = self._asked()
+        values |= self._keep(images, step, folder, journal, before or folder)
         journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
         return values.get("val/loss")
+
+    def accompany(self) -> None:
+        """The forward passes of `evaluate`, for a process that holds a part of the network and leaves the measuring to another."""
+        for _ in self._asked()[1]:
+            pass
+
+    def _asked(self) -> tuple[dict[str, float], Iterator[tuple[int, np.ndarray]]]:
+        """All for which `evaluate` asks the network: held-out losses, and what it draws, when it is taken."""
+        views = held_out(self.run, self.material, self.run.evaluation.samples)
+        rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
+        with self._judged():
+            losses = held_out_loss(self.run.model, self._judging, rows, self.device, self.at_once) if rows else {}
+        wanted = drawn(self.run, self.material)
+        return losses, self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
 
     def draw(self, views: list, seeds: list[int]):
         """The place of a view and its picture, uint8 (H, W, 3), for each view and seed; the parts of `to_draw(views)` must be cached."""
@@ -78,14 +97,13 @@ class Judge:
         self.network.eval()
         return swapped(self.network, self.average)
 
-    def _draw(self, step: int, folder: Path, journal: Journal, before: Path) -> dict[str, float]:
+    def _keep(self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path) -> dict[str, float]:
         """Keep the first pictures as strips of control, before training, now and target; compare all with their targets."""
         from trainer.dataset import strip
 
         wanted = drawn(self.run, self.material)
         here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
         likeness = []
-        images = self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
         for place, image in images:
             i, (view, comparable) = place + 1, wanted[place]
             if comparable:

@@ -104,6 +104,13 @@ class Batches:
             self._shifts[height, width] = self.family.shift(height, width)
         return self._shifts[height, width]
 
+    def idle(self, step: int) -> Row:
+        """A micro-batch that does not count, for a process that has nothing else to do while others have: one sample of the step's batch."""
+        import torch
+
+        row = self.row(*visits(self.seed, step, self.batch, len(self.samples))[0])
+        return collate([row | {"counts": torch.tensor(0.0)}])
+
     def ids(self, step: int) -> list[str]:
         """The samples of this process's share of a step's batch."""
         return [self.samples[index].id for _, index in self.share(step)]

@@ -48,6 +48,7 @@ def fit(
     decay: float = 0.0,
     loss_scale: LossScale | None = None,
     reduce: Callable[[list[torch.nn.Parameter], float], float] | None = None,
+    may_halve: bool = True,
 ) -> Iterator[Step]:
     """Yield each step once its weights are updated; the caller logs, evaluates and saves in between.
 
@@ -56,7 +57,7 @@ def fit(
     backward pass; a step in which it was too high updates nothing, and counts. `reduce`, where given, adds to the gradients and the loss (and
     returns it) those of other processes, whose samples are the rest of the batch. A step that is not finite is yielded as such, with weights
     and optimizer as they were. Where memory is short a step begins again in micro-batches of half the size, and the later ones keep to it;
-    what a single sample has no room for is raised.
+    what a single sample has no room for is raised, and all where not `may_halve`: where others take part in each forward pass.
     """
     import torch
 
@@ -88,7 +89,7 @@ def fit(
                 parts = accumulate(step, micro_batches)
                 break
             except (RuntimeError, MemoryError) as error:
-                if largest < 2 or not is_out_of_memory(error):
+                if largest < 2 or not may_halve or not is_out_of_memory(error):
                     raise
             # Not before the handler is left: until then the traceback keeps the tensors of the failed pass.
             ceiling = (largest + 1) // 2

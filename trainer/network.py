@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from trainer.config import Run
 from trainer.errors import BadData, Usage
 from trainer.place import CHECKPOINTS, find
 from trainer.report import say
+from trainer.shards import part
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +24,23 @@ ADAPTER = "adapter_config.json"
 """What a folder of peft's has."""
 
 
-def build(run: Run, device: torch.device) -> torch.nn.Module:
-    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached."""
-    stored = run.precision.stored(run.model.keep_high, device)
-    network = run.model.network(run.method.dtype(run.precision.dtype()), device, stored)
+def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], None] | None = None) -> torch.nn.Module:
+    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached.
+
+    `divide`, where given, moves this process's part of it to the device, which need not have room for more.
+    """
+    import torch
+
+    there = torch.device("cpu") if divide else device
+    stored = run.precision.stored(run.model.keep_high, there)
+    network = run.model.network(run.method.dtype(run.precision.dtype()), there, stored)
     run.method.attach(network, run.model.targets, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if run.hardware.compile:
         network.compile_repeated_blocks()
+    if divide:
+        divide(network)
     return network
 
 
@@ -105,4 +115,4 @@ def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(part(weights[name], parameter))

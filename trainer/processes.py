@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from trainer import shards
 from trainer.errors import Followed, Interrupted, Numerics, Storage, Usage
 from trainer.signals import Signals
 
@@ -66,6 +67,8 @@ class Processes:
     def __init__(self, signals: Signals, open_device: Callable[[], torch.device]):
         self.rank, self.count = rank_and_count()
         self.signals, self._open_device = signals, open_device
+        self.sharded = self.count > 1 and shards.asked()
+        """Whether each holds only a part of the network, so that all must take part in every forward pass and in gathering weights."""
         self._control: Any = None
         self._asked = 0
         """The signal on which all have agreed to stop."""
@@ -134,6 +137,55 @@ class Processes:
         self.led(lambda: done.append(work()))
         return done[0] if self.main else work()
 
+    def together(self, work: Callable[[], Result], beside: Callable[[], None]) -> Result:
+        """`led`, for work in which the network is asked: where it is sharded the others do `beside`, the same forward passes."""
+        if not self.sharded:
+            return self.led(work)
+        # All begin, or none where a signal came.
+        self.led(lambda: None)
+        with self._meeting():
+            if not self.main:
+                beside()
+                return self._heard()["result"]
+            result = work()
+        self._tell({"result": result})
+        return result
+
+    def build(self, build: Callable[[Callable[[torch.nn.Module], None] | None], Result]) -> Result:
+        """What `build` returns, given what divides a network among the processes (None: it stays whole)."""
+        if not self.sharded:
+            return build(None)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        # From here on a signal is answered where all do, at the end of a step: one alone can neither go on nor save.
+        self.signals.note()
+        with self._meeting():
+            mesh = init_device_mesh(self._open_device().type, (self.count,))
+        built: list[Result] = []
+        for rank in range(self.count):
+            # One after the other: before it is divided each has the whole network in memory.
+            if rank == self.rank:
+                built.append(build(lambda network: shards.divide(network, mesh)))
+            self.most(0)
+        return built[0]
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        import torch
+        from torch import distributed
+
+        largest = torch.tensor([number])
+        with self._meeting():
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._control)
+        return int(largest)
+
+    def whole(self, value: Any) -> Any:
+        """Nested dicts of tensors with none of them a part any more; of a sharded network all must ask, and only the main process gets them."""
+        if not self.sharded:
+            return value
+        with self._meeting():
+            return shards.whole(value, self.main)
+
     def steps(self, steps: Iterator[Result]) -> Iterator[Result]:
         """The same steps, in the midst of which no process stops alone: a signal waits for `stop_if_asked`."""
         if self.count == 1:
@@ -141,7 +193,7 @@ class Processes:
             return
         try:
             while True:
-                with self.signals.noted():
+                with self.signals.noted(), self._meeting():
                     step = next(steps, None)
                 if step is None:
                     return
@@ -166,6 +218,9 @@ class Processes:
         from torch import distributed
 
         kind = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+        if self.sharded:
+            # Of parts the backward pass has summed the gradients.
+            parameters = [p for p in parameters if not shards.is_part(p)]
         seen = self.signals.seen
         # A parameter that no process has a gradient of keeps none: an optimizer leaves it alone, and would let zeros decay it.
         notes = [float(p.grad is not None) for p in parameters] + [loss, float(seen == signal.SIGINT), float(seen == signal.SIGTERM)]
@@ -211,9 +266,14 @@ class Processes:
     @contextmanager
     def _meeting(self) -> Iterator[None]:
         """For a block that waits for other processes, which may be gone."""
+        from torch import distributed
+
         try:
             yield
         except RuntimeError as error:
+            # gloo has no class of error of its own.
+            if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+                raise
             self.signals.note()
             if not self.main and self.signals.seen:
                 # The main process was asked to stop as well, and has said so.

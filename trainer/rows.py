@@ -39,4 +39,4 @@ def conditions(row: Row) -> Row:
     return {name: tensor for name, tensor in row.items() if name not in OBJECTIVE}
 
 
-OBJECTIVE = ("latents", "latents_std", "noise", "time", "mask", "weight")
+OBJECTIVE = ("latents", "latents_std", "noise", "time", "mask", "weight", "counts")

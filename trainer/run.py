@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, dataset, files, secret, streams, sweep
+from trainer import config, dataset, files, secret, shards, streams, sweep
 from trainer.check import data as report_data
 from trainer.check import enlarged
 from trainer.checkpoint import Checkpoints, Loaded
@@ -42,7 +42,10 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
 
 def _execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     if run.stage is Stage.train:
-        with Processes(signals, lambda: config.open_device(run)) as processes:
+        processes = Processes(signals, lambda: config.open_device(run))
+        if processes.sharded:
+            config.check_sharded(run)
+        with processes:
             return train(run, processes.first(lambda: prepare(run)), signals, processes, overrides)
     if rank_and_count()[0] > 0:
         # Only training is divided.
@@ -150,7 +153,7 @@ class Training:
         self.steps = total_steps(run, material)
         self.every = run.evaluation.every or max(1, self.steps // 4)
         self.device = config.open_device(run)
-        self.network = build(run, self.device)
+        self.network = processes.build(lambda divide: build(run, self.device, divide))
         self.trained = trained(self.network)
         self.optimizer = run.optimizer.build(self.trained.values())
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
@@ -158,9 +161,9 @@ class Training:
         self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0, "skipped": 0}
         loaded = self._restored()
         self.step = self.saved = loaded.step if loaded else 0
-        self.average = self._average(loaded) if run.ema and processes.main else None
+        self.average = self._average(loaded) if run.ema and (processes.main or processes.sharded) else None
         self.loss_scale = run.precision.loss_scale(self.state.get("loss_scale"))
-        self.judge = Judge(run, material, self.network, self.device, self.average)
+        self.judge = Judge(run, material, self.network, self.device, self.average, may_halve=not processes.sharded)
 
     def go(self, overrides: list[str]) -> float | None:
         """Train to the end, journaling, evaluating and saving on the way."""
@@ -178,9 +181,7 @@ class Training:
                         self._log(done, speed)
                     self.processes.stop_if_asked()
                     with progress.paused():
-                        is_best = self._evaluate_if_due()
-                        if self.step % run.save.every == 0 or self.step == self.steps or is_best or self._out_of_patience():
-                            self._save(or_later=self.step < self.steps and not self._out_of_patience())
+                        self._save_if_due(self._evaluate_if_due())
                     if self._out_of_patience():
                         break
             except Interrupted as stop:
@@ -193,13 +194,17 @@ class Training:
 
     def _accompany(self) -> float | None:
         """`go` as it is for the processes that only train: the same meetings in the same order."""
-        self._evaluate_if_due()
-        for done in self._steps():
-            self.step = done.number
-            self.processes.stop_if_asked()
+        try:
             self._evaluate_if_due()
-            if self._out_of_patience():
-                break
+            for done in self._steps():
+                self.step = done.number
+                self.processes.stop_if_asked()
+                self._save_if_due(self._evaluate_if_due())
+                if self._out_of_patience():
+                    break
+        except Interrupted:
+            self._save()
+            raise
         self.processes.led(self._finish)
         return self.state["val_loss"]
 
@@ -234,7 +239,7 @@ class Training:
             loaded = Checkpoints(Path(found[0]), run.save.keep, say).load(found[1])
         if loaded is not None:
             fill(self.trained, loaded.weights, Path(found[0]))
-            self.optimizer.load_state_dict(loaded.optimizer)
+            self.optimizer.load_state_dict(shards.parts(loaded.optimizer, list(self.trained.values())))
             self.state |= loaded.state
             say(f"continuing at step {loaded.step} of {self.steps}")
         elif run.method.init_from is not None:
@@ -243,7 +248,7 @@ class Training:
 
     def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:
         source = loaded.ema if loaded and loaded.ema else self.trained
-        return {name: source[name].detach().clone().to(self.device) for name in self.trained}
+        return {name: shards.part(source[name].detach().clone().to(self.device), like) for name, like in self.trained.items()}
 
     def _begin(self) -> None:
         """Note where and with what this attempt runs."""
@@ -253,6 +258,7 @@ class Training:
         training = sum(parameter.numel() for parameter in self.trained.values())
         counts = f"{self.steps} steps of {run.batch}, {len(split.train)} samples, {len(split.validation)} held out, {training:,} parameters train"
         several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
+        several += ", which hold a part of the network each" if self.processes.sharded else ""
         say(f"{self.place.folder}: {counts}, on {self.device}{several}")
         number = 1 + self.journal.counts["attempt"]
         self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
@@ -283,7 +289,7 @@ class Training:
         steps = fit(
             list(self.trained.values()),
             self._losses,
-            load(batches, self.step, self.steps, run.hardware.workers),
+            self._even(batches, load(batches, self.step, self.steps, run.hardware.workers)),
             self.optimizer,
             lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
             self.signals.noted,
@@ -295,6 +301,7 @@ class Training:
             decay=run.ema or 0.0,
             loss_scale=self.loss_scale,
             reduce=self.processes.reduce if self.processes.count > 1 else None,
+            may_halve=not self.processes.sharded,
         )
         return self.processes.steps(self._watched(steps, batches))
 
@@ -329,13 +336,21 @@ class Training:
             )
         self.warn(f"{text} It is skipped, as up to {most} in a row are.")
 
+    def _even(self, batches: Batches, steps: Iterator[tuple[int, list[Row]]]) -> Iterator[tuple[int, list[Row]]]:
+        """The same; of a sharded network with as many micro-batches as the process with the most has: in each forward pass all take part."""
+        for step, micro_batches in steps:
+            if self.processes.sharded and (lacking := self.processes.most(len(micro_batches)) - len(micro_batches)):
+                micro_batches += [batches.idle(step)] * lacking
+            yield step, micro_batches
+
     def _losses(self, row: Row) -> torch.Tensor:
         """The loss of each sample of a micro-batch, (b,)."""
         row = {name: tensor.to(self.device, non_blocking=True) for name, tensor in row.items()}
         clean, noise, times = row["latents"].float(), row["noise"], row["time"]
         objective = self.run.model.objective
         prediction = self.judge.predict(objective.noised(clean, noise, times), times, conditions(row))
-        return objective.losses(prediction, clean, noise, times, row.get("weight"))
+        losses = objective.losses(prediction, clean, noise, times, row.get("weight"))
+        return losses * row["counts"] if "counts" in row else losses
 
     def _log(self, done: Step, speed: dict[str, float]) -> None:
         from trainer.hardware import memory
@@ -351,7 +366,9 @@ class Training:
         """Evaluate each step that asks for it once, however often the run is resumed there; whether it is the best so far."""
         state = self.state
         if (self.step % self.every == 0 or self.step == self.steps) and state["evaluated"] != self.step:
-            loss = self.processes.led(lambda: self.judge.evaluate(self.step, self.place.folder, self.journal))
+            loss = self.processes.together(
+                lambda: self.judge.evaluate(self.step, self.place.folder, self.journal), lambda: self.judge.accompany()
+            )
             best = loss is not None and math.isfinite(loss) and (state["best"] is None or loss < state["best"])
             news = {"best": loss, "since_best": 0} if best else {"since_best": state["since_best"] + 1}
             state |= {"evaluated": self.step, "val_loss": loss} | news
@@ -363,6 +380,11 @@ class Training:
         patience = self.run.evaluation.patience
         return patience is not None and self.state["since_best"] >= patience
 
+    def _save_if_due(self, is_best: bool) -> None:
+        ends = self.step == self.steps or self._out_of_patience()
+        if self.step % self.run.save.every == 0 or is_best or ends:
+            self._save(or_later=not ends)
+
     def _save(self, or_later: bool = False) -> None:
         """Commit the last finished step; before the first of this attempt there is nothing new to keep. Where the disk does not take it,
         training may go on if another save comes later."""
@@ -372,16 +394,20 @@ class Training:
         if self.loss_scale is not None:
             current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
+        kept = self.processes.whole({"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average})
         with self.signals.held():
             try:
-                self.checkpoints.save(self.step, weights, self.optimizer.state_dict(), self.average, current)
+                if self.processes.main:
+                    self.checkpoints.save(self.step, kept["weights"], kept["optimizer"], kept["average"], current)
             except Storage as error:
-                if not or_later:
+                # The others have given their parts once, and would not for another try at this step.
+                if not or_later or self.processes.sharded:
                     raise
                 self.warn(f"{error} Training goes on; until the next save there is only what was saved at step {self.saved}.")
                 return
             self.saved = self.step
-            self.journal.event("checkpoint", step=self.step)
+            if self.processes.main:
+                self.journal.event("checkpoint", step=self.step)
 
     def _finish(self) -> None:
         from trainer import export

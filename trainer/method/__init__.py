@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from trainer.errors import Usage
+from trainer.shards import is_part
 from trainer.streams import number
 
 if TYPE_CHECKING:
@@ -226,14 +227,21 @@ def swapped(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -
     if weights is None:
         yield
         return
-    own = {name: parameter.data for name, parameter in trained(network).items()}
-    try:
+    own = {name: parameter.data.clone() if is_part(parameter) else parameter.data for name, parameter in trained(network).items()}
+
+    def put(values: dict[str, torch.Tensor]) -> None:
         for name, parameter in trained(network).items():
-            parameter.data = weights[name]
+            if is_part(parameter):
+                # It has its place in the memory that torch puts blocks together from.
+                parameter.data.copy_(values[name])
+            else:
+                parameter.data = values[name]
+
+    try:
+        put(weights)
         yield
     finally:
-        for name, parameter in trained(network).items():
-            parameter.data = own[name]
+        put(own)
 
 
 OPTIONS = {"lora": Lora, "dora": Dora, "lokr": Lokr, "loha": Loha, "full": Full}

@@ -23,6 +23,8 @@ class Optimizer:
     own_lr = None
     """A learning rate that holds whatever the model and method; None where theirs is meant."""
     needs_bitsandbytes = False
+    takes_parts = False
+    """Whether it can update tensors of which each process holds a part: torch's DTensor."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
@@ -59,6 +61,8 @@ class Adam(Optimizer):
 @dataclass(slots=True)
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    takes_parts = True
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         import torch

@@ -1,0 +1,102 @@
+"""A network divided among processes, so that together they hold what one device cannot: FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Each process keeps its part of every tensor; those of a block are put together for the block's forward and backward pass and dropped after it.
+All that is done to weights one by one (optimizer, average, norm) is done to the parts. On the disk tensors are whole: a checkpoint does not tell
+how it was made. What trains beside frozen weights is small, and stays whole in each process.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import Usage
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def asked() -> bool:
+    """Whether the launcher's settings ask for a network in parts. Raises errors.Usage for what they ask for that is not done."""
+    if not _on("ACCELERATE_USE_FSDP"):
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise Usage("accelerate's settings ask for FSDP 1; type fsdp_version: 2 there (launch/fsdp2.yaml), or --fsdp_version 2")
+    if _on("FSDP_OFFLOAD_PARAMS"):
+        raise Usage("accelerate's fsdp_offload_params is not supported; set it to false, and start more processes where memory lacks")
+    if _on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise Usage("accelerate's fsdp_activation_checkpointing is not used; set it to false and type hardware.gradient_checkpointing=true")
+    return True
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+
+
+def divide(network: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this process's part of each tensor, on the mesh's device; the network may lie elsewhere, and need not fit there whole."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    # Of views it warns, for who might write on them in place; that fails in the backward pass, where it is done.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    parameters = list(network.parameters())
+    # An adapter in float32 beside frozen weights of another type, where one group of tensors should have one.
+    whole = {p for p in parameters if p.requires_grad} if not all(p.requires_grad for p in parameters) else set()
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    # Else torch leaves the outermost tensors whole until a backward pass, which an evaluation does not have.
+    fully_shard(network, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, as everywhere: each process's loss is divided by the global batch.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    network.to(mesh.device_type)
+
+
+def blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """What is put together at a time: the items of the outermost lists of modules, which are a network's repeated blocks."""
+    from torch.nn import ModuleList
+
+    for child in module.children():
+        yield from child if isinstance(child, ModuleList) else blocks(child)
+
+
+def is_part(tensor: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a whole tensor where it keeps `like` of another of this shape; no process is asked."""
+    if not is_part(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parts(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
+    """An optimizer's `state_dict` of whole tensors -> that of this process's parts of `parameters`."""
+    import torch
+
+    def divided(value: Any, parameter: torch.Tensor) -> Any:
+        is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return part(value, parameter) if is_like else value
+
+    moments = {i: {name: divided(value, parameters[i]) for name, value in of_one.items()} for i, of_one in state["state"].items()}
+    return state | {"state": moments}
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """The same with every part in it made whole, which all processes must do; only who keeps it has it afterwards, on the CPU."""
+    if isinstance(value, dict):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if not is_part(value):
+        return value
+    tensor = value.detach().full_tensor()
+    return tensor.cpu() if keep else None
