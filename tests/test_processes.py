@@ -190,7 +190,7 @@ def test_a_run_goes_on_sharded_or_whole(lab: Lab):
     out, settings = lab.place(), ["method=full", "ema=0.9", "batch=5", "hardware.micro_batch=1"]
     sharded = launch(lab, out, *settings, before={1: at(STEP, 4, to_itself(signal.SIGTERM))}, **SHARDED).wait()
     assert [end.code for end in sharded] == [143, 143], sharded
-    assert lab.run(out, *settings, before=at(STEP, 2, to_itself(signal.SIGTERM))).code == 143
+    assert lab.run(out, *settings, before=at(STEP, 6, to_itself(signal.SIGTERM))).code == 143
     assert_same_losses(finish(lab, out, *settings, **SHARDED), lab.reference(*settings))
     assert [record["start"] for record in records(only_run(out), "attempt")] == [0, 2, 3]
 
