@@ -178,7 +178,7 @@ def test_a_sharded_network_gives_the_losses_and_files_of_a_whole_one(lab: Lab, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_sharding_changes_no_bit_of_an_adapter_beside_rounded_weights(lab: Lab, precision: str):
     """Against as many processes with the whole network each: rounded products depend on how a batch is divided."""
     settings = [f"precision={precision}", "batch=5", "hardware.gradient_checkpointing=true"]
