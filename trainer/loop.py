@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.errors import is_out_of_memory
+from trainer.shards import whole
 from trainer.streams import number
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def fit(
         if loss_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
         # All values in one reading: at each a GPU has to come to the end of its queue.
-        *values, norm = torch.stack([*parts, torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)]).tolist()
+        *values, norm = torch.stack([*parts, whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))]).tolist()
         loss = total(values) if loss is None else loss
         lr = rate(step)
         update = math.isfinite(loss) and math.isfinite(norm)

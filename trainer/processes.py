@@ -179,12 +179,12 @@ class Processes:
             distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._control)
         return int(largest)
 
-    def whole(self, value: Any) -> Any:
+    def gathered(self, value: Any) -> Any:
         """Nested dicts of tensors with none of them a part any more; of a sharded network all must ask, and only the main process gets them."""
         if not self.sharded:
             return value
         with self._meeting():
-            return shards.whole(value, self.main)
+            return shards.gathered(value, self.main)
 
     def steps(self, steps: Iterator[Result]) -> Iterator[Result]:
         """The same steps, in the midst of which no process stops alone: a signal waits for `stop_if_asked`."""

@@ -394,7 +394,7 @@ class Training:
         if self.loss_scale is not None:
             current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
-        kept = self.processes.whole({"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average})
+        kept = self.processes.gathered({"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average})
         with self.signals.held():
             try:
                 if self.processes.main:

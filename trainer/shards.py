@@ -92,11 +92,16 @@ def parts(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, An
     return state | {"state": moments}
 
 
-def whole(value: Any, keep: bool) -> Any:
-    """The same with every part in it made whole, which all processes must do; only who keeps it has it afterwards, on the CPU."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this process may have only a part; all processes must ask for it."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """Nested dicts with every part in them made whole, which all processes must do; only who keeps them has them afterwards, on the CPU."""
     if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
+        return {key: gathered(item, keep) for key, item in value.items()}
     if not is_part(value):
         return value
-    tensor = value.detach().full_tensor()
+    tensor = whole(value.detach())
     return tensor.cpu() if keep else None
