@@ -16,7 +16,7 @@ from trainer import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-FOUNDATIONS = {"errors", "files", "libraries", "processes", "rows", "secret", "signals", "streams"}
+FOUNDATIONS = {"errors", "files", "libraries", "processes", "rows", "secret", "shards", "signals", "streams"}
 ROOMS = {*config.ROOMS, "objective"}
 MAY_ALSO_IMPORT = {
     **dict.fromkeys(FOUNDATIONS | ROOMS | {"cache", "checkpoint", "loop", "sample"}, frozenset()),
