@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """To be raised when pictures are decoded or fitted, or entries are laid out, in another way: all entries are then made again."""
 MEMORY = 2**30
+USES, ENTRIES = "uses", "entries.txt"
 LITTER = 3600
 """Seconds after which an unfinished file belongs to a writer that was killed; an entry is written in less than one."""
 
@@ -36,14 +37,19 @@ log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class CacheSettings:
     """`path`: the cache's folder, null for `<out>/cache`. `verify`: quick checks an entry when it is first used; full checks all that a run
-    needs before it starts and makes the damaged ones again."""
+    needs before it starts and makes the damaged ones again. `workers`: processes that encode. `drop_unused`: stage=cache deletes what neither
+    this run nor any whose folder is there uses."""
 
     path: str | None = None
     verify: str = "quick"
+    workers: int = 1
+    drop_unused: bool = False
 
     def __post_init__(self) -> None:
         if self.verify not in ("quick", "full"):
             raise Usage(f"cache.verify={self.verify} is unknown: type quick or full.")
+        if self.workers < 1:
+            raise Usage(f"cache.workers={self.workers} encodes nothing: type 1 or more.")
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,6 +63,29 @@ class Part:
     name: str
     fields: tuple[str, ...]
     maker: str
+
+
+Outcome = tuple[str, str | None]
+"""Of one entry: its part's name, and why it could not be made."""
+
+
+def counted(parts: Sequence[Part], outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """How many entries of each part were made.
+
+    Raises one errors.BadData for all samples that could not be encoded, after the others are made; but soon where nothing works.
+    """
+    made = {part.name: 0 for part in parts}
+    faults: dict[str, None] = {}
+    for part, fault in outcomes:
+        if fault is None:
+            made[part] += 1
+        else:
+            faults[fault] = None
+            if len(faults) == FAULTS_LISTED:
+                break
+    if faults:
+        raise BadData("\n  ".join([f"{len(faults)} faults when encoding. Mend or remove these samples:", *faults]))
+    return made
 
 
 class Cache:
@@ -104,24 +133,66 @@ class Cache:
         return found
 
     def fill(self, missing: Iterable[tuple[Part, View]], encode: Callable[[str, View], Tensor]) -> dict[str, int]:
-        """Make what `missing` found; returns how many entries of each part were made.
+        """Make what `missing` found; returns how many entries of each part were made. `encode(part_name, view)` gives one entry's tensor.
 
-        `encode(part_name, view)` gives one entry's tensor. Raises one errors.BadData for all samples that cannot be encoded, after the
-        others are made; but soon where nothing works.
+        Raises one errors.BadData as `counted` does.
         """
-        made = {part.name: 0 for part in self.parts}
-        faults: dict[str, None] = {}
+        return counted(self.parts, self.made(missing, encode))
+
+    def made(self, missing: Iterable[tuple[Part, View]], encode: Callable[[str, View], Tensor]) -> Iterator[Outcome]:
+        """Make entries one after the other, and tell of each how it went."""
         for part, view in missing:
             try:
                 self.put(part, view, encode(part.name, view))
-                made[part.name] += 1
             except BadData as error:
-                faults[str(error)] = None
-                if len(faults) == FAULTS_LISTED:
-                    break
-        if faults:
-            raise BadData("\n  ".join([f"{len(faults)} faults when encoding. Mend or remove these samples:", *faults]))
-        return made
+                yield part.name, str(error)
+            else:
+                yield part.name, None
+
+    def keep_for(self, owner: Path, views: Iterable[View]) -> None:
+        """Note that the run in the folder `owner` uses these views' entries, so that `drop_unused` leaves them as long as the folder is there."""
+        entries = sorted({f"{part.name}/{self.key(part, view)}" for view in views for part in self.parts})
+        text = "\n".join(entries)
+        # A list each set of entries: the members of a sweep share one.
+        folder = self.root / USES / hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = str(owner.absolute())
+        with files.Lock(self.root / "uses.lock", wait=True):
+            files.write(folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.owner", name)
+            if not (folder / ENTRIES).exists():
+                files.write(folder / ENTRIES, text)
+
+    def drop_unused(self, views: Iterable[View]) -> tuple[int, int]:
+        """Delete the entries that neither these views nor any run whose folder is there uses; how many, and their bytes."""
+        used = {f"{part.name}/{self.key(part, view)}" for view in views for part in self.parts}
+        count = freed = 0
+        with files.Lock(self.root / "uses.lock", wait=True), files.Lock(self.root / "filling", wait=True):
+            for folder in sorted((self.root / USES).glob("*")):
+                owners = [Path(path.read_text()) for path in folder.glob("*.owner")]
+                if any(owner.is_dir() for owner in owners):
+                    used.update((folder / ENTRIES).read_text().split("\n"))
+                else:
+                    files.remove(folder)
+            for part, path in self._entries():
+                if f"{part}/{path.stem}" not in used:
+                    with files.storage("remove", path):
+                        freed += path.stat().st_size
+                        path.unlink()
+                    count += 1
+        return count, freed
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """By part: how many entries there are of all runs, and their bytes."""
+        found: dict[str, tuple[int, int]] = {}
+        for part, path in self._entries():
+            count, space = found.get(part, (0, 0))
+            found[part] = count + 1, space + path.stat().st_size
+        return found
+
+    def _entries(self) -> Iterator[tuple[str, Path]]:
+        """The part and the file of every entry, also of other models' parts."""
+        for path in sorted(self.root.glob("*/[0-9a-f][0-9a-f]/*.safetensors")):
+            if not path.name.startswith(files.PARTIAL):
+                yield path.parent.parent.name, path
 
     def put(self, part: Part, view: View, tensor: Tensor) -> None:
         """Write one entry. Raises errors.BadData where the tensor is not finite, errors.Storage where it cannot be written."""

@@ -258,6 +258,8 @@ def check(run: Run) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise Usage(f"{name}={value} trains nothing; type {name}=1 or more")
+    if run.cache.drop_unused and run.stage is not Stage.cache:
+        raise Usage("cache.drop_unused=true deletes, which only stage=cache does; type stage=cache beside it")
     run.lr_scheduler.check(run.steps)
     run.export.chosen(run.method.formats)
     if not run.out:

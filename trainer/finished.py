@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from trainer import config, files
 from trainer.config import Run, Stage
 from trainer.dataset import Sample
+from trainer.encoding import encode
 from trainer.errors import Usage
-from trainer.material import Material, drawn, encode, held_out, prepare, unconditional
+from trainer.material import Material, drawn, held_out, prepare, unconditional
 from trainer.place import find
 from trainer.report import say
 

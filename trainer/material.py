@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer import config, dataset, files
+from trainer import dataset, files
 from trainer.cache import Cache, Part
 from trainer.config import Run, Stage
 from trainer.dataset import Sample, Source, Split
@@ -19,10 +18,6 @@ from trainer.dataset.reading import Listing
 from trainer.dataset.view import Framing, View
 from trainer.errors import Usage
 from trainer.report import refresh
-
-if TYPE_CHECKING:
-    import torch
-
 
 MASK = "mask"
 
@@ -85,7 +80,7 @@ def prepare(run: Run) -> Material:
     digests.flush()
     parts = [Part(name, made.fields, made.maker) for name, made in run.model.parts(weights, controls).items()]
     if any(sample.mask for sample in split.train):
-        parts.append(Part(MASK, (MASK,), f"area means over {_pixels_a_latent(run)} pixels"))
+        parts.append(Part(MASK, (MASK,), f"area means over {pixels_a_latent(run)} pixels"))
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Material(split, framing, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights}, listing)
 
@@ -103,7 +98,8 @@ def _extras(sample: Sample) -> list:
     return extras if extras != [None, 1.0, 1] else []
 
 
-def _pixels_a_latent(run: Run) -> int:
+def pixels_a_latent(run: Run) -> int:
+    """Sides of a picture over those of its latents."""
     width, height = run.dataset.size()
     return height // run.model.spec(height, width)["latents"][1]
 
@@ -145,32 +141,3 @@ def unconditional(run: Run, views: list[View]) -> list[View]:
     """The views that drawing these needs beside them for classifier-free guidance: the same without captions, where the model asks for it."""
     asked = run.model.classifier_free and run.sample.guidance != 1
     return [replace(view, drop_caption=True) for view in views] if asked else []
-
-
-def encode(run: Run, material: Material, wanted: list[View]) -> dict[str, int]:
-    """Fill the cache with what it lacks; how many entries of each part were made. The encoders are gone when this returns."""
-    from tqdm import tqdm
-
-    cache = material.cache
-    # Loads nothing before it is first used.
-    encoder = run.model.encoder(config.open_device(run))
-
-    def make(part: str, view: View) -> torch.Tensor:
-        return _mask(view, _pixels_a_latent(run)) if part == MASK else encoder.encode(part, view)
-
-    missing = cache.missing(wanted)
-    # One at a time: a second process would make the same entries, so it waits and finds them there.
-    with files.Lock(cache.root / "filling", wait=True) if missing else nullcontext():
-        missing = missing and cache.missing(wanted)
-        with tqdm(missing, desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as entries:
-            return cache.fill(entries, make)
-
-
-def _mask(view: View, pixels: int) -> torch.Tensor:
-    """The edit mask of a sample at its latents' size, (1, h, w) in [0, 1]; all ones where it has none."""
-    import torch
-
-    if view.sample.mask is None:
-        return torch.ones(1, view.height // pixels, view.width // pixels)
-    grey = torch.from_numpy(view.picture(MASK)).float().mean(2) / 255
-    return torch.nn.functional.avg_pool2d(grey[None], pixels)

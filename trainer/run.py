@@ -16,8 +16,9 @@ from trainer.check import data as report_data
 from trainer.check import enlarged
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
+from trainer.encoding import encode
 from trainer.errors import Ending, Interrupted, Numerics, OutOfMemory, Storage, Usage, is_out_of_memory
-from trainer.material import Material, encode, prepare, views
+from trainer.material import Material, prepare, views
 from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
 from trainer.processes import Processes, rank_and_count
 from trainer.report import Progress, say, size
@@ -58,9 +59,22 @@ def _execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     if run.stage is Stage.check:
         check(run, material)
     else:
-        made = encode(run, material, views(run, material))
-        say(f"cache {material.cache.root}: " + ", ".join(f"{count} {name} made" for name, count in made.items()))
+        fill_cache(run, material)
     return None
+
+
+def fill_cache(run: Run, material: Material) -> None:
+    """Make what this run needs, drop what no run uses where that was asked for, and say how large the cache is."""
+    cache, wanted = material.cache, views(run, material)
+    made = encode(run, material, wanted)
+    say(f"cache {cache.root}: " + ", ".join(f"{count} {name} made" for name, count in made.items()))
+    if run.cache.drop_unused:
+        count, freed = cache.drop_unused(wanted)
+        say(f"dropped {count} entries that no run uses: {size(freed)}")
+    sizes = cache.sizes()
+    for part, (count, space) in sizes.items():
+        say(f"{part:12}{count} entries, {size(space)}")
+    say(f"{'in all':12}{sum(count for count, _ in sizes.values())} entries, {size(sum(space for _, space in sizes.values()))}")
 
 
 def check(run: Run, material: Material) -> None:
@@ -122,7 +136,9 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
         # Once more, so that journal and log tell it in the same words.
         stack.enter_context(_room(run))
         files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
-        made = encode(run, material, views(run, material))
+        wanted = views(run, material)
+        material.cache.keep_for(place.folder, wanted)
+        made = encode(run, material, wanted)
         say("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
         if faults := material.listing.faults:
             journal.event("left_out", faults=faults)
