@@ -130,6 +130,17 @@ def from_safetensors(path: Path) -> Iterator[None]:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def check_safetensors(path: Path) -> None:
+    """Read a safetensors file's header, and no more. Raises errors.BadData where it is absurd or does not describe the bytes behind it."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "np"):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise errors.BadData(f"{path} is not the safetensors file it claims to be ({error}). Restore it, or type another.") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Like `write`, for a value made of what JSON has. NaN and infinity are kept as Python spells them."""
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

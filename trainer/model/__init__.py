@@ -242,8 +242,12 @@ def made_by(*ingredients: object) -> str:
 def _folder_digest(folder: Path, digests: Digests) -> str:
     if not folder.is_dir():
         raise NoWeights(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in KINDS)
-    return made_by([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in files])
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in KINDS)
+    for path in found:
+        if path.suffix == ".safetensors":
+            # Here, since every library that reads one has its own words for what is wrong, and few name the file.
+            files.check_safetensors(path)
+    return made_by([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in found])
 
 
 def _file_digest(path: Path, digests: Digests) -> str:
