@@ -5,7 +5,7 @@ READY := .venv/.ready
 OUT ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all ui pictures mini format lint clean
+.PHONY: help setup train test test-all faults ui pictures mini format lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(READY)  ## the everyday tests
 
 test-all: $(READY)  ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 -m ''
+
+faults: $(READY)  ## let the program die in every way it must survive, some 400 times, in about half an hour; prints how many it did
+	$(BIN)/python tests/test_faults.py
 
 ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
 	$(BIN)/python -m trainer.tracking.ui --out $(OUT)

@@ -150,6 +150,34 @@ def at(where: str, call: int, action: Action, after: bool = False) -> Action:
     return set_up
 
 
+CHANGES = {"os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir"}
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+def dying_within(where: str, call: int, number: int) -> Action:
+    """A scene: within the call of this number of a function the process is killed before its operation on files of this number, both from
+    1. The operations are what Python announces of all that changes the disk, and the syncs."""
+
+    def watch() -> None:
+        count = 0
+
+        def operation(*_: object) -> None:
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        # The death of a process loses nothing that was written, so that the waiting can be spared.
+        os.fsync = operation
+        sys.addaudithook(lambda event, values: operation() if event in CHANGES or (event == "open" and values[2] & WRITING) else None)
+
+    def out_of_it() -> None:
+        nonlocal number
+        number = 0
+
+    return all_of(at(where, call, watch), at(where, call, out_of_it, after=True))
+
+
 def to_itself(number: int) -> Action:
     """The process sends itself a signal."""
     return lambda: os.kill(os.getpid(), number)
@@ -172,6 +200,7 @@ class Lab:
             assert main([*self.settings, *DEMO, *SCHEDULE, f"out={folder}", "stage=check"]) == 0
         curves.draw_curves(folder)
         self._references: dict[tuple[str, ...], tuple[Path, float]] = {}
+        self._templates: dict[str, Path] = {}
         self._count = 0
 
     def place(self) -> Path:
@@ -199,6 +228,12 @@ class Lab:
     def reference(self, *settings: str) -> Path:
         """The folder of an uninterrupted run with these settings."""
         return self._reference(settings)[0]
+
+    def template(self, name: str, make: Callable[[Path], Path]) -> Path:
+        """What `make` made in a folder of its own when it was first asked for, to be copied."""
+        if name not in self._templates:
+            self._templates[name] = make(self.place())
+        return self._templates[name]
 
     def seconds(self, *settings: str) -> float:
         """How long an uninterrupted run takes."""

@@ -5,11 +5,16 @@ The numbers are those of the project's list of faults. REF is the same run, unin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
+import re
 import resource
 import signal
+import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +39,7 @@ from program import (
     command,
     copied,
     digest,
+    dying_within,
     fingerprint,
     last_step,
     losses,
@@ -46,7 +52,7 @@ from program import (
 from safetensors.torch import load_file, save_file
 
 from trainer import streams
-from trainer.checkpoint import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints
+from trainer.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints
 
 Trial = Callable[[Lab, Path, int], None]
 """Does one thing to a run under the folder `out`; the number, from 0, says which moment or variant."""
@@ -97,7 +103,7 @@ def assert_continues(lab: Lab, out: Path, *settings: str) -> Ended:
     return ended
 
 
-@fault("F01", "SIGKILL at a random moment", 50, [4, 15, 26, 37, 48])
+@fault("F01", "SIGKILL at a random moment", 50, [15, 37])
 def killed_at_random(lab: Lab, out: Path, trial: int) -> None:
     settings = ["save.every=1", "steps=8"]
     run = lab.start(out, *settings)
@@ -114,27 +120,76 @@ def killed_at_random(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out, *settings)
 
 
-@fault("F03", "a truncated file of the newest checkpoint", 16, [5])
+@fault("F02", "killed before any operation of a save on the disk", 22, [9])
+def killed_in_a_save(lab: Lab, out: Path, trial: int) -> None:
+    assert dies_within(lab, out, "trainer.checkpoint:Checkpoints.save", trial) == (trial < 21), (
+        "all operations have their trial, the last none"
+    )
+
+
+@fault("F02", "killed in the midst of writing the weights", 4, [])
+def killed_in_a_write(lab: Lab, out: Path, trial: int) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((0, 1, 12_345, 25_000)[trial],) * 2)
+
+    ended = lab.run(out, before=at(SAVE, 3, limit))
+    assert ended.code == -signal.SIGXFSZ and list(out.glob("*/checkpoints/.partial-*-step-00000004"))
+    assert_continues(lab, out)
+
+
+@fault("F07", "killed while the third of two checkpoints is discarded", 8, [1])
+def killed_in_retention(lab: Lab, out: Path, trial: int) -> None:
+    assert dies_within(lab, out, "trainer.checkpoint:Checkpoints._retain", trial) == (trial < 7)
+
+
+def dies_within(lab: Lab, out: Path, where: str, trial: int) -> bool:
+    """Whether the process died before it came to the end of the fourth save or retention."""
+    settings = ["save.every=1", "save.keep=2", "ema=0.9"]
+    ended = lab.run(out, *settings, before=dying_within(where, 4, trial + 1))
+    assert ended.code in (-signal.SIGKILL, 0), ended
+    folder = only_run(out)
+    kept = Checkpoints(folder / "checkpoints", 2)
+    if ended.code:
+        assert kept.newest(set_aside=False).step in (3, 4)
+        assert len([kept.load(step) for step in kept.steps()]) >= 2, "all that have the name of a checkpoint are whole"
+    said = assert_continues(lab, out, *settings).text
+    assert "damaged" not in said and not (folder / "quarantine").exists()
+    return ended.code != 0
+
+
+FILES = (WEIGHTS, OPTIMIZER, STATE, MANIFEST, EMA)
+
+
+def with_average(lab: Lab, out: Path) -> Path:
+    """The newest checkpoint of a stopped run, in which an average is kept too."""
+    return copied(lab.template("stopped", lambda place: stopped(lab, place, 5, AVERAGE)), out) / "checkpoints" / "step-00000004"
+
+
+AVERAGE = "ema=0.9"
+
+
+@fault("F03", "a truncated file of the newest checkpoint", 20, [5])
 def truncated(lab: Lab, out: Path, trial: int) -> None:
-    folder = stopped(lab, out, 5)
-    name = (WEIGHTS, OPTIMIZER, STATE, MANIFEST)[trial // 4]
-    path = folder / "checkpoints" / "step-00000004" / name
+    folder = with_average(lab, out)
+    name = FILES[trial // 4]
+    path = folder / name
     size = path.stat().st_size
     os.truncate(path, (0, 1, size // 2, size - 1)[trial % 4])
-    said = assert_continues(lab, out).text
+    said = assert_continues(lab, out, AVERAGE).text
     assert "step-00000004 is damaged" in said and "step 2 is used instead" in said
-    assert (folder / "quarantine" / "step-00000004" / name).stat().st_size < size
+    assert (only_run(out) / "quarantine" / folder.name / name).stat().st_size < size
 
 
-@fault("F04", "a flipped bit in a file of the newest checkpoint", 20, [7])
+@fault("F04", "a flipped bit in a file of the newest checkpoint", 100, [6])
 def flipped(lab: Lab, out: Path, trial: int) -> None:
-    folder = stopped(lab, out, 5)
-    path = folder / "checkpoints" / "step-00000004" / (WEIGHTS, OPTIMIZER, STATE, MANIFEST)[trial % 4]
+    path = with_average(lab, out) / FILES[trial % 5]
     data = bytearray(path.read_bytes())
-    data[streams.number("byte", trial) % len(data)] ^= 1 << trial % 8
+    data[streams.number("byte", trial) % len(data)] ^= 1 << trial // 5 % 8
     path.write_bytes(data)
-    assert "step-00000004 is damaged" in assert_continues(lab, out).text
-    assert (folder / "quarantine" / "step-00000004" / path.name).read_bytes() == data
+    assert "step-00000004 is damaged" in assert_continues(lab, out, AVERAGE).text
+    assert (only_run(out) / "quarantine" / "step-00000004" / path.name).read_bytes() == data
 
 
 @fault("F05", "a partial and an existing folder of the next step", 2, [0])
@@ -156,7 +211,7 @@ def next_step_is_there(lab: Lab, out: Path, trial: int) -> None:
     assert Checkpoints(checkpoints, 1).steps() == [2, 4, 5]
 
 
-@fault("F06", "no room on the disk at a save: later there is, or never", 2)
+@fault("F06", "no room on the disk at a save: later there is, or never", 2, [0])
 def disk_full(lab: Lab, out: Path, trial: int) -> None:
     def room(size: int) -> Action:
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -199,7 +254,7 @@ def nothing_to_resume(lab: Lab, out: Path, trial: int) -> None:
     assert ended.seconds < 3
 
 
-@fault("F09", "resumed with other settings", 4)
+@fault("F09", "resumed with other settings", 4, [0])
 def other_settings(lab: Lab, out: Path, trial: int) -> None:
     folder = lab.reference()
     before = tree(folder)
@@ -214,7 +269,7 @@ def other_settings(lab: Lab, out: Path, trial: int) -> None:
     assert tree(folder) == before and list(out.iterdir()) == []
 
 
-@fault("F09", "the same command after the data or the base weights changed", 2)
+@fault("F09", "the same command after the data or the base weights changed", 2, [0])
 def other_data(lab: Lab, out: Path, trial: int) -> None:
     data, model = out / "data", copied(lab.folder / "model", out)
     data.mkdir()
@@ -241,7 +296,7 @@ def other_data(lab: Lab, out: Path, trial: int) -> None:
     assert (out / f"{folder.name}-2" / "summary.json").exists()
 
 
-@fault("F10", "stopped before every forward pass of two epochs, within accumulation groups", 40, [1, 12, 27, 34])
+@fault("F10", "stopped before every forward pass of two epochs, within accumulation groups", 40, [12, 27])
 def stopped_at_every_step(lab: Lab, out: Path, trial: int) -> None:
     stopped(lab, out, 1 + trial // 2, ONE_BY_ONE, number=(signal.SIGKILL, signal.SIGTERM)[trial % 2])
     assert_continues(lab, out, ONE_BY_ONE)
@@ -273,7 +328,7 @@ def samples_read(lab: Lab, out: Path, trial: int) -> None:
         assert len({stream[visit] for visit in range(10 * epoch, 10 * epoch + 10)}) == 10
 
 
-@fault("F12", "five stops in a row", 1)
+@fault("F12", "five stops in a row", 1, [])
 def five_stops(lab: Lab, out: Path, trial: int) -> None:
     for step in range(1, 5):
         folder = stopped(lab, out, 2, number=signal.SIGTERM)
@@ -282,7 +337,7 @@ def five_stops(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out)
 
 
-@fault("F12", "loader workers and how often is evaluated change no bit", 4, [0, 1])
+@fault("F12", "loader workers and how often is evaluated change no bit", 4, [1])
 def same_bits(lab: Lab, out: Path, trial: int) -> None:
     setting = ("hardware.workers=2", "evaluation.every=1", "evaluation.every=1000", "hardware.workers=1")[trial]
     folder = lab.finish(out, setting)
@@ -290,7 +345,7 @@ def same_bits(lab: Lab, out: Path, trial: int) -> None:
     assert train_losses(folder) == train_losses(lab.reference())
 
 
-@fault("F12", "micro-batches of one batch; five samples in twos", 3, [0, 2])
+@fault("F12", "micro-batches of one batch; five samples in twos", 3, [2])
 def micro_batches(lab: Lab, out: Path, trial: int) -> None:
     size, batch = ((1, 4), (2, 4), (2, 5))[trial]
     folder = lab.finish(out, f"hardware.micro_batch={size}", f"batch={batch}")
@@ -320,7 +375,7 @@ MOMENTS = [
 ]
 
 
-@fault("F13", "SIGTERM and Ctrl-C at every kind of moment", 2 * len(MOMENTS), [2, 9, 10, 15, 16, 21])
+@fault("F13", "SIGTERM and Ctrl-C at every kind of moment", 2 * len(MOMENTS), [9, 15])
 def told_to_stop(lab: Lab, out: Path, trial: int) -> None:
     number = (signal.SIGTERM, signal.SIGINT)[trial % 2]
     where, call, after = MOMENTS[trial // 2]
@@ -353,7 +408,7 @@ def assert_stops(lab: Lab, out: Path, ended: Ended, number: int, *settings: str)
     assert_continues(lab, out, *settings)
 
 
-@fault("F13", "a signal while the program imports", 4, [2])
+@fault("F13", "a signal while the program imports", 4, [])
 def told_to_stop_while_importing(lab: Lab, out: Path, trial: int) -> None:
     with command([*lab.settings, f"out={out}"]) as run:
         time.sleep(0.2 + 0.7 * trial)
@@ -375,7 +430,66 @@ def told_twice(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out)
 
 
-@fault("F15", "a loader worker is killed, or hangs", 2)
+MANY = ["-m", "seed=1,2,3,4", "hydra.launcher.slots=1"]
+
+
+@fault("F14", "SIGTERM in the second of four jobs: in one process, as members of their own", 2, [])
+def sweep_told_to_stop(lab: Lab, out: Path, trial: int) -> None:
+    if trial == 0:
+        many = ["-m", "seed=1,2,3,4", "hydra/launcher=basic"]
+        ended = lab.run(out, *many, before=at(FORWARD, 8, to_itself(signal.SIGTERM)))
+    else:
+        many = MANY
+        run = lab.start(out, *many)
+        second_member(out)
+        run.signal(signal.SIGTERM)
+        ended = run.wait()
+    assert ended.code == 143 and "Traceback" not in ended.text, ended
+    finished = {
+        path: path.stat().st_mtime_ns for path in out.glob("*/summary.json") if json.loads(path.read_text())["status"] == "finished"
+    }
+    assert len(finished) == 1 and len(list(out.glob("*/run.json"))) == 2
+    ended = lab.run(out, *many)
+    assert ended.code == 0, ended
+    assert len(list(out.glob("*/export"))) == 4
+    assert [path.stat().st_mtime_ns for path in finished] == list(finished.values())
+
+
+def second_member(out: Path) -> int:
+    """The process of the second member of a sweep, once it trains; at its very first step it waits for what comes."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        begun = [path for path in out.glob("*/journal.jsonl") if not (path.parent / "summary.json").exists()]
+        if begun and len(list(out.glob("*/journal.jsonl"))) == 2:
+            return int((begun[0].parent / "lock").read_text().split()[1])
+        time.sleep(0.005)
+    raise TimeoutError("the second member does not begin")
+
+
+@fault("F28", "the second of three members ends by itself, is aborted, is killed; then the same sweep again", 3, [])
+def member_fails(lab: Lab, out: Path, trial: int) -> None:
+    if trial == 0:
+        many = ["-m", "optimizer.lr=1e-4,1e30,1e-3"]
+        ended = lab.run(out, *many)
+    else:
+        many = ["-m", "seed=1,2,3"]
+        run = lab.start(out, *many)
+        os.kill(second_member(out), (signal.SIGABRT, signal.SIGKILL)[trial - 1])
+        ended = run.wait()
+    (note,) = out.glob("sweeps/*/sweep.json")
+    members = json.loads(note.read_text())["members"]
+    assert ended.code == 1 and [member["status"] for member in members] == ["finished", "failed", "finished"], ended
+    assert (note.parent / "ranking.md").exists() and members[1]["reason"] in ended.text
+    told = (out / members[1]["folder"] / "log.txt").read_text() if trial == 0 else Path(members[1]["log"]).read_text()
+    assert ("Traceback", "Fatal Python error: Aborted", "")[trial] in told
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/*/MANIFEST")}
+    ended = lab.run(out, *many)
+    members = json.loads(note.read_text())["members"]
+    assert [member["status"] for member in members] == ["finished", "failed" if trial == 0 else "finished", "finished"]
+    assert ended.code == (1 if trial == 0 else 0) and all(path.stat().st_mtime_ns == then for path, then in finished.items())
+
+
+@fault("F15", "a loader worker is killed, or hangs", 2, [0])
 def worker_dies(lab: Lab, out: Path, trial: int) -> None:
     def impatient() -> None:
         from trainer import loader
@@ -392,7 +506,7 @@ def worker_dies(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out, *settings)
 
 
-@fault("F16", "NaN: in the base, after too large a step, in a gradient alone, in one micro-batch of four", 4)
+@fault("F16", "NaN: in the base, after too large a step, in a gradient alone, in one micro-batch of four", 4, [3])
 def not_finite(lab: Lab, out: Path, trial: int) -> None:
     settings, spoil, step = ["save.every=1"], None, 3
     if trial == 0:
@@ -438,7 +552,7 @@ def spoiled(call: int, how: Callable) -> Action:
     return set_up
 
 
-@fault("F16", "NaN: up to so many steps in a row are skipped", 3, [0, 2])
+@fault("F16", "NaN: up to so many steps in a row are skipped", 3, [2])
 def skipped(lab: Lab, out: Path, trial: int) -> None:
     """Steps 2 and 3 are bad: one may be skipped, or two, or two after the run has stopped at the first."""
     spoil = all_of(*(spoiled(step, lambda loss: loss * float("nan")) for step in (2, 3)))
@@ -485,7 +599,7 @@ def greedy(appetite: int) -> Action:
     return set_up
 
 
-@fault("F18", "memory for three samples; not even for one; none for the network", 3)
+@fault("F18", "memory for three samples; not even for one; none for the network", 3, [0, 2])
 def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
     if trial == 0:
         ended = lab.run(out, before=greedy(GIB))
@@ -506,7 +620,7 @@ def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out)
 
 
-@fault("F25", "a second run on the folder; a dead owner", 2)
+@fault("F25", "a second run on the folder; a dead owner", 2, [0])
 def two_runs(lab: Lab, out: Path, trial: int) -> None:
     settings = ["hardware.workers=1"]
     met = out / "met"
@@ -531,7 +645,143 @@ def two_runs(lab: Lab, out: Path, trial: int) -> None:
         assert_continues(lab, out, *settings)
 
 
-@fault("F34", "a folder that is a file; one that cannot be written; one that was moved", 3)
+@fault("F26", "eight runs at once on a fresh MLflow store", 1, [])
+def eight_at_once(lab: Lab, out: Path, trial: int) -> None:
+    lab.reference()
+    importlib.import_module("mlflow")
+    runs = [lab.start(out, "tracking=mlflow", f"seed={seed}") for seed in range(1, 9)]
+    assert [run.wait().code for run in runs] == [0] * 8
+    with contextlib.closing(sqlite3.connect(out / "mlflow.db")) as database:
+        assert database.execute("SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'").fetchone() == (8, 8)
+        assert database.execute("SELECT count(*) FROM experiments WHERE name = 'trainer'").fetchone() == (1,)
+    folders = [path.parent for path in out.glob("*/run.json")]
+    assert points(out) == Counter(point for folder in folders for point in journaled(folder))
+
+
+def points(out: Path) -> Counter[tuple[str, int]]:
+    """How often the store in `out` has each point of each metric."""
+    with contextlib.closing(sqlite3.connect(out / "mlflow.db")) as database:
+        return Counter(database.execute("SELECT key, step FROM metrics"))
+
+
+def journaled(folder: Path) -> list[tuple[str, int]]:
+    return [(key, record["step"]) for record in records(folder, "metrics") for key in record["values"]]
+
+
+@fault("F27", "MLflow is down at the start, goes in the middle, is locked; then it is back", 3, [])
+def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
+    from test_tracking import server
+
+    from trainer.tracking import ui
+
+    importlib.import_module("mlflow")
+    port = ui.free_port(5700)
+    settings = ["tracking=mlflow"] + ([] if trial == 2 else [f"tracking.uri=http://127.0.0.1:{port}"])
+    with contextlib.ExitStack() as stack:
+        gone = None
+        if trial == 1:
+            process = stack.enter_context(server(out, port))
+            gone = at(FORWARD, 3, lambda: os.killpg(process.pid, signal.SIGKILL))
+        if trial == 2:
+            # Another run made the store; now somebody holds it.
+            lab.finish(out, *settings, "seed=9")
+            database = stack.enter_context(contextlib.closing(sqlite3.connect(out / "mlflow.db", isolation_level=None)))
+            database.execute("BEGIN EXCLUSIVE")
+        ended = lab.run(out, *settings, before=gone)
+    assert ended.code == 0 and "Traceback" not in ended.text, ended
+    (folder,) = (path.parent for path in out.glob("*/run.json") if json.loads(path.read_text())["settings"]["seed"] == 0)
+    assert fingerprint(folder) == fingerprint(lab.reference())
+    with server(out, port) if trial < 2 else contextlib.nullcontext():
+        ended = lab.run(out, *settings)
+    assert ended.code == 0 and "sending to MLflow what it lacks" in ended.text, ended
+    assert points(out) == Counter(point for path in out.glob("*/run.json") for point in journaled(path.parent))
+
+
+@fault("F31", "model folders that bring code of their own", 2, [0])
+def code_in_a_model(lab: Lab, out: Path, trial: int) -> None:
+    model, canary = copied(lab.folder / "model", out), out / "canary"
+    for path in sorted(model.glob("*/*config.json")):
+        (path.parent / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+        config = json.loads(path.read_text())
+        config |= {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil"), "trust_remote_code": True}
+        if trial:
+            config |= {"_class_name": "evil.Evil", "architectures": ["evil.Evil"], "tokenizer_class": "evil.Evil"}
+        path.write_text(json.dumps(config))
+    ended = lab.run(out, f"model.path={model}", f"cache.path={out}/cache")
+    assert ended.code in (0, 64, 65) and "Traceback" not in ended.text, ended
+    assert not canary.exists()
+
+
+SECRET = "hf_" + "Q7" * 12
+
+
+@fault("F32", "a token in the environment and in an exception; on the command line", 3, [0, 2])
+def token(lab: Lab, out: Path, trial: int) -> None:
+    if trial == 2:
+        ended = lab.run(out, f"name={SECRET}")
+        assert ended.code == 64 and list(out.iterdir()) == []
+    else:
+
+        def leak() -> None:
+            raise RuntimeError(f"401 for https://somebody:{SECRET}@example.org and of-no-known-form")
+
+        def environment() -> None:
+            os.environ |= {"HF_TOKEN": SECRET, "SOMEBODYS_PASSWORD": "of-no-known-form"}
+
+        settings = ["tracking=" + ("none", "mlflow")[trial], f"cache.path={out}/cache"]
+        ended = lab.run(out, *settings, before=all_of(environment, at(FORWARD, 4, leak)))
+        assert ended.code == 1 and "401 for https://somebody:***@example.org and ***" in ended.text, ended
+        assert lab.run(out, *settings, before=environment).code == 0
+    everything = ended.text.encode() + b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert SECRET.encode() not in everything and b"of-no-known-form" not in everything
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    """The beginning of a safetensors file."""
+    return (len(text) if length is None else length).to_bytes(8, "little") + text.encode()
+
+
+ABSURD = [
+    header("", 2**63 - 1),
+    header("{}", 2**40),
+    header('{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'),
+    header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}') + bytes(12),
+    header('{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'),
+    header("[" * 100_000),
+]
+
+
+@fault("F33", "absurd safetensors: of the denoiser, the VAE, a text encoder, what training begins with", 4 * len(ABSURD), [2, 9])
+def absurd(lab: Lab, out: Path, trial: int) -> None:
+    model = copied(lab.folder / "model", out)
+    place = ("transformer", "vae", "text_encoder", None)[trial % 4]
+    (path,) = (model / place).glob("*.safetensors") if place else [out / "begin.safetensors"]
+    path.write_bytes(ABSURD[trial // 4])
+    settings = [f"model.path={model}", f"cache.path={out}/cache"] + ([] if place else [f"method.init_from={path}"])
+
+    def limit() -> None:
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + GIB // 2, resource.RLIM_INFINITY))
+
+    ended = lab.run(out, *settings, before=limit)
+    assert ended.code == 65 and str(path) in ended.text and "Traceback" not in ended.text, ended
+
+
+@fault("F34", "a clock that is set back, and files whose times say nothing", 1, [])
+def clock_set_back(lab: Lab, out: Path, trial: int) -> None:
+    folder = stopped(lab, out, 5)
+    for age, path in enumerate(sorted(folder.rglob("*"), reverse=True)):
+        os.utime(path, (10**9 - age, 10**9 - age))
+
+    def yesterday() -> None:
+        clock = time.time
+        time.time = lambda: clock() - 86_400
+
+    assert lab.run(out, before=yesterday).code == 0
+    lab.assert_as_if_never_stopped(folder)
+
+
+@fault("F34", "a folder that is a file; one that cannot be written; one that was moved", 3, [1])
 def wrong_folder(lab: Lab, out: Path, trial: int) -> None:
     if trial == 0:
         (out / "file").write_text("mine")
@@ -556,6 +806,35 @@ def as_anybody() -> None:
         assert ctypes.CDLL(None).capset(version, nothing) == 0
 
 
+ELSEWHERE = {
+    "F02": ["test_checkpoint.py::test_a_death_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint"],
+    "F04": ["test_checkpoint.py::test_a_hundred_random_flipped_bits_are_all_found"],
+    "F17": [
+        "test_cache.py::test_what_an_encoder_makes_of_nothing_is_refused_with_the_sample_named",
+        "test_cache.py::test_a_nan_planted_in_an_entry_is_refused_though_its_digest_is_right",
+    ],
+    "F19": [
+        "test_cache.py::test_an_edited_caption_costs_one_prompt_and_no_picture",
+        "test_cache.py::test_a_picture_replaced_under_its_name_size_and_time_is_made_again",
+        "test_cache.py::test_another_encoder_template_or_schema_makes_its_part_again",
+    ],
+    "F20": [
+        "test_cache.py::test_two_processes_that_fill_one_cache_make_what_one_makes",
+        "test_cache.py::test_a_killed_writer_leaves_no_torn_entry",
+    ],
+    "F21": ["test_dataset.py -k truncated or html or cmyk or sixteen or alpha or exif or animation or thin or say_what_they_are"],
+    "F22": ["test_dataset.py::test_a_decompression_bomb_is_refused_from_its_header"],
+    "F23": ["test_dataset.py -k climbs_out or links_out"],
+    "F24": ["test_dataset.py -k every_fault or counted"],
+    "F26": ["test_tracking.py -k eight_processes or killed_while_it_makes_the_store"],
+    "F27": ["test_tracking.py -k locked_database or server"],
+    "F30": ["test_checkpoint.py -k pickle", "test_cache.py -k pickle"],
+    "F31": ["test_command_line.py -k hydra_would_load"],
+    "F32": ["test_command_line.py -k secret or access_token"],
+}
+"""Tests of other files that belong to a fault, as pytest is asked for them: of one part, where the whole program would show it less well."""
+
+
 def named(given: tuple[Fault, int]) -> str:
     return f"{given[0].number} {given[0].what} [{given[1]}]"
 
@@ -572,24 +851,41 @@ def test_the_program_survives(given: tuple[Fault, int], lab: Lab):
 
 def main(numbers: list[str]) -> int:
     """Every trial of the table (or of those numbers alone), and the count."""
-    table = [fault for fault in FAULTS if not numbers or fault.number in numbers]
-    passed = 0
+    counts = []
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
-        for fault in table:
-            good = 0
-            for trial in range(fault.count):
-                try:
-                    fault.trial(lab, lab.place(), trial)
-                    good += 1
-                except Exception:
-                    print(f"{fault.number} {fault.what} [{trial}]")
-                    traceback.print_exc(file=sys.stdout)
+        for fault in (fault for fault in FAULTS if not numbers or fault.number in numbers):
+            good = sum(succeeds(fault, trial, lab) for trial in range(fault.count))
+            counts.append((good, fault.count))
             print(f"{fault.number} {fault.what}: {good}/{fault.count}", flush=True)
-            passed += good
-    count = sum(fault.count for fault in table)
-    print(f"{passed}/{count}")
-    return passed < count
+    for number, tests in ELSEWHERE.items():
+        for test in tests if not numbers or number in numbers else ():
+            counts.append(passed(test))
+            print(f"{number} {test}: {counts[-1][0]}/{counts[-1][1]}", flush=True)
+    good, count = map(sum, zip(*counts, strict=True))
+    print(f"{good}/{count}")
+    return good < count
+
+
+def succeeds(fault: Fault, trial: int, lab: Lab) -> bool:
+    try:
+        fault.trial(lab, lab.place(), trial)
+    except Exception:
+        print(f"{fault.number} {fault.what} [{trial}]")
+        traceback.print_exc(file=sys.stdout)
+        return False
+    return True
+
+
+def passed(test: str) -> tuple[int, int]:
+    """How many of these tests passed, of how many; none at all counts as one that failed."""
+    name, _, chosen = test.partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", f"{Path(__file__).parent / name}", "-k", chosen]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", said.splitlines()[-1])}
+    if set(counts) != {"passed"}:
+        print(said)
+    return counts.get("passed", 0), sum(counts.values()) or 1
 
 
 if __name__ == "__main__":
