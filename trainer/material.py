@@ -63,13 +63,10 @@ def prepare(run: Run) -> Material:
     split = dataset.split(listing.samples, run.dataset.validation_fraction, where=where)
     controls = len(split.train[0].controls)
     if controls not in run.model.controls:
-        takes = (
-            "no control pictures"
-            if not max(run.model.controls)
-            else f"{min(run.model.controls)} to {max(run.model.controls)} control pictures a sample"
-        )
+        least, most = min(run.model.controls), max(run.model.controls)
+        takes = str(most or "none") if least == most else f"{least} to {most}"
         raise Usage(
-            f"{where} has {controls} control pictures a sample, and this model takes {takes}; choose another dataset, or another model"
+            f"{where} has {controls} control pictures a sample, and this model takes {takes}; type another dataset or another model"
         )
     weights = run.model.digest(digests)
     content = [
