@@ -82,11 +82,16 @@ class Started:
             seconds = time.monotonic() - self.began
             if pid:
                 return Ended(os.waitstatus_to_exitcode(status), self.output.read_text(), seconds)
-            if seconds > LIMIT:
+            if seconds > at_leisure(LIMIT):
                 self.signal_all(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise TimeoutError(f"the program hangs; it said:\n{self.output.read_text()}")
             time.sleep(0.005)
+
+
+def at_leisure(seconds: float) -> float:
+    """How long so many seconds are where more processes want to run than there are processors."""
+    return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def start(arguments: list[str], output: Path, before: Action | None = None) -> Started:
@@ -251,6 +256,7 @@ class Lab:
         assert fingerprint(folder) == fingerprint(reference)
         assert losses(folder) == losses(reference)
         assert best(folder) == best(reference)
+        assert exported(folder) == exported(reference) != []
         assert leftovers(folder) == []
 
 
@@ -325,6 +331,10 @@ def processes(session: int) -> list[psutil.Process]:
 def leftovers(folder: Path) -> list[Path]:
     """What should not be in a folder when nobody works in it."""
     return [path for path in folder.rglob(".*") if path.name.startswith((".partial-", ".discarded-"))]
+
+
+def exported(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in (folder / "export").rglob("*"))
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:

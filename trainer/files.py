@@ -167,6 +167,13 @@ def partial(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
 
 
+def clean(folder: Path) -> None:
+    """Delete what dead processes left unfinished in a folder and below it, where only this process works. Raises errors.Storage."""
+    with storage("clean", folder):
+        for path in sorted(folder.rglob(f"{PARTIAL}*")):
+            remove(path)
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder with all that is in it. Raises OSError."""
     if path.is_dir() and not path.is_symlink():

@@ -64,6 +64,8 @@ def claim(run: Run, digests: dict[str, Any], stack: ExitStack) -> Place:
         }
         files.write_json(path, manifest)
     finished = (folder / SUMMARY).exists() and files.read_json(folder / SUMMARY).get("status") == "finished"
+    if not finished:
+        files.clean(folder)
     return Place(folder, id, manifest, parent, finished)
 
 

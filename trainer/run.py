@@ -17,7 +17,7 @@ from trainer.check import enlarged
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
 from trainer.encoding import encode
-from trainer.errors import Ending, Interrupted, Numerics, OutOfMemory, Storage, Usage, is_out_of_memory
+from trainer.errors import BadData, Ending, Interrupted, Numerics, OutOfMemory, Storage, Usage, is_out_of_memory
 from trainer.material import Material, prepare, views
 from trainer.place import CHECKPOINTS, SUMMARY, Place, claim
 from trainer.processes import Processes, rank_and_count
@@ -200,12 +200,12 @@ class Training:
                         self._save_if_due(self._evaluate_if_due())
                     if self._out_of_patience():
                         break
+                self.processes.led(self._finish)
             except Interrupted as stop:
                 self._save()
                 self._sum_up("stopped", str(stop))
                 say(f"{stop}: saved at step {self.step} of {self.steps}. The same command continues from there.")
                 raise
-            self.processes.led(self._finish)
         return self.state["val_loss"]
 
     def _accompany(self) -> float | None:
@@ -429,16 +429,24 @@ class Training:
         from trainer import export
         from trainer.network import weights_of
 
-        folder = self.place.folder
+        folder, refusal = self.place.folder, None
         how = "done" if self.step == self.steps else "stopped early"
+        exported: list[Path] = []
+        try:
+            # First, for a run that dies meanwhile must not count as finished.
+            exported = export.after_training(self.run, self.network, self.trained, weights_of(folder)[1], folder / "export")
+        except (BadData, Usage) as error:
+            # An adapter that changes nothing is no result, but the run is finished all the same.
+            refusal = error
         self.journal.event("finished", step=self.step, how=how)
         self._sum_up("finished", how)
         best, last = self.state["best"], self.state["val_loss"]
         say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
         say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}; compare runs: make ui")
-        # Last, for it may refuse: an adapter that changes nothing is no result, but the run is finished all the same.
-        for path in export.after_training(self.run, self.network, self.trained, weights_of(folder)[1], folder / "export"):
+        for path in exported:
             say(f"exported {path}")
+        if refusal:
+            raise refusal
 
     def _sum_up(self, status: str, how: str) -> None:
         """The tables and curves beside the run."""
