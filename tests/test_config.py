@@ -72,7 +72,12 @@ def run_of(*overrides: str) -> Run:
 def needed(group: str, option: str, folder: Path) -> list[str]:
     """The settings that a user must type beside an option."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
-    return [f"{group}.path={folder}"] if values.get("path", "given") is None else []
+    path = [f"{group}.path={folder}"] if values.get("path", "given") is None else []
+    families = config.ROOMS["model"]
+    if group == "method":
+        fitting = next(name for name, kind in {"mini_kontext": families["flux_kontext"], **families}.items() if option in kind.methods)
+        return [*path, f"model={fitting}"]
+    return [*path, f"method={families[option].methods[0]}"] if group == "model" and option in families else path
 
 
 def typed_as(value: Any) -> str:
@@ -105,7 +110,12 @@ def test_every_shipped_option_composes_keeps_the_rules_and_can_be_read_again(gro
 @pytest.mark.parametrize("method", [option for group, option in OPTIONS if group == "method"])
 def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(model: str, method: str, tmp_path: Path):
     choice = [f"model={model}", *needed("model", model, tmp_path), f"method={method}"]
-    suggested = compose(*choice).model.suggested.learning_rate
+    composed = compose(*choice)
+    suggested = composed.model.suggested.learning_rate
+    if method not in OmegaConf.get_type(composed.model).methods:
+        with pytest.raises(errors.Usage, match="this model is trained by .*; type method="):
+            run_of(*choice)
+        return
     if method in suggested:
         assert run_of(*choice).optimizer.lr == suggested[method]
     else:

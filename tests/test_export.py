@@ -30,7 +30,10 @@ EACH_ADAPTER = pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: ty
 
 @pytest.fixture
 def family(tiny) -> Family:
-    return tiny.family()
+    found = tiny.family()
+    if "lora" not in found.methods:
+        pytest.skip("no layer of it is adapted")
+    return found
 
 
 def run_of(family: Family, *formats: Format, dtype: Dtype | None = None, **rooms) -> Run:
@@ -262,7 +265,7 @@ def test_an_export_that_is_not_what_was_trained_is_refused_and_the_old_one_stays
 
 
 def test_a_second_export_replaces_the_first_and_leaves_nothing_else(family: Family, tmp_path: Path):
-    run = run_of(family, *Format)
+    run = run_of(family, *(Format[name] for name in Lora.formats))
     network = network_of(run)
     paths = write(run, network, tmp_path)
     first = contents(tmp_path)

@@ -6,15 +6,13 @@ import pytest
 import torch
 from drawn import view
 
-from trainer.method import Lora, trained
+from trainer import method as method_module
+from trainer.method import trained
 from trainer.model import Family
 from trainer.rows import collate, conditions
 from trainer.streams import normal
 
 HEIGHT, WIDTH = 32, 48
-DIGESTS = {
-    name: name for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor", "transformer", "scheduler")
-}
 
 
 @pytest.fixture
@@ -22,11 +20,24 @@ def family(tiny) -> Family:
     return tiny.family()
 
 
+def digests(family: Family) -> dict[str, str]:
+    return {name: name for name in family.components}
+
+
 def row(family: Family, caption: str, controls: int | None = None) -> dict[str, torch.Tensor]:
     """What is cached of a sample; with as many controls as the family takes, up to one, where none are asked for."""
     controls = min(1, max(family.controls)) if controls is None else controls
     encoder, seen = family.encoder(torch.device("cpu")), view(caption, WIDTH, HEIGHT, controls)
-    return {part: encoder.encode(part, seen) for part in family.parts(DIGESTS, controls)}
+    return {part: encoder.encode(part, seen) for part in family.parts(digests(family), controls)}
+
+
+def network_of(family: Family, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The network with what the family's first method trains in it."""
+    network, method = family.network(dtype), method_module.OPTIONS[family.methods[0]]()
+    if method.is_adapter:
+        method.rank, method.alpha = 2, 2.0
+    method.attach(network, family.targets, seed=0)
+    return network
 
 
 def prediction(family: Family, network, rows: list[dict[str, torch.Tensor]], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -38,7 +49,9 @@ def test_cached_tensors_have_the_shapes_that_the_family_announces(family: Family
         made = row(family, "make it night", controls)
         spec = family.spec(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * controls)
         # What is padded in a batch is announced at its longest.
-        longest = {name: (made[name].shape[0] if name.startswith("prompt") else shape[0], *shape[1:]) for name, shape in spec.items()}
+        longest = {
+            name: (made[name].shape[0] if name.startswith(("prompt", "tokens")) else shape[0], *shape[1:]) for name, shape in spec.items()
+        }
         assert {name: tuple(tensor.shape) for name, tensor in made.items()} == longest
         assert all(made[name].shape[0] <= shape[0] for name, shape in spec.items())
         assert all(torch.isfinite(tensor).all() for tensor in made.values())
@@ -52,7 +65,7 @@ def test_latents_decode_to_pictures_of_the_size_they_were_made_from(family: Fami
 
 
 def test_a_prediction_has_the_shape_of_its_input_and_hears_time_caption_and_control(family: Family):
-    network = family.network(torch.float32).eval()
+    network = network_of(family).eval()
     one, other = row(family, "make it night"), row(family, "paint the photo")
     shape = tuple(one["latents"].shape)
     x = torch.stack([normal(shape, "x")] * 2)
@@ -62,13 +75,13 @@ def test_a_prediction_has_the_shape_of_its_input_and_hears_time_caption_and_cont
         assert same.shape == x.shape
         torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
         assert not torch.allclose(*prediction(family, network, [one, one], x, torch.tensor([0.3, 0.6])), atol=1e-4)
-        for part in ("prompt", "pooled", "control"):
+        for part in ("prompt", "pooled", "tokens", "control"):
             if part in one and one[part].shape == other[part].shape:
                 assert not torch.allclose(*prediction(family, network, [one, one | {part: other[part]}], x, t), atol=1e-5), part
 
 
 def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
-    network = family.network(torch.float32).eval()
+    network = network_of(family).eval()
     rows = [row(family, "make it night"), row(family, "paint the photo")]
     x = torch.stack([normal(tuple(rows[0]["latents"].shape), i) for i in range(2)])
     t = torch.tensor([0.2, 0.7])
@@ -88,11 +101,9 @@ def test_the_skeleton_is_the_network_without_its_weights(family: Family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_adapter_trains_in_float32_and_gets_a_gradient(family: Family, dtype: torch.dtype):
-    network = family.network(dtype)
-    frozen = {parameter.dtype for parameter in network.parameters()}
-    Lora(rank=2, alpha=2.0).attach(network, family.targets, seed=0)
+    network = network_of(family, dtype)
     parameters = trained(network)
-    assert frozen == {dtype}
+    assert {parameter.dtype for parameter in network.parameters() if not parameter.requires_grad} == {dtype}
     assert parameters and all(parameter.dtype == torch.float32 for parameter in parameters.values())
     rows = [row(family, "make it night")]
     x = rows[0]["latents"][None].float()
@@ -104,9 +115,9 @@ def test_every_adapter_trains_in_float32_and_gets_a_gradient(family: Family, dty
 
 def test_cached_parts_are_named_by_all_that_makes_them(family: Family):
     controls = min(1, max(family.controls))
-    before = family.parts(DIGESTS, controls)
+    before = family.parts(digests(family), controls)
     for component in family.components:
-        after = family.parts(DIGESTS | {component: "another"}, controls)
+        after = family.parts(digests(family) | {component: "another"}, controls)
         changed = {part for part in before if before[part].maker != after[part].maker}
         # The denoiser and its noise table make nothing that is cached.
         assert bool(changed) == (component not in ("transformer", "unet", "scheduler")), component

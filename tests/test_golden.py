@@ -21,7 +21,7 @@ from trainer.files import Digests
 from trainer.loader import Batches, load
 from trainer.loop import fit
 from trainer.lr_scheduler import Cosine
-from trainer.method import Init, Lora, trained
+from trainer.method import OPTIONS, Init, Lora, trained
 from trainer.optimizer import AdamW
 from trainer.rows import conditions
 
@@ -68,6 +68,20 @@ GOLDEN = {
             0.10319684384380168,
         ],
     },
+    "pmg": {
+        "torch 2.13.0, AVX512": [
+            0.9004025767088553,
+            0.09751448793959151,
+            1.124770684346077,
+            0.19417553255231693,
+            1.099032025206251,
+            0.3197452307544292,
+            1.1657156995359412,
+            0.14522344372893958,
+            1.0210941751340932,
+            0.12447017504902073,
+        ],
+    },
     "sdxl": {
         "torch 2.13.0, AVX512": [
             0.9297940060217946,
@@ -91,7 +105,7 @@ def machine() -> str:
 
 
 def losses(name: str, folder: Path) -> list[float]:
-    """Five steps of LoRA on the tiny self of a family: loss and gradient norm of each."""
+    """Five steps of LoRA (or what a family has in its place) on its tiny self: loss and gradient norm of each."""
     torch.set_num_threads(1)
     tiny = Tiny(name, model.families()[name].tiny(folder / "model"))
     family = tiny.family()
@@ -110,12 +124,13 @@ def losses(name: str, folder: Path) -> list[float]:
     views = [batches.view(0, index) for index in range(len(samples))]
     cache.fill(cache.missing(views), encoder.encode)
     network = family.network(torch.float64)
-    Lora(rank=2, alpha=2.0, init=Init.gaussian).attach(network, family.targets, seed=0)
+    method = Lora(rank=2, alpha=2.0, init=Init.gaussian) if "lora" in family.methods else OPTIONS[family.methods[0]]()
+    method.attach(network, family.targets, seed=0)
     network.double()
     parameters = list(trained(network).values())
 
     def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        rows = {name: tensor.double() for name, tensor in rows.items()}
+        rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
         clean, noise, times = rows["latents"], rows["noise"], rows["time"]
         x = family.objective.noised(clean, noise, times)
         return family.objective.losses(family.predict(network, x, times, conditions(rows)), clean, noise, times)

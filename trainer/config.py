@@ -215,6 +215,10 @@ def written(path: Path) -> DictConfig:
 def resolved(run: Run) -> Run:
     """The values that depend on several rooms, where the user has set none."""
     suggested = run.model.suggested
+    if option(run.method) not in run.model.methods:
+        raise Usage(
+            f"method={option(run.method)}: this model is trained by {', '.join(run.model.methods)}; type method={run.model.methods[0]}"
+        )
     if run.steps is not None and run.epochs is not None:
         raise Usage(f"steps={run.steps} and epochs={run.epochs} are both set; type only one of them")
     if run.steps is None and run.epochs is None:
@@ -280,17 +284,13 @@ def check(run: Run) -> None:
         )
     if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
         raise Usage("evaluation.patience needs samples that are held out; type dataset.validation_fraction=0.15 or another share above 0")
-    if option(run.method) not in run.model.methods:
-        raise Usage(
-            f"method={option(run.method)}: this model is trained by {', '.join(run.model.methods)}; type method={run.model.methods[0]}"
-        )
     storage, compute = run.precision.storage, run.precision.compute
     if storage in (precision.Storage.bf16, precision.Storage.fp16) and compute is precision.Compute.float32:
         raise Usage(
             f"precision={storage.name} stores weights that float32 products cannot take; type precision=fp32, or "
             f"leave precision.compute={storage.value}"
         )
-    if storage.quantised and not run.method.is_adapter:
+    if storage.quantised and not run.method.freezes:
         raise Usage(
             f"precision={storage.name} stores what is frozen, and with method={option(run.method)} nothing is frozen; type method=lora, or "
             f"precision={precision.Storage(compute.value).name}"
@@ -343,7 +343,7 @@ def open_device(run: Run) -> torch.device:
 
 def remedies(run: Run) -> list[str]:
     """What to type where not even a single sample has room, what costs least first."""
-    storage, adapter = run.precision.storage, run.method.is_adapter
+    storage, adapter = run.precision.storage, run.method.freezes
     found = []
     if not run.hardware.gradient_checkpointing:
         found.append("hardware.gradient_checkpointing=true (the same result, more slowly)")

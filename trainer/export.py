@@ -6,6 +6,7 @@ second model. A merged checkpoint is read tensor by tensor. Where anything is no
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 
 class Format(Enum):
-    """`diffusers`: a file for a pipeline's `load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained`. `comfyui`: a file for
+    """`soft_prompt`: a file for `method.init_from`. `diffusers`: a file for a pipeline's `load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained`. `comfyui`: a file for
     ComfyUI, which reads no metadata. `pipeline`: the whole checkpoint with what was trained merged into it, for `model.path` and diffusers."""
 
     diffusers = "pytorch_lora_weights.safetensors"
     peft = "peft"
     comfyui = "comfyui.safetensors"
     pipeline = "pipeline"
+    soft_prompt = "soft_prompt.safetensors"
 
 
 class Dtype(Enum):
@@ -78,7 +80,7 @@ def after_training(
     run: Run, network: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], folder: Path
 ) -> list[Path]:
     """The export at the end of a run, by itself only of what is small."""
-    if run.export.formats is None and not run.method.is_adapter:
+    if run.export.formats is None and not run.method.freezes:
         return []
     return write(run, network, parameters, weights, folder)
 
@@ -108,6 +110,8 @@ def write(
         for format in chosen:
             if format is Format.pipeline:
                 _write_pipeline(run, network, folder / format.value)
+            elif format is Format.soft_prompt:
+                _write_soft_prompt(run, network, folder / format.value)
             else:
                 _write_adapter(run, network, format, folder / format.value)
     return [folder / format.value for format in chosen]
@@ -147,6 +151,25 @@ def _write_adapter(run: Run, network: torch.nn.Module, format: Format, path: Pat
             files.save_tensors(unfinished, written(tensors) | alphas, {"format": "pt"})
             again = _spelled_again(run, unfinished)
         _compare(adapter.effects(network), adapter.effects(again), ROUNDING[dtype.value], path)
+
+
+def _write_soft_prompt(run: Run, network: torch.nn.Module, path: Path) -> None:
+    import torch
+
+    from trainer import config
+    from trainer.method import trained
+
+    weights = {name: parameter.detach().cpu() for name, parameter in trained(network).items()}
+    begun = {f"soft_prompt.{name}": tensor.cpu() for name, tensor in run.method.begun(network, run.seed).state_dict().items()}
+    if all(torch.equal(tensor, begun[name]) for name, tensor in weights.items()):
+        raise BadData(f"The soft prompt that would go to {path} is the one that training began with; type another optimizer.lr")
+    dtype = getattr(torch, (run.export.dtype or Dtype.float32).value)
+    written = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    with files.replacing(path) as unfinished:
+        files.save_tensors(unfinished, written, {"format": "pt", "method": json.dumps(config.plain(run.method))})
+        again = files.load_tensors(unfinished)
+        if again.keys() != written.keys() or not all(torch.equal(again[name], tensor) for name, tensor in written.items()):
+            raise BadData(f"{path} was written and read again, and is not the soft prompt that was trained. It was not kept")
 
 
 def _spelled_again(run: Run, path: Path) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from trainer.errors import Usage
 from trainer.material import Material, drawn, held_out, prepare, unconditional
 from trainer.place import find
 from trainer.report import say
+from trainer.sample import Side
 
 if TYPE_CHECKING:
     from trainer.dataset.view import View
@@ -73,13 +74,13 @@ def _metrics(records: Iterator[dict]) -> dict[str, float]:
 
 
 def sample(run: Run, material: Material, judge: Judge, root: Path, step: int) -> Iterator[tuple[Path, str]]:
-    """Pictures of `sample.prompts`, with `sample.images` as controls; without prompts of the held-out samples, as in training.
+    """Pictures of `sample.prompts`, with `sample.images` as controls; without prompts of samples of the data set.
 
     What is asked for names the folder, so that nothing is overwritten, and a picture that is there already is not drawn again.
     """
     from trainer.dataset import strip
 
-    views = _prompted(run, material) if run.sample.prompts is not None else held_out(run, material, run.evaluation.images)
+    views = _of_split(run, material) if run.sample.prompts is None else _prompted(run, material)
     request = {"step": step, "sample": config.plain(run.sample), "data": material.digests["data"]}
     name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     paths = [root / name / f"{i:05d}.png" for i in range(len(views))]
@@ -93,6 +94,17 @@ def sample(run: Run, material: Material, judge: Judge, root: Path, step: int) ->
         yield paths[i], views[i].caption
     if not lacking:
         say(f"all {len(paths)} pictures are in {root / name} already")
+
+
+def _of_split(run: Run, material: Material) -> list[View]:
+    side = run.sample.split
+    if side is Side.validation:
+        return held_out(run, material, run.sample.count or run.evaluation.images)
+    samples = getattr(material.split, side.value)
+    if not samples:
+        raise Usage(f"sample.split={side.value}: this data set has no such part; type sample.split=validation")
+    count = run.sample.count or (len(samples) if side is Side.test else run.evaluation.images)
+    return [material.framing.view(sample) for sample in samples[:count]]
 
 
 def _prompted(run: Run, material: Material) -> list[View]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from trainer.errors import Usage
@@ -17,17 +18,30 @@ if TYPE_CHECKING:
     from trainer.model import Encoder, Family
 
 
+class Side(Enum):
+    """Part of a data set."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
 @dataclass(slots=True)
 class Sampling:
-    """Null `steps` and `guidance` are the family's own. `prompts` and `images` (control pictures) are what `stage=sample` draws."""
+    """Null `steps` and `guidance` are the family's own. `prompts` and `images` (control pictures) are what `stage=sample` draws; without them
+    `count` samples of the data set's `split` (null: as many as an evaluation draws, of a test split all)."""
 
     steps: int | None = None
     seed: int = 0
     guidance: float | None = None
     prompts: list[str] | None = None
     images: list[str] | None = None
+    split: Side = Side.validation
+    count: int | None = None
 
     def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise Usage(f"sample.count={self.count} draws nothing; type 1 or more, or null")
         if self.steps is not None and self.steps < 1:
             raise Usage(f"sample.steps={self.steps} draws nothing; type 1 or more")
         if self.images and not self.prompts:

@@ -356,8 +356,8 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
     """
     sides = Split([], [])
     for sample in samples:
-        held_out = sample.split == "validation" if sample.split else streams.fraction("split", sample.id) < fraction
-        (sides.validation if held_out else sides.train).append(sample)
+        side = sample.split or ("validation" if streams.fraction("split", sample.id) < fraction else "train")
+        getattr(sides, side).append(sample)
     counts = f"{where}: of {len(samples)} samples {len(sides.train)} are for training and {len(sides.validation)} for validation"
     if not sides.train:
         remedy = "type a smaller dataset.validation_fraction or a larger dataset.limit" if samples else "is this the right folder?"

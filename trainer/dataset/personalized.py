@@ -1,4 +1,4 @@
-"""The layout personalized: train.json and val.json, each a list of what a user liked (history), in which style, and the item to draw next."""
+"""The layout personalized: train.json, val.json and test.json, each a list of what a user liked (history), in which style, and the item to draw next."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ def read(settings: Personalized, digests: Digests) -> Listing:
             f"dataset.path={settings.path}: there is no train.json in it, a list of records with history_items_info and target_item_info."
         )
     if there[2:]:
-        reading.notes.append(
-            f"{', '.join(f'{name}.json' for name in there[2:])} is left alone; {there[1]}.json is what the run is judged by"
-        )
+        reading.notes.append(f"{there[1]}.json is what the run is judged by; sample.split=test draws {', '.join(there[2:])}.json")
     styles = _styles(reading)
-    for name in there[:2]:
+    for name in there:
         path = reading.root / f"{name}.json"
         records = read_json(path)
         if not isinstance(records, list):
             raise BadData(f"{path} is no list of records. Mend it.")
-        split = None if len(there) == 1 else "train" if name == "train" else "validation"
+        split = None if len(there) == 1 else dict(zip(there, ("train", "validation"), strict=False)).get(name, "test")
         for number, record in enumerate(records):
             reading.found += 1
             _Record(reading, settings, record, f"{name}.json record {number}", styles).read(name, split)

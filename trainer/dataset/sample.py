@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Sample:
-    """One training example; `split` is "train" or "validation" where the layout says so itself.
+    """One training example; `split` is "train", "validation" or "test" where the layout says so itself.
 
     `mask` is an edit mask over the target: white where the loss counts fully, black where `dataset.mask_floor` of it counts. `weight` multiplies
     the loss in training, `repeats` are visits an epoch.
@@ -67,8 +67,11 @@ class Sample:
 
 @dataclass(slots=True)
 class Split:
+    """`test`: what the layout keeps for the end. No run trains on it or is judged by it; `stage=sample` draws it where it is asked to."""
+
     train: list[Sample]
     validation: list[Sample]
+    test: list[Sample] = field(default_factory=list)
 
 
 def identify(path: PurePath) -> str:

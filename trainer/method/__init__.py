@@ -47,8 +47,10 @@ class Method:
 
     init_from: str | None = None
 
+    freezes = False
+    """Whether the network's own weights stay as they are, so that what trains beside them can be exported alone."""
     is_adapter = False
-    """Whether what trains lies beside the network's own weights, so that it can be exported alone."""
+    """Whether what trains changes the weights of layers."""
     formats = ("pipeline",)
     """Names of the export formats that hold what trains; the first is written where none is asked for."""
 
@@ -73,6 +75,7 @@ class Adapter(Method):
     alpha_per_rank: float = 1.0
     targets: list[str] | None = None
 
+    freezes = True
     is_adapter = True
 
     def __post_init__(self) -> None:
@@ -193,6 +196,46 @@ class Lokr(Loha):
 
 
 @dataclass(slots=True)
+class SoftPrompt(Method):
+    """What a frozen language model is told beside its text; see trainer.method.soft_prompt.
+
+    `num_image_prompt` learnt embeddings stand behind the text, `num_prefix_prompt` learnt keys and values before it in every layer; with
+    `prefix_projection` those come out of two layers, the first `prefix_width` wide, in place of being learnt as they are.
+    """
+
+    num_image_prompt: int = 2
+    num_prefix_prompt: int = 2
+    prefix_projection: bool = False
+    prefix_width: int = 64
+
+    freezes = True
+    formats = ("soft_prompt",)
+
+    def __post_init__(self) -> None:
+        if self.num_image_prompt < 1:
+            raise Usage(f"method.num_image_prompt={self.num_image_prompt} leaves nothing to draw from; type 1 or more, such as 2")
+        if self.num_prefix_prompt < 0:
+            raise Usage(f"method.num_prefix_prompt={self.num_prefix_prompt} is no number of positions; type 0 for none, or 2")
+        if self.prefix_width < 1:
+            raise Usage(f"method.prefix_width={self.prefix_width} is no width of a layer; type 64 or another number from 1")
+
+    def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
+        network.requires_grad_(False)
+        network.soft_prompt = self.begun(network, seed)
+
+    def begun(self, network: torch.nn.Module, seed: int) -> torch.nn.Module:
+        """The soft prompt as training begins with it, for a network with `prompt_sizes`."""
+        import torch
+
+        from trainer.method.soft_prompt import Reader, SoftPrompt
+
+        device = next(network.parameters()).device
+        torch.manual_seed(number(seed, "adapter"))
+        reader, width = Reader(**network.prompt_sizes), self.prefix_width if self.prefix_projection else None
+        return SoftPrompt(reader, self.num_image_prompt, self.num_prefix_prompt, width).to(device)
+
+
+@dataclass(slots=True)
 class Full(Method):
     """Every weight of the network trains."""
 
@@ -244,4 +287,4 @@ def swapped(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -
         put(own)
 
 
-OPTIONS = {"lora": Lora, "dora": Dora, "lokr": Lokr, "loha": Loha, "full": Full}
+OPTIONS = {"lora": Lora, "dora": Dora, "lokr": Lokr, "loha": Loha, "full": Full, "soft_prompt": SoftPrompt}
