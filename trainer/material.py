@@ -16,7 +16,7 @@ from trainer.config import Run, Stage
 from trainer.dataset import Sample, Source, Split
 from trainer.dataset.reading import Listing
 from trainer.dataset.view import Framing, View
-from trainer.errors import Usage
+from trainer.errors import BadData, Usage
 from trainer.report import refresh
 
 MASK = "mask"
@@ -60,7 +60,13 @@ def prepare(run: Run) -> Material:
     where = dataset.where(run.dataset)
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
         listing.refuse(where)
-    split = dataset.split(listing.samples, run.dataset.validation_fraction, where=where)
+    try:
+        split = dataset.split(listing.samples, run.dataset.validation_fraction, where=where)
+    except BadData as error:
+        # What is left out may be why too little is left.
+        if listing.faults:
+            raise BadData(f"{error}\n{listing.counted(where)}:\n{listing.listed()}") from None
+        raise
     controls = len(split.train[0].controls)
     if controls not in run.model.controls:
         least, most = min(run.model.controls), max(run.model.controls)

@@ -14,16 +14,18 @@ STEPS = 16
 def made(width: int, height: int, multiple: int, ratio: float) -> tuple[Size, ...]:
     """Sizes of at most `width` x `height` pixels in all, sides divisible by `multiple`, the longer at most `ratio` times the shorter.
 
-    For each width the largest height that fits (NovelAI's aspect ratio bucketing, 2022).
+    For each width the largest height that fits (as in NovelAI's aspect ratio bucketing, 2022).
     """
     area = width * height
     step = multiple * max(1, round(math.sqrt(area) / STEPS / multiple))
-    sizes = {(width, height)}
+    sizes = set()
     for across in range(step, int(math.sqrt(area * ratio)) + 1, step):
-        down = area // across // step * step
+        down = int(min(area // across, across * ratio)) // step * step
         if down and max(across, down) <= ratio * min(across, down):
             sizes.add((across, down))
-    return tuple(sorted(sizes))
+    # Of two where one is larger in both sides only that: 1344x768, not 1280x768.
+    largest = {size for size in sizes if not any(other != size and other[0] >= size[0] and other[1] >= size[1] for other in sizes)}
+    return tuple(sorted(largest | {(width, height)}))
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
