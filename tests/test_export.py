@@ -238,8 +238,9 @@ def forgetful(family: Family, **answers) -> Family:
     return kind(**{f.name: getattr(family, f.name) for f in dataclasses.fields(family)})
 
 
-def lose_alpha(self: Family, key: str) -> str:
-    return key if key.endswith(".alpha") else type(self).__mro__[1].export_name(self, key)
+def confuse_layers(self: Family, key: str) -> str:
+    other = re.sub("to_[qk]", lambda found: {"to_q": "to_k", "to_k": "to_q"}[found[0]], key)
+    return type(self).__mro__[1].export_name(self, other)
 
 
 def swap_two(self: Family, tensors, folder: Path) -> None:
@@ -250,7 +251,7 @@ def swap_two(self: Family, tensors, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "answer"), [(Format.comfyui, {"export_name": lose_alpha}), (Format.pipeline, {"save_checkpoint": swap_two})]
+    ("format", "answer"), [(Format.comfyui, {"export_name": confuse_layers}), (Format.pipeline, {"save_checkpoint": swap_two})]
 )
 def test_an_export_that_is_not_what_was_trained_is_refused_and_the_old_one_stays(
     family: Family, format: Format, answer: dict, tmp_path: Path

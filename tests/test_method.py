@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from trainer import config, export, files
 from trainer.config import Run
 from trainer.errors import BadData, Usage
 from trainer.export import Export, Format
-from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, trained
+from trainer.loop import fit
+from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
 from trainer.method.adapter import effects, is_idle, layers, parts
-from trainer.model import Family
+from trainer.model import Family, Weights
 from trainer.network import begin_from
+from trainer.optimizer import SGD, AdamW, AdamW8bit, rounding
+from trainer.optimizer.rounding import rounded
 from trainer.precision import Compute, Precision, Storage
 from trainer.streams import normal
 
@@ -228,3 +232,120 @@ def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
 def test_every_method_is_an_option_with_settings_of_its_own():
     assert set(config.ROOMS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
     assert len({config.option(kind()) for kind in (Lora, Dora, Loha, Lokr, Full)}) == 5
+
+
+# Whole weights in bfloat16
+
+
+def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_the_value_on_average():
+    values = normal((200, 300), "values") * torch.logspace(-20, 20, 300)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([rounded(values, generator).float() for _ in range(400)])
+    # A bfloat16 is the upper half of a float32.
+    low = (values.view(torch.int32) >> 16 << 16).view(torch.float32)
+    high = ((values.view(torch.int32) >> 16) + 1 << 16).view(torch.float32)
+    assert ((drawn == low) | (drawn == high)).all()
+    # 400 draws of 60,000 values, each off by at most 2^-7.
+    assert ((drawn.mean(0) - values) / values.abs()).mean().abs() < 1e-5
+    exact = values.to(torch.bfloat16)
+    assert torch.equal(rounded(exact.float(), generator), exact)
+
+
+def descended(how: str) -> tuple[float, float]:
+    """200 AdamW steps of 1e-5 from weights of 0.02 towards targets 1e-3 away: the part of the weights that moved at all, and of the loss that is
+    left."""
+    start = (0.02 * normal((128, 128), "start")).to(torch.bfloat16)
+    goal = start.float() + 1e-3 * normal((128, 128), "goal").sign()
+    parameter = torch.nn.Parameter(start.float() if how == "float32" else start.clone())
+    settings = AdamW(lr=1e-5, weight_decay=0.0)
+    optimizer = settings.build([parameter]) if how == "nearest" else settings.live([parameter], seed=0)
+
+    def loss() -> torch.Tensor:
+        return (parameter.float() - goal).square().sum()
+
+    before = loss().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return (parameter != start).float().mean().item(), loss().item() / before
+
+
+def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_and_kept_by_chance():
+    assert descended("float32")[1] < 0.001
+    moved, left = descended("nearest")
+    assert moved < 0.2 and left > 0.8
+    moved, left = descended("stochastic")
+    assert moved > 0.999 and left < 0.01
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3, min_8bit_size=16), SGD(lr=1e-2)], ids=lambda o: type(o).__name__)
+def test_an_optimizer_of_bfloat16_weights_continues_from_its_state_bit_for_bit(optimizer, monkeypatch: pytest.MonkeyPatch):
+    def stepped(parameters: list[torch.nn.Parameter], live, steps: range) -> None:
+        for step in steps:
+            for i, parameter in enumerate(parameters):
+                # One of them has no gradient now and then.
+                parameter.grad = None if i == 1 and step % 2 else normal(tuple(parameter.shape), step, i).to(torch.bfloat16)
+            live.step()
+            assert all(parameter.grad is None for parameter in parameters)
+
+    def fresh() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(normal(shape, "weight", shape).to(torch.bfloat16)) for shape in ((64, 8), (5,), (3, 2, 2))]
+
+    whole = fresh()
+    stepped(whole, optimizer.live(whole, seed=3), range(6))
+    first = fresh()
+    live = optimizer.live(first, seed=3)
+    stepped(first, live, range(3))
+    state, second = live.state_dict(), [torch.nn.Parameter(parameter.detach().clone()) for parameter in first]
+    # A turn for each tensor gives the same bits.
+    monkeypatch.setattr(rounding, "AT_ONCE", 1)
+    live = optimizer.live(second, seed=3)
+    live.load_state_dict(state)
+    stepped(second, live, range(3, 6))
+    assert all(one.dtype == torch.bfloat16 and torch.equal(one, other) for one, other in zip(whole, second, strict=True))
+    other = fresh()
+    stepped(other, optimizer.live(other, seed=4), range(6))
+    assert not torch.equal(other[0], whole[0])
+
+
+def test_whole_weights_without_masters_stay_in_bfloat16_and_their_average_is_in_float32(family: Family, tmp_path: Path):
+    run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
+    network = attached(run)
+    parameters = trained(network)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = AdamW(lr=1e-3).live(parameters.values(), seed=0)
+    average = [parameter.detach().float().clone() for parameter in parameters.values()]
+
+    def losses(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return prediction(run, network).square().mean()[None]
+
+    batches = ((step, [{"x": torch.zeros(1)}]) for step in range(1, 4))
+    for _ in fit(
+        list(parameters.values()),
+        losses,
+        batches,
+        optimizer,
+        lambda step: 1e-3,
+        nullcontext,
+        batch=1,
+        max_grad_norm=1.0,
+        seed=0,
+        average=average,
+        decay=0.9,
+    ):
+        pass
+    moved = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
+    assert len(moved) > 0.8 * len(parameters)
+    for mean, (name, parameter) in zip(average, parameters.items(), strict=True):
+        assert mean.dtype == torch.float32 and torch.equal(mean, parameter.float()) == (name not in moved)
+    (path,) = written(run, network, tmp_path)
+    read = Weights(path / family.denoiser)
+    assert all(torch.equal(read(name), parameter) for name, parameter in parameters.items())
+
+
+def test_bfloat16_weights_that_only_were_rounded_are_no_result(family: Family, tmp_path: Path):
+    run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
+    with pytest.raises(BadData, match="nothing has changed"):
+        written(run, attached(run), tmp_path)

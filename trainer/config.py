@@ -295,6 +295,17 @@ def check(run: Run) -> None:
             f"precision={storage.name} stores what is frozen, and with method={option(run.method)} nothing is frozen; type method=lora, or "
             f"precision={precision.Storage(compute.value).name}"
         )
+    if getattr(run.method, "master_weights", method.Master.fp32) is method.Master.none:
+        if storage is not precision.Storage.bf16:
+            raise Usage(
+                f"method.master_weights=none rounds updates to bfloat16, and precision={storage.name} is another type; type precision=bf16, or "
+                "method.master_weights=fp32"
+            )
+        if run.optimizer.looks_at_all:
+            raise Usage(
+                f"method.master_weights=none updates one tensor after another, and optimizer={option(run.optimizer)} finds its rate by all of "
+                "them together; type optimizer=adamw, or method.master_weights=fp32"
+            )
     check_card(run, run.hardware.card)
 
 

@@ -221,9 +221,10 @@ def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterat
 
     begun = None if run.method.is_adapter else run.model.weights()
     for name in names:
-        after = merged(network, name).float()
-        before = frozen(network, name).float() if begun is None else begun(name).to(after.device).float()
-        yield name, before, after
+        after = merged(network, name)
+        # Weights that train in bfloat16 were rounded when they were read, which is no training.
+        before = frozen(network, name) if begun is None else begun(name).to(after.device, network.get_parameter(name).dtype)
+        yield name, before.float(), after.float()
 
 
 def _kept(

@@ -113,7 +113,10 @@ def fit(
                 optimizer.step()
             if update and average is not None:
                 # Short memory at first (TensorFlow's num_updates rule), or the average keeps the untrained start.
-                torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
+                share = 1 - min(decay, (1 + step) / (10 + step))
+                for mean, parameter in zip(average, parameters, strict=True):
+                    # An average of bfloat16 weights is in float32: it moves by less than they do.
+                    mean.lerp_(parameter.data.to(mean.dtype), share)
             finished = Step(step, loss, norm, lr, finite, ceiling if ceiling < before else None)
         yield finished
 

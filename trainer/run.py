@@ -171,7 +171,7 @@ class Training:
         self.device = config.open_device(run)
         self.network = processes.build(lambda divide: build(run, self.device, divide))
         self.trained = trained(self.network)
-        self.optimizer = run.optimizer.build(self.trained.values())
+        self.optimizer = run.optimizer.live(self.trained.values(), run.seed)
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
         # many steps in a row were not finite.
         self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0, "skipped": 0}
@@ -264,7 +264,7 @@ class Training:
 
     def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:
         source = loaded.ema if loaded and loaded.ema else self.trained
-        return {name: shards.part(source[name].detach().clone().to(self.device), like) for name, like in self.trained.items()}
+        return {name: shards.part(source[name].detach().float().clone().to(self.device), like) for name, like in self.trained.items()}
 
     def _begin(self) -> None:
         """Note where and with what this attempt runs."""

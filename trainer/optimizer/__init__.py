@@ -14,6 +14,8 @@ from trainer.libraries import bitsandbytes
 if TYPE_CHECKING:
     import torch
 
+    from trainer.optimizer.rounding import Rounded
+
 
 @dataclass(slots=True)
 class Optimizer:
@@ -25,18 +27,29 @@ class Optimizer:
     needs_bitsandbytes = False
     takes_parts = False
     """Whether it can update tensors of which each process holds a part: torch's DTensor."""
+    looks_at_all = False
+    """Whether a step looks at all tensors together, so that it cannot be made of one after another."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
             raise Usage(f"optimizer.lr={self.lr:g} trains nothing; type a learning rate above 0, such as 1e-4")
         if self.weight_decay < 0:
             raise Usage(f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01")
-        if self.weight_decay < 0:
-            raise Usage(f"optimizer.weight_decay={self.weight_decay:g} lets weights grow; type 0 for none, or a number such as 0.01")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The live optimizer of these parameters, in one group, whose `lr` the loop sets before each step."""
+        """torch's optimizer of these parameters, in one group, whose `lr` the loop sets before each step."""
         raise NotImplementedError
+
+    def live(self, parameters: Iterable[torch.nn.Parameter], seed: int) -> torch.optim.Optimizer | Rounded:
+        """The optimizer of these parameters; those in bfloat16 are rounded by chances that follow from `seed`."""
+        import torch
+
+        parameters = list(parameters)
+        if all(parameter.dtype != torch.bfloat16 for parameter in parameters):
+            return self.build(parameters)
+        from trainer.optimizer.rounding import Rounded
+
+        return Rounded(self.build, parameters, seed)
 
     def effective_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
         """What an optimizer that finds its rate makes of `lr`; None where `lr` is all there is."""
@@ -54,8 +67,6 @@ class Adam(Optimizer):
             raise Usage(f"optimizer.betas={self.betas} are not two numbers from 0 to below 1; type for example optimizer.betas=[0.9,0.999]")
         if not self.eps > 0:
             raise Usage(f"optimizer.eps={self.eps:g} may divide by zero; type a number above 0, such as 1e-8")
-        if not self.eps > 0:
-            raise Usage(f"optimizer.eps={self.eps:g} lets an update divide by zero; type a small number above 0, such as 1e-8")
 
 
 @dataclass(slots=True)
@@ -121,6 +132,7 @@ class Prodigy(Adam):
     slice_p: int = 1
 
     own_lr = 1.0
+    looks_at_all = True
 
     def __post_init__(self) -> None:
         Adam.__post_init__(self)
