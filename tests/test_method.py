@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
+import program
 import pytest
 import torch
 
@@ -349,3 +351,29 @@ def test_bfloat16_weights_that_only_were_rounded_are_no_result(family: Family, t
     run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
     with pytest.raises(BadData, match="nothing has changed"):
         written(run, attached(run), tmp_path)
+
+
+# Stopped and continued
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> program.Lab:
+    return program.Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "method=dora method.rank=2 method.dropout=0.1 precision=nf4 precision.compute=float32",
+        "method=lokr method.rank=1 method.rank_dropout=0.2 method.module_dropout=0.2 precision=int8 precision.compute=float32 ema=0.9",
+        pytest.param("method=loha method.rank=2 method.rank_dropout=0.2 ema=0.9 precision=fp4", marks=pytest.mark.slow),
+        "method=full method.master_weights=none precision=bf16 ema=0.9 optimizer.lr=1e-3",
+        pytest.param("method=full method.master_weights=none precision=bf16 optimizer=adamw8bit optimizer.lr=1e-3", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_and_storage_continues_as_if_it_had_never_stopped(lab: program.Lab, settings: str):
+    out = lab.place()
+    # Killed with a checkpoint of step 2 behind it, while step 4 is saved.
+    death = program.at("trainer.checkpoint:Checkpoints.save", 2, program.to_itself(signal.SIGKILL))
+    assert lab.run(out, *settings.split(), before=death).code == -signal.SIGKILL
+    lab.assert_as_if_never_stopped(lab.finish(out, *settings.split()), *settings.split())
