@@ -11,6 +11,7 @@ from pathlib import Path
 import program
 import pytest
 import torch
+from torch.nn import functional
 
 from trainer import config, export, files
 from trainer.config import Run
@@ -18,8 +19,9 @@ from trainer.errors import BadData, Usage
 from trainer.export import Export, Format
 from trainer.loop import fit
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
-from trainer.method.adapter import effects, is_idle, layers, parts
+from trainer.method.adapter import effects, is_idle, layers, merged, parts
 from trainer.model import Family, Weights
+from trainer.model.flux_kontext import FluxKontext
 from trainer.network import begin_from
 from trainer.optimizer import SGD, AdamW, AdamW8bit, rounding
 from trainer.optimizer.rounding import rounded
@@ -37,9 +39,13 @@ ADAPTERS = [
 EACH_ADAPTER = pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
 
 
-@pytest.fixture
-def family(tiny) -> Family:
-    return tiny.family()
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """One for all: what families answer is asked in test_export and test_families."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    FluxKontext.tiny(folder)
+    return FluxKontext(path=str(folder), text_length=8)
 
 
 def run_of(family: Family, method: Adapter | Full, *formats: Format, **rooms) -> Run:
@@ -152,6 +158,27 @@ def test_what_no_adapter_can_be_is_refused(settings: dict, remedy: str):
         Lokr(**settings)
 
 
+@pytest.mark.parametrize("method", ADAPTERS[:4], ids=lambda method: type(method).__name__)
+def test_convolutions_are_adapted_and_merged_too(method: Adapter, tmp_path: Path):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential()
+    network.add_module("conv", torch.nn.Conv2d(4, 6, 3, padding=1))
+    network.add_module("point", torch.nn.Conv2d(6, 8, 1, stride=2))
+    dataclasses.replace(method, targets=["conv", "point"]).attach(network, (), seed=0)
+    x = normal((2, 4, 8, 8), "x")
+    assert is_idle(network)
+    with torch.no_grad():
+        for name, parameter in trained(network).items():
+            parameter.add_(0.3 * normal(tuple(parameter.shape), name))
+        network.eval()
+        conv, point = (merged(network, f"{name}.weight") for name in ("conv", "point"))
+        expected = functional.conv2d(
+            functional.conv2d(x, conv, network.conv.base_layer.bias, padding=1), point, network.point.base_layer.bias, 2
+        )
+        torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-4)
+        assert not is_idle(network)
+
+
 # Beginning from an adapter
 
 SOURCES = [
@@ -193,11 +220,15 @@ def other_name(leaf: str) -> str:
 @pytest.mark.parametrize("method", ADAPTERS[:4], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("spelling", ["lycoris_{}", "lora_unet_{}"])
 def test_an_adapter_of_other_trainers_is_read_by_its_names(family: Family, method: Adapter, spelling: str, tmp_path: Path):
-    network = attached(run_of(family, method), 0.3)
+    # LyCORIS takes alpha for nothing where both factors of a LoKr are whole: 1 is the factor of all.
+    alpha = 2.0 if isinstance(method, Lokr) else 4.0
+    network = attached(run_of(family, dataclasses.replace(method, alpha=alpha)), 0.3)
     tensors = {}
     for name, part in parts(network).items():
         start = spelling.format(name.replace(".", "_"))
-        tensors |= {f"{start}.{other_name(leaf)}": tensor for leaf, tensor in part.tensors.items()} | {f"{start}.alpha": torch.tensor(4.0)}
+        tensors |= {f"{start}.{other_name(leaf)}": tensor for leaf, tensor in part.tensors.items()} | {
+            f"{start}.alpha": torch.tensor(alpha)
+        }
     files.save_tensors(tmp_path / "other.safetensors", tensors)
     run = run_of(family, dataclasses.replace(method, init_from=str(tmp_path / "other.safetensors")))
     again = attached(run)

@@ -336,6 +336,8 @@ def check_sharded(run: Run) -> None:
         raise Usage(
             f"optimizer={option(run.optimizer)} needs whole tensors, and each process has a part of them; type optimizer=adamw, {whole}"
         )
+    if getattr(run.method, "master_weights", method.Master.fp32) is method.Master.none:
+        raise Usage(f"method.master_weights=none rounds whole tensors, and each process has a part of them; leave it out, {whole}")
     if run.hardware.compile:
         raise Usage(f"hardware.compile=true does not go with a network that is divided among processes; leave it out, {whole}")
     if run.export.formats and Format.pipeline in run.export.formats:
