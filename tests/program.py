@@ -193,11 +193,12 @@ def all_of(*actions: Action) -> Action:
 
 
 class Lab:
-    """The smallest model's command line in one folder, and the uninterrupted run (REF) to compare others with."""
+    """A tiny model's command line in one folder, and the uninterrupted run (REF) to compare others with; the first family's or that of a name."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
-        name, kind = next(iter(model.families().items()))
+        name = name or next(iter(model.families()))
+        kind = model.families()[name]
         torch.set_num_threads(1)
         self.settings = [f"model={name}", *kind.tiny(folder / "model"), *SMALL, f"cache.path={folder / 'cache'}"]
         # What Python and its libraries do at the first use of a class, once for all children.

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from program import Action, Ended, Lab, Started, all_of, at, checkpoint, fingerprint, losses, only_run, records, to_itself
+from program import (
+    DEMO,
+    SCHEDULE,
+    Action,
+    Ended,
+    Lab,
+    Started,
+    all_of,
+    at,
+    checkpoint,
+    fingerprint,
+    last_step,
+    losses,
+    only_run,
+    records,
+    to_itself,
+)
 from torch.distributed import TCPStore
 
+from trainer import model
 from trainer.shards import is_part
 
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 STEP = "trainer.run:Training._losses"
 EVALUATION = "trainer.judge:held_out_loss"
 SAVE = "trainer.files:save_tensors"
@@ -178,6 +200,20 @@ def test_a_sharded_network_gives_the_losses_and_files_of_a_whole_one(lab: Lab, c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [["method=lora"], ["method=full", "hardware.gradient_checkpointing=true"]])
+@pytest.mark.parametrize("family", sorted(model.families()))
+def test_every_family_can_be_sharded(tmp_path: Path, family: str, settings: list[str]):
+    lab = Lab(tmp_path, family)
+    assert_same_losses(finish(lab, lab.place(), *settings, **SHARDED), lab.reference(*settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr"])
+def test_every_adapter_can_lie_beside_a_sharded_network(lab: Lab, method: str):
+    assert_same_losses(finish(lab, lab.place(), f"method={method}", **SHARDED), lab.reference(f"method={method}"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_sharding_changes_no_bit_of_an_adapter_beside_rounded_weights(lab: Lab, precision: str):
     """Against as many processes with the whole network each: rounded products depend on how a batch is divided."""
@@ -246,6 +282,31 @@ def test_a_process_of_a_sharded_network_that_is_killed_ends_all(lab: Lab, where:
     assert "has ended or cannot be reached" in paragraph
 
 
+def fail(error: BaseException) -> Action:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "where", "error", "code", "words"),
+    [
+        (0, SAVE, OSError(errno.ENOSPC, "No space left on device"), 74, "No space left"),
+        (1, STEP, MemoryError(), 71, "memory"),
+        (1, EVALUATION, ValueError("a fault"), 1, "a fault"),
+    ],
+)
+def test_what_fails_in_one_process_of_a_sharded_network_is_said_once_and_ends_all(
+    lab: Lab, rank: int, where: str, error: BaseException, code: int, words: str
+):
+    ended = launch(lab, lab.place(), "method=full", before={rank: at(where, 2, fail(error))}, **SHARDED).wait()
+    assert ended[rank].code == code and ended[1 - rank].code, ended
+    (paragraph,) = told(ended)
+    assert words in paragraph
+
+
 @pytest.mark.parametrize(
     ("settings", "environment", "words"),
     [
@@ -263,3 +324,50 @@ def test_what_a_sharded_network_cannot_do_is_refused(lab: Lab, settings: list[st
     ended = lab.run(out, *settings, before=lambda: os.environ.update(scene))
     assert ended.code == 64 and words in ended.text, ended
     assert not list(out.iterdir())
+
+
+# The launcher itself
+
+
+def accelerate(lab: Lab, out: Path, how: list[str], *settings: str) -> subprocess.Popen[str]:
+    """`accelerate launch`, as it is typed."""
+    program = [str(Path(sys.executable).with_name("accelerate")), "launch", *how, "-m", "trainer"]
+    arguments = [*lab.settings, *DEMO, *SCHEDULE, f"out={out}", *settings]
+    return subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
+    """SIGTERM to the launcher of two processes saves; the same run goes on as a network in parts."""
+    out, settings = lab.place(), ["steps=80", "save.every=1000", "evaluation.every=80"]
+    launcher = accelerate(lab, out, ["--config_file", str(LAUNCH / "cpu.yaml")], *settings)
+    while not list(out.glob("*/journal.jsonl")) or last_step(only_run(out)) < 3:
+        assert launcher.poll() is None, launcher.stdout.read()
+        time.sleep(0.05)
+    launcher.terminate()
+    text, _ = launcher.communicate(timeout=60)
+    saved = checkpoint(only_run(out)).step
+    assert launcher.returncode and f"saved at step {saved} of 80" in text and 3 <= saved < 80, text
+    assert text.count("stopped by SIGTERM") == 2, text
+    launcher = accelerate(lab, out, ["--config_file", str(LAUNCH / "fsdp2.yaml")], *settings)
+    text, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0 and f"continuing at step {saved}" in text and "hold a part" in text, text
+    assert_same_losses(only_run(out), lab.reference(*settings))
+
+
+@pytest.mark.slow
+def test_the_kind_of_launch_that_starts_too_few_processes_says_what_to_type_and_that_works(lab: Lab):
+    out = lab.place()
+    text, _ = (launcher := accelerate(lab, out, ["--num_processes", "2", "--cpu"])).communicate(timeout=60)
+    assert launcher.returncode and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in text, text
+    text, _ = (launcher := accelerate(lab, out, ["--multi_gpu", "--num_processes", "2"])).communicate(timeout=120)
+    assert launcher.returncode == 0 and "in 2 processes" in text, text
+    assert_same_losses(only_run(out), lab.reference())
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_the_settings_files(path: Path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_machines == 1
+    assert f"launch/{path.name}" in (LAUNCH / "README.md").read_text()

@@ -217,7 +217,8 @@ class Processes:
         import torch
         from torch import distributed
 
-        kind = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+        # Also of bfloat16 gradients: torch.cat takes them along.
+        kind = {"dtype": torch.float32, "device": parameters[0].device}
         if self.sharded:
             # Of parts the backward pass has summed the gradients.
             parameters = [p for p in parameters if not shards.is_part(p)]

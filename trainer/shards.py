@@ -38,23 +38,40 @@ def _on(name: str) -> bool:
 
 def divide(network: torch.nn.Module, mesh: DeviceMesh) -> None:
     """Keep this process's part of each tensor, on the mesh's device; the network may lie elsewhere, and need not fit there whole."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    import torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     # Of views it warns, for who might write on them in place; that fails in the backward pass, where it is done.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     parameters = list(network.parameters())
     # An adapter in float32 beside frozen weights of another type, where one group of tensors should have one.
     whole = {p for p in parameters if p.requires_grad} if not all(p.requires_grad for p in parameters) else set()
-    for block in blocks(network):
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-    # Else torch leaves the outermost tensors whole until a backward pass, which an evaluation does not have.
-    fully_shard(network, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    options = {"mesh": mesh, "ignored_params": whole, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    for called in entered(network):
+        for block in blocks(called):
+            fully_shard(block, **options)
+        # Else torch leaves the outermost tensors whole until a backward pass, which an evaluation does not have.
+        fully_shard(called, reshard_after_forward=True, **options)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             # Sums, as everywhere: each process's loss is divided by the global batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            # Each now has a class of torch's; transformers looks up by its class's full name what a network can be asked for.
+            _, _, own, *_ = type(module).__mro__
+            type(module).__module__, type(module).__qualname__ = own.__module__, own.__qualname__
     network.to(mesh.device_type)
+
+
+def entered(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose forward pass is entered from outside: the network, or where it only holds networks, each of them."""
+    from torch.nn import Module
+
+    if type(module).forward is not Module.forward:
+        yield module
+        return
+    for child in module.children():
+        yield from entered(child)
 
 
 def blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
