@@ -345,12 +345,12 @@ def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
         assert launcher.poll() is None, launcher.stdout.read()
         time.sleep(0.05)
     launcher.terminate()
-    text, _ = launcher.communicate(timeout=60)
+    text, _ = launcher.communicate(timeout=300)
     saved = checkpoint(only_run(out)).step
     assert launcher.returncode and f"saved at step {saved} of 80" in text and 3 <= saved < 80, text
     assert text.count("stopped by SIGTERM") == 2, text
     launcher = accelerate(lab, out, ["--config_file", str(LAUNCH / "fsdp2.yaml")], *settings)
-    text, _ = launcher.communicate(timeout=120)
+    text, _ = launcher.communicate(timeout=300)
     assert launcher.returncode == 0 and f"continuing at step {saved}" in text and "hold a part" in text, text
     assert_same_losses(only_run(out), lab.reference(*settings))
 
@@ -358,9 +358,9 @@ def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
 @pytest.mark.slow
 def test_the_kind_of_launch_that_starts_too_few_processes_says_what_to_type_and_that_works(lab: Lab):
     out = lab.place()
-    text, _ = (launcher := accelerate(lab, out, ["--num_processes", "2", "--cpu"])).communicate(timeout=60)
+    text, _ = (launcher := accelerate(lab, out, ["--num_processes", "2", "--cpu"])).communicate(timeout=300)
     assert launcher.returncode and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in text, text
-    text, _ = (launcher := accelerate(lab, out, ["--multi_gpu", "--num_processes", "2"])).communicate(timeout=120)
+    text, _ = (launcher := accelerate(lab, out, ["--multi_gpu", "--num_processes", "2"])).communicate(timeout=300)
     assert launcher.returncode == 0 and "in 2 processes" in text, text
     assert_same_losses(only_run(out), lab.reference())
 
