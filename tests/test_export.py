@@ -239,7 +239,8 @@ def forgetful(family: Family, **answers) -> Family:
 
 
 def confuse_layers(self: Family, key: str) -> str:
-    other = re.sub("to_[qk]", lambda found: {"to_q": "to_k", "to_k": "to_q"}[found[0]], key)
+    # Of cross attention the two have other shapes.
+    other = re.sub(r"(attn1?)\.to_([qk])", lambda found: f"{found[1]}.to_{'k' if found[2] == 'q' else 'q'}", key)
     return type(self).__mro__[1].export_name(self, other)
 
 
