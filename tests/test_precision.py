@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,20 +13,22 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from trainer import config, hardware
+from trainer import config, files, hardware, model
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints
 from trainer.command_line import CONF
 from trainer.config import Run
 from trainer.errors import Usage
 from trainer.hardware import Card
+from trainer.libraries import bitsandbytes
 from trainer.loop import fit
 from trainer.method import Full, Lora, trained
 from trainer.model import filled, weightless
 from trainer.model.flux_kontext import FluxKontext
-from trainer.network import build
+from trainer.network import build, foresee
 from trainer.precision import Compute, LossScale, Precision, Storage
 from trainer.precision.eight_bit import FLOAT8, decode_fp8, decode_int8, encode_fp8, encode_int8, values_of_bytes
 from trainer.precision.linear import StoredLinear
@@ -271,7 +274,10 @@ def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
         (Precision(Storage.fp16, Compute.float32), Lora(alpha=1.0), "precision=fp32, or leave precision.compute=float16"),
         (Precision(Storage.fp8, Compute.bfloat16), Full(), "nothing is frozen; type method=lora, or precision=bf16"),
         (Precision(Storage.fp8, Compute.float32), Full(), "precision=fp32"),
-        *((Precision(storage, Compute.bfloat16), Full(), "type method=lora, or precision=bf16") for storage in QUANTISED),
+        *(
+            (Precision(storage, Compute.bfloat16), Full(), "type method=lora, or precision=bf16")
+            for storage in (*QUANTISED, Storage.native)
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_to_type(run: Run, precision: Precision, method, remedy: str):
@@ -361,3 +367,112 @@ def test_a_float16_run_continues_with_its_scale_as_if_it_had_never_stopped(run: 
     assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
     values = [record.get("values", {}) for _, record in read(folders[0] / "journal.jsonl")]
     assert [value["train/loss_scale"] for value in values if "train/loss" in value][-1] == whole.state["loss_scale"]["value"]
+
+
+# Checkpoints that are quantised already
+
+QUANTISERS = {
+    "fp8 as a bare cast": lambda name, weight: {f"{name}.weight": weight.to(torch.float8_e4m3fn)},
+    "fp8 with a scale": lambda name, weight: {
+        f"{name}.weight": (weight / weight.abs().max() * 448).to(torch.float8_e4m3fn),
+        f"{name}.weight_scale": weight.abs().max() / 448,
+    },
+    "fp8 with a scale a row": lambda name, weight: {
+        f"{name}.weight": (weight / weight.abs().amax(1, keepdim=True) * 57344).to(torch.float8_e5m2),
+        f"{name}.scale_weight": weight.abs().amax(1, keepdim=True) / 57344,
+    },
+    "int8": lambda name, weight: {
+        f"{name}.weight": (weight / weight.abs().amax(1, keepdim=True) * 127).round().to(torch.int8),
+        f"{name}.SCB": weight.abs().amax(1),
+        f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    },
+    "fp4": lambda name, weight: four_bit_as_bitsandbytes_saves(name, weight, "fp4", False),
+    "nf4": lambda name, weight: four_bit_as_bitsandbytes_saves(name, weight, "nf4", True),
+}
+
+
+def four_bit_as_bitsandbytes_saves(name: str, weight: torch.Tensor, kind: str, nested: bool) -> dict[str, torch.Tensor]:
+    codes, state = bitsandbytes().functional.quantize_4bit(weight.to(torch.bfloat16), compress_statistics=nested, quant_type=kind)
+    return {f"{name}.weight": codes} | {f"{name}.weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+
+
+def quantised_checkpoint(run: Run, how: str, folder: Path) -> tuple[Run, dict[str, torch.Tensor]]:
+    """The tiny checkpoint with its denoiser quantised by others, and what is in the file."""
+    shutil.copytree(run.model.folder(), folder)
+    place, network, tensors = folder / run.model.denoiser, run.model.network(torch.float32), {}
+    small = torch.float8_e4m3fn if how == "fp8 as a bare cast" else torch.bfloat16
+    for name, layer in network.named_modules():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            if isinstance(layer, nn.Linear) and leaf == "weight":
+                tensors |= QUANTISERS[how](name, parameter.detach())
+            else:
+                tensors[f"{name}.{leaf}"] = parameter.detach().to(small)
+    files.save_tensors(place / f"{model.SHARDS}.safetensors", tensors)
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": how.endswith("4"), "load_in_8bit": how == "int8"}
+    files.write_json(place / "config.json", files.read_json(place / "config.json") | {"quantization_config": settings})
+    native = Precision(Storage.native, Compute.float32)
+    return replace(run, model=replace(run.model, path=str(folder)), precision=native), tensors
+
+
+@pytest.mark.parametrize("how", QUANTISERS)
+def test_a_checkpoint_that_is_quantised_already_is_taken_as_it_is(run: Run, how: str, tmp_path: Path):
+    ours, tensors = quantised_checkpoint(run, how, tmp_path / "checkpoint")
+    network = build(ours, CPU)
+    whole = {name: module for name, module in network.named_modules() if isinstance(module, StoredLinear)}
+    assert len(whole) == sum(type(module) is nn.Linear for module in run.model.skeleton().modules())
+    for name, layer in whole.items():
+        there = tensors[f"{name.removesuffix('.base_layer')}.weight"]
+        assert torch.equal(layer.codes.view(torch.uint8), there.view(torch.uint8))
+    # Every layer still is about what it was made of, and the network predicts and learns as one with those weights.
+    plain = build(run, CPU)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            read = getattr(network.get_submodule(path), leaf)
+            assert ((read - parameter).norm() <= 0.13 * parameter.norm()).item(), name
+            parameter.copy_(read)
+    found, expected = prediction(ours, network), prediction(run, plain)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for output in (found, expected):
+        output.square().mean().backward()
+    for name, parameter in trained(network).items():
+        torch.testing.assert_close(parameter.grad, trained(plain)[name].grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["fp8 as a bare cast", "fp4"])
+def test_an_adapter_on_a_quantised_checkpoint_is_trained_by_the_program_and_merged_into_whole_weights(run: Run, how: str, tmp_path: Path):
+    ours, _ = quantised_checkpoint(run, how, tmp_path / "checkpoint")
+    command = f"""model=flux_kontext model.path={ours.model.path} model.text_length=8 dataset.resolution=32 dataset.pairs=4 dataset.held_out=1
+        hardware.device=cpu method.rank=2 batch=2 steps=2 optimizer.lr=1e-2 evaluation.images=1 sample.steps=1 tracking=none
+        out={tmp_path / "runs"}""".split()
+    assert main([*command, "precision=native", "precision.compute=float32"]) == 0
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
+    assert main(["stage=export", f"run={folder}", "export.formats=[pipeline]"]) == 0
+    pipeline = folder / "export" / "pipeline"
+    assert "quantization_config" not in files.read_json(pipeline / "transformer" / "config.json")
+    again = FluxTransformer2DModel.from_pretrained(pipeline / "transformer", torch_dtype=torch.float32)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_read(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    ours, _ = quantised_checkpoint(run, "nf4", tmp_path / "checkpoint")
+    with pytest.raises(Usage, match="is|are quantised already \\(4-bit\\).* type precision=native"):
+        foresee(replace(ours, precision=Precision(Storage.nf4, Compute.bfloat16)))
+    with pytest.raises(Usage, match="this checkpoint's are not; type precision=fp8"):
+        foresee(replace(run, precision=Precision(Storage.native, Compute.bfloat16)))
+    foresee(ours)
+    with pytest.raises(Usage, match=r"quantised \(I32\) in a way that is not known"):
+        ours.precision.check_types({"a.weight": "I32", "a.bias": "BF16"})
+    command = (
+        f"stage=check model=flux_kontext model.path={ours.model.path} dataset.resolution=32 hardware.device=cpu out={tmp_path}".split()
+    )
+    assert main([*command, "precision=fp8"]) == 64
+    assert "type precision=native" in capsys.readouterr().err
+
+
+def test_where_to_begin_from_is_looked_for_before_weights_are_read(run: Run, tmp_path: Path):
+    wanted = replace(run, method=replace(run.method, init_from="no-such-run"), out=str(tmp_path))
+    with pytest.raises(Usage, match="no-such-run is no run folder"):
+        foresee(wanted)
+    # A run that has weights of its own needs them no more.
+    foresee(wanted, begins=False)

@@ -32,7 +32,9 @@ def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], No
     import torch
 
     there = torch.device("cpu") if divide else device
-    stored = run.precision.stored(run.model.keep_high, there)
+    types = run.model.weights().types()
+    run.precision.check_types(types)
+    stored = run.precision.stored(run.model.keep_high, there, types)
     network = run.model.network(run.method.dtype(run.precision.dtype()), there, stored)
     run.method.attach(network, run.model.targets, run.seed)
     if run.hardware.gradient_checkpointing:
@@ -42,6 +44,19 @@ def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], No
     if divide:
         divide(network)
     return network
+
+
+def foresee(run: Run, begins: bool = True) -> None:
+    """Raise errors.Usage for what would be refused when the network is built, as far as the headers of files tell; `begins`: whether the run has
+    no weights of its own yet."""
+    run.precision.check_types(run.model.weights().types())
+    if begins and run.method.init_from is not None and not _is_adapter(Path(run.method.init_from).expanduser()):
+        find(run.method.init_from, run.out)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is of a file, or of a folder that peft wrote, and so of no run."""
+    return path.is_file() or (path / ADAPTER).is_file()
 
 
 def begin_from(run: Run, network: torch.nn.Module) -> None:
@@ -57,7 +72,7 @@ def begin_from(run: Run, network: torch.nn.Module) -> None:
         return
     from trainer.method.adapter import of_trained, put
 
-    if path.is_file() or (path / ADAPTER).is_file():
+    if _is_adapter(path):
         found = adapter_in(path, run.model, method.alpha / method.rank)
     else:
         folder = find(method.init_from, run.out)

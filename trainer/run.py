@@ -80,7 +80,9 @@ def fill_cache(run: Run, material: Material) -> None:
 def check(run: Run, material: Material) -> None:
     """Print what would be trained; no weights are loaded."""
     from trainer.method import trained
+    from trainer.network import foresee
 
+    foresee(run)
     network = run.model.skeleton()
     run.method.attach(network, run.model.targets, run.seed)
     whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trained(network).values()))
@@ -115,6 +117,7 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
     """Train, or continue from the last checkpoint; the last held-out loss."""
     import yaml
 
+    from trainer.network import foresee
     from trainer.tracking.journal import Journal
 
     # Of several processes the main one alone has these.
@@ -131,6 +134,7 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
             say(f"{place.folder} is finished ({summary['steps']} steps); nothing to do. Type fresh=true to run it again in a new folder.")
             show_what_lacks(run, place, overrides)
             return summary
+        foresee(run, begins=not (place.folder / CHECKPOINTS).exists())
         journal = stack.enter_context(Journal(place.folder))
         stack.enter_context(_logged(place.folder, journal))
         # Once more, so that journal and log tell it in the same words.

@@ -162,6 +162,9 @@ class Family:
             # What is not copied (a safety checker, say) is not to be looked for: diffusers marks it so.
             absent = {name: [None, None] for name, value in classes.items() if isinstance(value, list) and name not in self.components}
             files.write_json(folder / "model_index.json", classes | absent)
+        config = folder / self.denoiser / "config.json"
+        # What is written is whole, whatever it was made of.
+        files.write_json(config, {key: value for key, value in files.read_json(config).items() if key != "quantization_config"})
         save_shards(tensors, folder / self.denoiser)
 
     @classmethod

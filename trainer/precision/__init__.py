@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from trainer.errors import Usage
+
 if TYPE_CHECKING:
     import torch
 
@@ -55,11 +57,35 @@ class Precision:
 
         return getattr(torch, self.compute.value if self.storage.quantised else self.storage.value)
 
-    def stored(self, keep_high: tuple[str, ...], device: torch.device) -> Callable | None:
+    def check_types(self, types: dict[str, str]) -> None:
+        """Raise errors.Usage, with what to type, where a checkpoint whose tensors are of these types (safetensors' names) cannot be stored so."""
+        kinds = set(kinds_of(types).values())
+        others = sorted(types[name] for name in types if name.endswith(".weight") and types[name] not in PLAIN | FLOAT8)
+        if len(others) > sum(kind in ("int8", "4-bit") for kind in kinds_of(types).values()):
+            raise Usage(
+                f"the checkpoint's weights are quantised ({', '.join(sorted(set(others)))}) in a way that is not known here: float8, and "
+                "bitsandbytes' 4-bit and 8-bit layers are; type another model.path"
+            )
+        if kinds and self.storage is not Storage.native:
+            raise Usage(
+                f"precision={self.storage.name}: the checkpoint's weights are quantised already ({', '.join(sorted(kinds))}), and would lose "
+                "once more; type precision=native, or the model.path of the weights they were made of"
+            )
+        if not kinds and self.storage is Storage.native:
+            raise Usage(
+                "precision=native takes weights that are quantised already, and this checkpoint's are not; type precision=fp8 or nf4"
+            )
+
+    def stored(self, keep_high: tuple[str, ...], device: torch.device, types: dict[str, str] | None = None) -> Callable | None:
         """What makes of a frozen linear layer without weights, while a network is read (see `trainer.model.filled`), one that stores them in
-        fewer than 16 bits on `device`; None where nothing is."""
+        fewer than 16 bits on `device`; None where nothing is. `types` are those of the tensors that are read, which decide where storage is
+        native."""
         if not self.storage.quantised:
             return None
+        if self.storage is Storage.native:
+            from trainer.precision import native
+
+            return native.maker(types, self.dtype(), device)
         from functools import partial
 
         from trainer.precision import eight_bit, four_bit
@@ -105,4 +131,22 @@ class LossScale:
             self.value, self.since = self.value * 2, 0
 
 
-OPTIONS = dict.fromkeys(("fp32", "bf16", "fp16", "fp8", "int8", "nf4", "fp4"), Precision)
+PLAIN = {"F64", "F32", "F16", "BF16"}
+FLOAT8 = {"F8_E4M3", "F8_E5M2"}
+
+
+def kinds_of(types: dict[str, str]) -> dict[str, str]:
+    """Layers of a checkpoint that are quantised -> how ("fp8", "int8", "4-bit"), told from the types of its tensors."""
+    kinds = {}
+    for key, kind in types.items():
+        name, _, leaf = key.rpartition(".")
+        if leaf == "weight" and kind in FLOAT8:
+            kinds[name] = "fp8"
+        elif leaf == "SCB" and types.get(f"{name}.weight") == "I8":
+            kinds[name] = "int8"
+        elif leaf in ("bitsandbytes__nf4", "bitsandbytes__fp4"):
+            kinds[name.removesuffix(".weight.quant_state")] = "4-bit"
+    return kinds
+
+
+OPTIONS = dict.fromkeys(("fp32", "bf16", "fp16", "fp8", "int8", "nf4", "fp4", "native"), Precision)
