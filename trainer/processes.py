@@ -157,6 +157,8 @@ class Processes:
             return build(None)
         from torch.distributed.device_mesh import init_device_mesh
 
+        # accelerate's default, by which transformers leaves the weights of all but the first process empty.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         # From here on a signal is answered where all do, at the end of a step: one alone can neither go on nor save.
         self.signals.note()
         with self._meeting():
