@@ -171,7 +171,7 @@ class Training:
         self.run, self.material, self.place, self.journal = run, material, place, journal
         self.signals, self.processes = signals, processes
         self.steps = total_steps(run, material)
-        self.every = run.evaluation.every or max(1, self.steps // 4)
+        self.every = run.evaluation.every or max(10, self.steps // 4)
         self.device = config.open_device(run)
         self.network = processes.build(lambda divide: build(run, self.device, divide))
         self.trained = trained(self.network)

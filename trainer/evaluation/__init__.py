@@ -23,7 +23,7 @@ QUANTILES = tuple(i / 10 for i in range(1, 10))
 
 @dataclass(slots=True)
 class Evaluation:
-    """`every` steps (null: a quarter of the run). `samples` bounds the held-out samples of the loss; `images` those that are drawn
+    """`every` steps (null: a quarter of the run, ten steps at least). `samples` bounds the held-out samples of the loss; `images` those that are drawn
     and compared with their targets (null: the family's own number); `shown` of them are logged as pictures. `prompts` are drawn
     instead of held-out captions, `images_per_prompt` each. `patience` ends the run after so many evaluations without a new best."""
 
