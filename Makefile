@@ -5,7 +5,7 @@ READY := .venv/.ready
 OUT ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all faults ui pictures mini format lint clean
+.PHONY: help setup train test test-all faults ui pictures bench mini format lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
 
 pictures: $(READY)  ## draw the pictures and curves of the README, in about four minutes on two cores
 	$(BIN)/python -m bench.pictures
+
+bench: $(READY)  ## measure how fast the program is and write it into the README, in about a quarter of an hour on two idle cores
+	$(BIN)/python -m bench.speed
 
 mini: $(READY)  ## make the model that comes with the program anew, in about an hour and a half on two cores
 	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext

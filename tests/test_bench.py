@@ -1,0 +1,58 @@
+"""What `make bench` stands on: the bare loop trains what the program trains, and loops that take turns do so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench import bare, race, speed
+from trainer.method import Lora, trained
+from trainer.model.flux_kontext import FluxKontext
+
+STEPS, TURNS = 3, 4
+
+
+def test_the_bare_loop_is_short_and_trains_as_much_as_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert len(Path(bare.__file__).read_text().splitlines()) <= 60
+    family = FluxKontext(path=str(speed.MINI))
+    network = family.network(torch.float32)
+    Lora(rank=16, alpha=16.0).attach(network, family.targets, seed=0)
+    tensors = {"latents": (5, 8, 4, 4), "control": (5, 8, 4, 4), "prompt": (5, 12, 64), "pooled": (5, 64)}
+    save_file({name: torch.randn(shape) for name, shape in tensors.items()}, tmp_path / "tensors.safetensors")
+    updated = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: updated.append(parameters))
+    assert list(bare.train(speed.MINI, tmp_path / "tensors.safetensors", 2, 2)) == [1, 2]
+    assert sorted(p.shape for p in updated[0]) == sorted(p.shape for p in trained(network).values())
+
+
+def test_contenders_take_turns_and_one_that_fails_ends_the_race():
+    log = []
+
+    def contender(name: str):
+        def compete(lap):
+            while True:
+                log.append(name)
+                lap()
+
+        return compete
+
+    found = race.race({"a": contender("a"), "b": contender("b")}, STEPS, TURNS)
+    assert "".join(log) == ("a" * STEPS + "b" * STEPS) * (TURNS + race.WARM_UP)
+    assert {name: len(turns) for name, turns in found.items()} == {"a": TURNS, "b": TURNS}
+
+    def fails(lap):
+        lap()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        race.race({"a": contender("a"), "b": fails}, STEPS, TURNS)
+
+
+def test_the_table_takes_the_place_of_the_last_one():
+    readme = speed.README.read_text()
+    assert readme.count(speed.MARKER) == 2
+    once = speed.between_markers(readme, ["| old |"])
+    assert speed.between_markers(once, ["| new |"]) == once.replace("| old |", "| new |")
