@@ -52,7 +52,7 @@ def test_every_layout_gives_each_picture_with_its_caption(layout: str, folder: P
         assert sample.image.open().size == layouts.SIZE
         assert len(sample.image.digest()) == 64
         assert "picture number" in sample.caption
-    digests_of = [sample.image.digest() for sample in listing.samples if sample.split != "validation"]
+    digests_of = [sample.image.digest() for sample in listing.samples if sample.split in (None, "train")]
     assert len(set(digests_of)) == len(digests_of)
     assert [sample.image.digest() for sample in dataset.read(settings, digests)] == [
         sample.image.digest() for sample in sorted(listing.samples, key=lambda sample: sample.id)
@@ -66,10 +66,12 @@ def test_folders_named_train_and_validation_are_the_split(layout: str, folder: P
     assert {sample.split for sample in dataset.read(settings, digests)} == {None}
     layouts.make[layout](folder / "test", 2)
     assert sorted(sample.split for sample in dataset.read(settings, digests)) == ["train"] * 3 + ["validation"] * 2
+    layouts.make[layout](folder / "val", 1)
+    assert sorted(sample.split for sample in dataset.read(settings, digests)) == ["test"] * 2 + ["train"] * 3 + ["validation"]
     layouts.make[layout](folder / "validation", 1)
     listing = settings.read(digests)
-    assert sorted(sample.split for sample in listing.samples) == ["train"] * 3 + ["validation"]
-    assert listing.notes == ["test/ is left alone; validation/ is what the run is judged by"]
+    assert sorted(sample.split for sample in listing.samples) == ["test"] * 2 + ["train"] * 3 + ["validation"]
+    assert listing.notes == ["val is left alone, for validation is what the run is judged by"]
 
 
 # tables
@@ -325,8 +327,7 @@ def test_a_history_is_composed_by_the_template(folder: Path, digests: Digests):
     settings = Personalized(path=str(folder), template="{style} {{x}} {target} | {history}", separator=" + ")
     samples = dataset.read(settings, digests)
     assert samples[0].caption == "bright {x} picture number 3 | picture number 0 + picture number 1 + picture number 2"
-    assert sorted({sample.split for sample in samples}) == ["train", "validation"]
-    assert settings.read(digests).notes == ["test.json is left alone; val.json is what the run is judged by"]
+    assert sorted({sample.split for sample in samples}) == ["test", "train", "validation"]
     for wrong in ("{history", "{colour}", "{history.__class__}", "{history!r}", "{0}"):
         with pytest.raises(Usage, match=r"dataset\.template"):
             Personalized(template=wrong)

@@ -28,6 +28,8 @@ def data(run: Run, material: Material) -> None:
     visited = len(material.visited)
     often = f" ({visited} visits an epoch)" if visited != len(split.train) else ""
     say(f"data        {len(split.train)} to train on{often}, {len(split.validation)} held out, {material.controls} control picture(s) each")
+    if split.test:
+        say(f"            {len(split.test)} kept for the end (stage=sample sample.split=test)")
     for line in (*_sizes(material, samples), *_captions(run, samples), *_twice(material, samples), *listing.notes):
         say(f"            {line}")
     say(f"sheet       {_sheet(folder / 'samples.png', material, samples)}")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.dataset.picture import judge
-from trainer.dataset.reading import VALIDATION, Listing, Reading
+from trainer.dataset.reading import VALIDATION, Listing, Reading, roles
 from trainer.dataset.sample import Sample, caption, inside
 from trainer.errors import BadData
 from trainer.files import Digests, storage
@@ -99,12 +99,7 @@ def read(settings: Arrays, digests: Digests) -> Listing:
         raise BadData(
             f"dataset.path={settings.path}: there is no train_{IMAGES}.npy in it, uint8 (N, H, W, 3), with train_{TEXTS}.npy (N,)."
         )
-    if there[2:]:
-        reading.notes.append(
-            f"{', '.join(f'{name}_{IMAGES}.npy' for name in there[2:])} is left alone; {there[1]} is what the run is judged by"
-        )
-    for name in there[:2]:
-        split = None if len(there) == 1 else "train" if name == "train" else "validation"
+    for name, split in roles(reading, there).items():
         _side(reading, name, split)
     return reading.listing()
 

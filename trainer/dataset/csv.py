@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.dataset.reading import VALIDATION, Listing, Reading
+from trainer.dataset.reading import Listing, Reading, roles
 from trainer.dataset.table import Row, collect
 from trainer.errors import BadData
 from trainer.files import Digests, storage
@@ -20,7 +20,7 @@ SUFFIXES = {".csv": ",", ".tsv": "\t"}
 
 
 def read(settings: Csv, digests: Digests) -> Listing:
-    """One sample a row. `dataset.path` is the table, or a folder with one table, or with train.csv and validation.csv (or val, test).
+    """One sample a row. `dataset.path` is the table, or a folder with one table, or with train.csv, validation.csv (or val) and test.csv.
 
     Raises errors.BadData where there is no table or several others.
     """
@@ -38,14 +38,8 @@ def read(settings: Csv, digests: Digests) -> Listing:
 
 def _tables(settings: Csv, reading: Reading) -> list[tuple[Path, str | None]]:
     there = {path.stem: path for path in sorted(reading.root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()}
-    if "train" in there:
-        others = [name for name in VALIDATION if name in there]
-        if others[1:]:
-            reading.notes.append(
-                f"{', '.join(there[name].name for name in others[1:])} is left alone; {others[0]} is what the run is judged by"
-            )
-        train = (there["train"], "train" if others else None)
-        return [train, *((there[name], "validation") for name in others[:1])]
+    if used := roles(reading, there):
+        return [(there[name], split) for name, split in used.items()]
     if len(there) == 1:
         return [(path, None) for path in there.values()]
     if there:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from trainer.dataset.picture import decode, opened, upright_size
-from trainer.dataset.reading import VALIDATION, Listing, Reading
+from trainer.dataset.reading import Listing, Reading, roles
 from trainer.dataset.sample import Sample, Source, caption, inside
 from trainer.dataset.table import cell, others
 from trainer.errors import BadData, NoWeights, Usage
@@ -81,10 +81,8 @@ def read(settings: Hub, digests: Digests) -> Listing:
         raise BadData(
             f"dataset.path={settings.path}: there is no such folder (looked for {folder.absolute()}), and it is no name on the hub."
         )
-    train, validation = _splits(settings, reading, list(parts))
-    for name, split in ((train, "train" if validation else None), (validation, "validation")):
-        if name is not None:
-            _rows(reading, settings, parts[name], name, split)
+    for name, split in _splits(settings, reading, list(parts)).items():
+        _rows(reading, settings, parts[name], name, split)
     return reading.listing()
 
 
@@ -155,20 +153,13 @@ def _told(settings: Hub, kind: type[BadData] | type[NoWeights]) -> Iterator[None
         ) from error
 
 
-def _splits(settings: Hub, reading: Reading, there: list[str]) -> tuple[str, str | None]:
-    """The names of the splits to train on and to be judged by."""
+def _splits(settings: Hub, reading: Reading, there: list[str]) -> dict[str, str | None]:
+    """The parts to be used, and the split each is. Raises errors.Usage."""
     for key in ("train_split", "validation_split"):
         name = getattr(settings, key)
         if name is not None and name not in there:
             raise Usage(f"dataset.{key}={name}: the data set has {', '.join(there)}; type dataset.{key}=NAME for one of them")
-    if settings.validation_split is not None:
-        return settings.train_split, settings.validation_split
-    others = [name for name in VALIDATION if name in there and name != settings.train_split]
-    if others[1:]:
-        reading.notes.append(
-            f"{', '.join(others[1:])} is left alone; {others[0]} is what the run is judged by (dataset.validation_split=NAME)"
-        )
-    return settings.train_split, others[0] if others else None
+    return roles(reading, there, settings.train_split, settings.validation_split)
 
 
 def _rows(reading: Reading, settings: Hub, rows: datasets.Dataset, name: str, split: str | None) -> None:

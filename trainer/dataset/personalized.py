@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.dataset.picture import FileSource
-from trainer.dataset.reading import VALIDATION, Listing, Reading
+from trainer.dataset.reading import VALIDATION, Listing, Reading, roles
 from trainer.dataset.sample import Sample, caption, inside, relative
 from trainer.dataset.template import filled
 from trainer.errors import BadData
@@ -25,15 +25,12 @@ def read(settings: Personalized, digests: Digests) -> Listing:
         raise BadData(
             f"dataset.path={settings.path}: there is no train.json in it, a list of records with history_items_info and target_item_info."
         )
-    if there[2:]:
-        reading.notes.append(f"{there[1]}.json is what the run is judged by; sample.split=test draws {', '.join(there[2:])}.json")
     styles = _styles(reading)
-    for name in there:
+    for name, split in roles(reading, there).items():
         path = reading.root / f"{name}.json"
         records = read_json(path)
         if not isinstance(records, list):
             raise BadData(f"{path} is no list of records. Mend it.")
-        split = None if len(there) == 1 else dict(zip(there, ("train", "validation"), strict=False)).get(name, "test")
         for number, record in enumerate(records):
             reading.found += 1
             _Record(reading, settings, record, f"{name}.json record {number}", styles).read(name, split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from trainer.files import Digests, storage
 T = TypeVar("T")
 
 VALIDATION = ("validation", "val", "test")
-"""How the part of a data set to judge by is called; the first that is there is taken."""
+"""How the part of a data set to judge by is called; the first that is there is taken. A test part beside another is kept for the end."""
 SKEW = 0.02
 """By how much the aspect ratio of a mask may differ from its picture's, as a share: what rounding makes of small pictures."""
 
@@ -128,17 +128,33 @@ def _misfit(image: Source, mask: Source) -> str | None:
     return f"its mask {mask.name} is {across} x {down} pixels, of another shape than the picture ({width} x {height})"
 
 
+def roles(reading: Reading, there: Iterable[str], train: str = "train", validation: str | None = None) -> dict[str, str | None]:
+    """Of the parts of a data set by name those that are used, and the split each is (None: to be divided). Empty without one to train on.
+
+    `validation` names the part to judge by; None: as in VALIDATION.
+    """
+    there = list(there)
+    if train not in there:
+        return {}
+    others = [name for name in VALIDATION if name in there and name != train]
+    judged = validation or next(iter(others), None)
+    if judged is None:
+        return {train: None}
+    used = {train: "train", judged: "validation"}
+    if "test" in others and judged != "test":
+        used["test"] = "test"
+    for name in others:
+        if name not in used:
+            reading.notes.append(f"{name} is left alone, for {judged} is what the run is judged by")
+    return used
+
+
 def sides(reading: Reading, is_layout: Callable[[Path], bool]) -> list[tuple[Path, str | None]]:
     """The folders of a data set and the split each is: the root itself, or train/ beside validation/, val/ or test/. Empty where none is one."""
     if is_layout(reading.root):
         return [(reading.root, None)]
-    if not is_layout(reading.root / "train"):
-        return []
-    others = [name for name in VALIDATION if is_layout(reading.root / name)]
-    if others[1:]:
-        reading.notes.append(f"{', '.join(f'{name}/' for name in others[1:])} is left alone; {others[0]}/ is what the run is judged by")
-    train = (reading.root / "train", "train" if others else None)
-    return [train, *((reading.root / name, "validation") for name in others[:1])]
+    there = [name for name in ("train", *VALIDATION) if is_layout(reading.root / name)]
+    return [(reading.root / name, split) for name, split in roles(reading, there).items()]
 
 
 def by_name(reading: Reading, folder: Path, suffixes: tuple[str, ...], name_of: Callable[[Path], str]) -> dict[str, list[Path]]:
