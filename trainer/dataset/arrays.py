@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +29,8 @@ class Slice:
 
     path: Path
     index: int
+    shape: tuple[int, int]
+    """(width, height)"""
     digests: Digests = field(repr=False, compare=False)
 
     @property
@@ -44,25 +44,18 @@ class Slice:
         return self.digests.remembered(self.path, f"[{self.index}]{what}", make)
 
     def size(self) -> tuple[int, int]:
-        height, width = _mapped(self.path).shape[1:3]
-        return width, height
+        return self.shape
 
     def open(self) -> Image.Image:
         return Image.fromarray(self._pixels())
 
     def _pixels(self) -> np.ndarray:
+        # Mapped anew, for what was read through a mapping counts as memory of the process as long as it lasts.
         return np.array(_mapped(self.path)[self.index])
 
 
 def _mapped(path: Path) -> np.ndarray:
     """The array in a file, which the system reads as it is asked for. Nothing pickled is read. Raises errors.BadData."""
-    with storage("read", path):
-        status = os.stat(path)
-    return _mapped_as(path, status.st_ino, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _mapped_as(path: Path, inode: int, changed: int) -> np.ndarray:
     _refuse_objects(path)
     with storage("read", path):
         try:
@@ -116,15 +109,16 @@ def _side(reading: Reading, name: str, split: str | None) -> None:
         raise BadData(f"{paths[1]}: is {texts.dtype} {texts.shape}, where descriptions are text (N,)")
     if len(images) != len(texts):
         raise BadData(f"{paths[0].name} has {len(images)} pictures and {paths[1].name} {len(texts)} descriptions; each picture needs one")
+    shape = images.shape[2], images.shape[1]
     try:
-        judge((images.shape[2], images.shape[1]))
+        judge(shape)
     except ValueError as error:
         raise BadData(f"{paths[0]}: {error}") from None
     for index in range(len(images)):
         reading.found += 1
         text = reading.tried(f"{paths[1].name}[{index}]", lambda index=index: caption(_text(texts[index])))
         if text is not None:
-            reading.add(Sample(f"{name}-{index:08d}", Slice(paths[0], index, reading.digests), text, split=split), name)
+            reading.add(Sample(f"{name}-{index:08d}", Slice(paths[0], index, shape, reading.digests), text, split=split), name)
 
 
 def _text(value: np.str_ | np.bytes_) -> str:
