@@ -332,7 +332,12 @@ def check_sharded(run: Run) -> None:
     storage = run.precision.storage
     if storage.needs_bitsandbytes or storage is precision.Storage.native:
         raise Usage(f"precision={storage.name}: weights packed so cannot be divided among processes; type precision=fp8, {whole}")
-    if not run.method.is_adapter and not run.optimizer.takes_parts:
+    if run.method.reads_inside:
+        raise Usage(
+            f"method={option(run.method)} reads weights outside of a forward pass, where each process has a part of them; start it "
+            "without accelerate's FSDP, where each process holds the whole network (launch/gpus.yaml)"
+        )
+    if not run.method.freezes and not run.optimizer.takes_parts:
         raise Usage(
             f"optimizer={option(run.optimizer)} needs whole tensors, and each process has a part of them; type optimizer=adamw, {whole}"
         )

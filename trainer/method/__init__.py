@@ -51,6 +51,8 @@ class Method:
     """Whether the network's own weights stay as they are, so that what trains beside them can be exported alone."""
     is_adapter = False
     """Whether what trains changes the weights of layers."""
+    reads_inside = False
+    """Whether weights of the network are used outside of its forward passes."""
     formats = ("pipeline",)
     """Names of the export formats that hold what trains; the first is written where none is asked for."""
 
@@ -209,6 +211,7 @@ class SoftPrompt(Method):
     prefix_width: int = 64
 
     freezes = True
+    reads_inside = True
     formats = ("soft_prompt",)
 
     def __post_init__(self) -> None:
