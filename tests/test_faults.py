@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -121,7 +120,7 @@ def killed_at_random(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out, *settings)
 
 
-@fault("F02", "killed before any operation of a save on the disk", 22, [9])
+@fault("F02", "killed before any operation of a save on the disk", 22, [9, 17])
 def killed_in_a_save(lab: Lab, out: Path, trial: int) -> None:
     assert dies_within(lab, out, "trainer.checkpoint:Checkpoints.save", trial) == (trial < 21), (
         "all operations have their trial, the last none"
@@ -140,7 +139,7 @@ def killed_in_a_write(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out)
 
 
-@fault("F07", "killed while the third of two checkpoints is discarded", 8, [1])
+@fault("F07", "killed while the third of two checkpoints is discarded", 8, [])
 def killed_in_retention(lab: Lab, out: Path, trial: int) -> None:
     assert dies_within(lab, out, "trainer.checkpoint:Checkpoints._retain", trial) == (trial < 7)
 
@@ -303,7 +302,7 @@ def stopped_at_every_step(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out, ONE_BY_ONE)
 
 
-@fault("F11", "the samples read over stops and resumes", 2, [1])
+@fault("F11", "the samples read over stops and resumes", 2, [])
 def samples_read(lab: Lab, out: Path, trial: int) -> None:
     def noting() -> None:
         from trainer.loader import Batches
@@ -338,7 +337,7 @@ def five_stops(lab: Lab, out: Path, trial: int) -> None:
     assert_continues(lab, out)
 
 
-@fault("F12", "loader workers and how often is evaluated change no bit", 4, [1])
+@fault("F12", "loader workers and how often is evaluated change no bit", 4, [])
 def same_bits(lab: Lab, out: Path, trial: int) -> None:
     setting = ("hardware.workers=2", "evaluation.every=1", "evaluation.every=1000", "hardware.workers=1")[trial]
     folder = lab.finish(out, setting)
@@ -648,10 +647,17 @@ def two_runs(lab: Lab, out: Path, trial: int) -> None:
 
 @fault("F26", "eight runs at once on a fresh MLflow store", 1, [])
 def eight_at_once(lab: Lab, out: Path, trial: int) -> None:
+    from trainer.tracking import sink
+
     lab.reference()
-    importlib.import_module("mlflow")
+    sink._mlflow()
     runs = [lab.start(out, "tracking=mlflow", f"seed={seed}") for seed in range(1, 9)]
-    assert [run.wait().code for run in runs] == [0] * 8
+    for seed, run in enumerate(runs, 1):
+        ended = run.wait()
+        assert ended.code == 0, ended
+        if "does not answer" in ended.text:
+            # So slow a machine that one lost patience while another made the store; it has said what to type.
+            assert lab.run(out, "tracking=mlflow", f"seed={seed}").code == 0
     with contextlib.closing(sqlite3.connect(out / "mlflow.db")) as database:
         assert database.execute("SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'").fetchone() == (8, 8)
         assert database.execute("SELECT count(*) FROM experiments WHERE name = 'trainer'").fetchone() == (1,)
@@ -673,9 +679,9 @@ def journaled(folder: Path) -> list[tuple[str, int]]:
 def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
     from test_tracking import server
 
-    from trainer.tracking import ui
+    from trainer.tracking import sink, ui
 
-    importlib.import_module("mlflow")
+    sink._mlflow()
     port = ui.free_port(5700)
     settings = ["tracking=mlflow"] + ([] if trial == 2 else [f"tracking.uri=http://127.0.0.1:{port}"])
     with contextlib.ExitStack() as stack:

@@ -515,12 +515,16 @@ def _room(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _logged(folder: Path, journal: Journal) -> Iterator[None]:
-    """With a log file in the run's folder, which gets the traceback of whatever ends the run."""
+    """With a log file in the run's folder, which gets the traceback of whatever ends the run. The program's own warnings are shown too."""
     handler = logging.FileHandler(folder / "log.txt")
     handler.setFormatter(secret.Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger()
+    shown = logging.StreamHandler()
+    shown.setLevel(logging.WARNING)
+    shown.setFormatter(secret.Redacting("%(message)s"))
+    logger, ours = logging.getLogger(), logging.getLogger("trainer")
     logger.addHandler(handler)
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    ours.addHandler(shown)
+    ours.setLevel(logging.INFO)
     try:
         yield
     except BaseException as error:
@@ -531,5 +535,6 @@ def _logged(folder: Path, journal: Journal) -> Iterator[None]:
             error.add_note(f"log: {folder / 'log.txt'}")
         raise
     finally:
+        ours.removeHandler(shown)
         logger.removeHandler(handler)
         handler.close()
