@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import shutil
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -452,6 +455,23 @@ def test_an_adapter_on_a_quantised_checkpoint_is_trained_by_the_program_and_merg
     assert "quantization_config" not in files.read_json(pipeline / "transformer" / "config.json")
     again = FluxTransformer2DModel.from_pretrained(pipeline / "transformer", torch_dtype=torch.float32)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_text_encoder_that_is_quantised_too_is_read_by_a_program_that_has_hidden_bitsandbytes(run: Run, tmp_path: Path):
+    ours, _ = quantised_checkpoint(run, "fp4", tmp_path / "checkpoint")
+    folder = tmp_path / "checkpoint" / "text_encoder_2"
+    tensors, settings = {}, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    for name, tensor in files.load_tensors(folder / "model.safetensors").items():
+        is_linear = re.search(r"\.[qkvo]\.weight$|\.wi_\d\.weight$", name)
+        tensors |= QUANTISERS["fp4"](name.removesuffix(".weight"), tensor) if is_linear else {name: tensor.to(torch.bfloat16)}
+    files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"quantization_config": settings})
+    command = f"""model=flux_kontext model.path={ours.model.path} model.text_length=8 dataset.resolution=32 dataset.pairs=4 dataset.held_out=1
+        hardware.device=cpu method.rank=2 batch=2 steps=1 evaluation.images=1 sample.steps=1 tracking=none precision=native
+        precision.compute=float32 out={tmp_path / "runs"}""".split()
+    done = subprocess.run([sys.executable, "-m", "trainer", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_read(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture):

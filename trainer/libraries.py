@@ -28,4 +28,7 @@ def bitsandbytes() -> ModuleType:
             del sys.modules["kernels"]
             if kernels is not None:
                 sys.modules["kernels"] = kernels
+        if asked := sys.modules.get("transformers.utils.import_utils"):
+            # It remembers that there was none.
+            asked.is_bitsandbytes_available.cache_clear()
     return sys.modules["bitsandbytes"]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainer import files
 from trainer.errors import BadData, NoWeights, Usage
+from trainer.libraries import bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -399,6 +400,19 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def text_model(kind: type, folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A frozen model of transformers' from the folder of a component, whose weights bitsandbytes may have quantised."""
+    quantised = files.read_json(folder / "config.json").get("quantization_config", {})
+    if quantised.get("quant_method") == "bitsandbytes":
+        bitsandbytes()
+    model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Else the first pass on some CPUs packs the weights anew, which fails for narrow layers.
+            layer.support_avx512bf16_for_cpu = False
+    return model.to(device).eval()
 
 
 def families() -> dict[str, type[Family]]:

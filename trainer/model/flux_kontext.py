@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainer import files
 from trainer.errors import Usage
-from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, weightless
+from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, text_model, weightless
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -277,12 +277,12 @@ class FluxEncoder:
     def _clip(self):
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        model = CLIPTextModel.from_pretrained(self.folder, subfolder="text_encoder", dtype=self.dtype, use_safetensors=True)
-        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer"), model.to(self.device).eval()
+        model = text_model(CLIPTextModel, self.folder / "text_encoder", self.dtype, self.device)
+        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer"), model
 
     @cached_property
     def _t5(self):
         from transformers import T5EncoderModel, T5Tokenizer
 
-        model = T5EncoderModel.from_pretrained(self.folder, subfolder="text_encoder_2", dtype=self.dtype, use_safetensors=True)
-        return T5Tokenizer.from_pretrained(self.folder / "tokenizer_2"), model.to(self.device).eval()
+        model = text_model(T5EncoderModel, self.folder / "text_encoder_2", self.dtype, self.device)
+        return T5Tokenizer.from_pretrained(self.folder / "tokenizer_2"), model

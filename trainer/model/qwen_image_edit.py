@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from trainer import files
 from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, weightless
+from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, text_model, weightless
 from trainer.model.flux_kontext import PATCH, pack, resolution_shift, unpack
 from trainer.objective import Flow
 
@@ -339,11 +339,8 @@ class QwenEncoder:
     def _language(self):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            self.folder, subfolder="text_encoder", dtype=self.dtype, use_safetensors=True
-        )
         # Without the layer that would score the next word.
-        return whole.model.to(self.device).eval()
+        return text_model(Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", self.dtype, self.device).model
 
     @cached_property
     def _tokenizer(self):
