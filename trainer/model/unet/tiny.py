@@ -39,16 +39,16 @@ def save(folder: Path, family: type[UNet]) -> None:
     }
     UNet2DConditionModel(
         sample_size=4,
-        block_out_channels=(16, 32),
+        block_out_channels=(32, 32),
         layers_per_block=1,
         norm_num_groups=4,
-        attention_head_dim=(2, 4),
+        attention_head_dim=4,
         cross_attention_dim=WIDTH * len(family.texts),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         **(added if several else {}),
     ).save_pretrained(folder / "unet")
-    AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -57,7 +57,10 @@ def save(folder: Path, family: type[UNet]) -> None:
         norm_num_groups=1,
         mid_block_add_attention=False,
         scaling_factor=0.5,
-    ).save_pretrained(folder / "vae")
+    )
+    # A trained VAE is sure of its latents: the log of their variance, its second four channels, is near -8.
+    vae.quant_conv.bias.data[4:] -= 8
+    vae.save_pretrained(folder / "vae")
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     ).save_pretrained(folder / "scheduler")
