@@ -478,6 +478,28 @@ def test_what_no_run_uses_is_dropped_on_request_only(lab: Lab, folder: Path, tmp
     assert f"in all      {len(rest)} entries" in shown
 
 
+def test_no_encoder_is_left_when_the_denoiser_loads(lab: Lab, folder: Path, tmp_path: Path):
+    def look() -> None:
+        import gc
+
+        import torch
+
+        left = {type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)}
+        (tmp_path / "left").write_text(" ".join(sorted(left)))
+
+    layouts.pairs(folder, 3)
+    settings = [
+        "dataset=pairs",
+        f"dataset.path={folder}",
+        "dataset.validation_fraction=0",
+        "evaluation.images=0",
+        f"cache.path={tmp_path / 'c'}",
+    ]
+    lab.finish(lab.place(), *settings, "steps=1", before=at("trainer.network:build", 1, look))
+    assert list((tmp_path / "c").rglob("*.safetensors"))
+    assert (tmp_path / "left").read_text() == ""
+
+
 # F30: pickles
 
 
