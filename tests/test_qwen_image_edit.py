@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from drawn import Noise
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
@@ -20,10 +22,11 @@ from transformers.processing_utils import ProcessorMixin
 from trainer import export
 from trainer.config import Run
 from trainer.dataset import Sample
-from trainer.dataset.view import Framing
+from trainer.dataset.view import Framing, View
 from trainer.errors import BadData, Usage
+from trainer.evaluation import held_out_loss
 from trainer.export import Export, Format
-from trainer.method import Lora, trained
+from trainer.method import Full, Lora, trained
 from trainer.model.flux_kontext import pack
 from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenImageEdit
 from trainer.objective import Flow
@@ -31,7 +34,7 @@ from trainer.optimizer import AdamW
 from trainer.precision import Precision
 from trainer.rows import collate
 from trainer.rows import conditions as conditions_of
-from trainer.streams import normal
+from trainer.streams import draws, fraction, normal
 
 HEIGHT, WIDTH = 32, 48
 CAPTIONS = ["make it night", "paint the photo of a house and a tree"]
@@ -39,6 +42,7 @@ CONTROLS = [(96, 64), (64, 96)]
 """(width, height) of a first and a second control picture: such that the pipelines, told of this area, leave them as they are."""
 AREA, SEEN = 96 * 64, 64 * 64
 STEPS = 3
+STEPS_TO_LEARN = 160
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +305,57 @@ def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
     without = {name.partition(".lora_")[0] for name, parameter in parameters.items() if parameter.grad is None}
     # The queries of the text are joined with the picture's, so theirs is a zero.
     assert still - without == {"transformer_blocks.1.attn.add_q_proj"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Colour:
+    """A picture of one colour, or of its negative; see `trainer.dataset.sample.Source`."""
+
+    name: str
+    negative: bool = False
+
+    def open(self) -> Image.Image:
+        colour = draws("colour", self.name).integers(0, 256, 3)
+        return Image.new("RGB", self.size(), tuple(255 - colour if self.negative else colour))
+
+    def digest(self) -> str:
+        return f"{self.name} {self.negative}"
+
+    def size(self) -> tuple[int, int]:
+        return 16, 16
+
+
+def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
+    """Targets are the negatives of their controls. Where each has the control and prompt of another, there is less to learn."""
+    encoder, parts = edit.encoder(torch.device("cpu")), edit.parts(dict.fromkeys(edit.components, ""), 1)
+    views = [View(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16) for i in range(64)]
+    whole = [{part: encoder.encode(part, view) for part in parts} for view in views]
+    # As wide as a real VAE's.
+    latents = torch.stack([row["latents"] for row in whole])
+    latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
+
+    def reached(moved: int) -> float:
+        told = [whole[i // 16 * 16 + (i + moved) % 16] for i in range(64)]
+        rows = [row | {"latents": own} for row, own in zip(told, latents, strict=True)]
+        network = edit.network(torch.float32)
+        Full().attach(network, edit.targets, seed=0)
+        parameters = list(trained(network).values())
+        optimizer = AdamW(lr=1e-2).build(parameters)
+        for step in range(1, STEPS_TO_LEARN):
+            row = collate([rows[(8 * step + i) % 48] for i in range(8)])
+            clean = row["latents"]
+            noises = torch.stack([normal(tuple(clean.shape[1:]), "noise", step, i) for i in range(8)])
+            times = torch.tensor([edit.objective.time(fraction("time", step, i) + 2**-54, 1.5) for i in range(8)])
+            prediction = edit.predict(network, edit.objective.noised(clean, noises, times), times, conditions_of(row))
+            optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 10) * (1 - step / STEPS_TO_LEARN)
+            optimizer.zero_grad()
+            edit.objective.losses(prediction, clean, noises, times).mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        held_out = [(str(i), rows[i]) for i in range(48, 64)]
+        return held_out_loss(edit, partial(edit.predict, network), held_out, torch.device("cpu"), 16)["val/loss"]
+
+    assert reached(0) < 0.9 * reached(5)
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,8 @@ class QwenImageEdit(Family):
     def skeleton(self) -> torch.nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
+        # The published config has entries of no use, which are told of.
+        quiet_libraries()
         with weightless():
             return QwenImageTransformer2DModel.from_config(self.config("transformer"))
 
