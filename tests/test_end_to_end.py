@@ -88,7 +88,7 @@ print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.
     assert name.startswith("defaults")
     assert params["method.rank"] == "16" and float(params["optimizer.lr"]) > 0 and params["steps"] == "200"
     assert not any(key.startswith(("hardware", "tracking", "evaluation", "out")) for key in params)
-    assert tags["attempt.1.hardware.device"] == "auto"
+    assert "hardware.device=auto" in tags["attempt.1.settings"] and "torch " in tags["attempt.1.versions"]
     assert tags["identity"] == folder.name
     assert history["train/loss"] == 200 and history["val/loss"] == 5
     assert metrics["val/psnr"] == pytest.approx(values(folder, "val/psnr")[200])

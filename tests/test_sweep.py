@@ -79,13 +79,20 @@ def test_a_refused_member_does_not_stop_the_rest_which_mlflow_shows_under_the_sw
     client, experiment = connect(f"sqlite:///{tmp_path / 'mlflow.db'}", "trainer")
     runs = client.search_runs([experiment])
     (top,) = (run for run in runs if "trainer.sweep" in run.data.tags)
-    assert top.info.status == "FAILED" and top.info.run_name.startswith("sweep method.rank=0,2")
+    assert top.info.status == "FAILED" and top.info.run_name.startswith("sweep rank=0,2")
     assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run != top} == {top.info.run_id} and len(runs) == 2
     assert all(run.info.status == "FINISHED" for run in runs if run != top)
     assert "| rank | method.rank |" in top.data.tags["mlflow.note.content"] and "#/compare-runs?" in top.data.tags["mlflow.note.content"]
     assert {file.path for file in client.list_artifacts(top.info.run_id)} >= {"ranking.csv", "ranking.md", "samples.png"}
 
-    assert "tags.mlflow.parentRunId%20%3D" in text
+    assert f"viewStateShareKey={top.info.run_id}" in text
+    state = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{top.info.run_id}"])
+    assert state["searchFilter"] == f"tags.mlflow.parentRunId = '{top.info.run_id}'" and "params.`method.rank`" in state["selectedColumns"]
+    assert (
+        "**Best: rank=2**" in top.data.tags["mlflow.note.content"]
+        and "get-artifact?path=samples.png" in top.data.tags["mlflow.note.content"]
+    )
+    assert top.data.metrics["val/loss"] == members(tmp_path)[1]["best_loss"]
 
 
 @pytest.mark.slow

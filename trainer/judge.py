@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ class Judge:
         return swapped(self.network, self.average)
 
     def _keep(self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path) -> dict[str, float]:
-        """Keep the first pictures as strips of control, before training, now and target; compare all with their targets."""
+        """Keep the first pictures beside control, before training and target; compare all with their targets."""
         from trainer.dataset import strip
 
         wanted = drawn(self.run, self.material)
@@ -118,7 +119,8 @@ class Judge:
             if comparable:
                 row["target"] = view.pixels()
             path = here / f"{i}-strip.png"
-            strip.save(path, strip.strip(row))
+            # As near to a square as they go: MLflow shows pictures in square frames.
+            strip.save(path, strip.strip(row, across=math.ceil(math.sqrt(len(row)))))
             words = re.sub(r"[^a-z0-9]+", "_", view.caption.lower()).strip("_")[:40]
             journal.picture(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
         return {"val/psnr": sum(likeness) / len(likeness)} if likeness else {}

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +48,14 @@ def name_of(run: Run, id: str, overrides: list[str]) -> str:
         return run.name
     silent = ("stage", "out", "name", "fresh", "resume", "tracking", "hardware", "hydra", "log", "save", "cache", "sweep")
     typed = [text.lstrip("+") for text in overrides if text.lstrip("+~").split("=")[0].split(".")[0] not in silent]
-    return f"{' '.join(typed) or 'defaults'} [{id[:6]}]"[:250]
+    return f"{short(typed)[:240] or 'defaults'} [{id[:6]}]"
+
+
+def short(settings: Sequence[str]) -> str:
+    """`optimizer.lr=1e-4 method.rank=4` as `lr=1e-4 rank=4`, for lists are narrow; names that would then be the same stay whole."""
+    lasts = Counter(text.partition("=")[0].rpartition(".")[2] for text in settings)
+    pairs = [text.partition("=") for text in settings]
+    return " ".join((key if lasts[last := key.rpartition(".")[2]] > 1 else last) + mark + value for key, mark, value in pairs)
 
 
 def provenance(device: Any) -> dict[str, Any]:
@@ -100,10 +108,20 @@ def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int
     }
     if manifest["parent"]:
         fixed["trainer.parent"] = manifest["parent"]
+    machine = f"{begun['host']}: {begun['device']}, {begun['threads']} threads, {begun['platform']}, Python {begun['python']}"
     loose = config.plain(run)
-    kept = {name: loose[name] for name in ("hardware", "evaluation", "sample", "save", "log")}
-    values = config.flat({**begun, **kept})
-    return fixed | {f"attempt.{attempt}.{name}": str(value) for name, value in values.items() if value is not None}
+    # One tag each: MLflow shows them all, and dozens would hide those above.
+    values = {
+        "git": begun["git"],
+        "machine": machine,
+        "versions": ", ".join(f"{name} {number}" for name, number in {"trainer": begun["program"], **begun["packages"]}.items()),
+        "settings": _typed({name: loose[name] for name in ("hardware", "evaluation", "sample", "save", "log")}),
+    }
+    return fixed | {f"attempt.{attempt}.{name}": value for name, value in values.items() if value}
+
+
+def _typed(settings: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.flat(settings).items() if value is not None)
 
 
 def description(run: Run, folder: Path, counts: str) -> str:
@@ -113,7 +131,8 @@ def description(run: Run, folder: Path, counts: str) -> str:
     return (
         f"**{kinds['method']}** on `{run.model.path}` with **{kinds['dataset']}** data{source}: {counts}.\n\n"
         "Judge by **val/loss** (held out, fixed noise and times: lower is better, comparable between runs) and **val/psnr** "
-        "(drawn pictures against targets, dB). Pictures: *Model metrics > samples*, with a step slider.\n\n"
+        "(drawn pictures against targets, dB; higher is better). Pictures: *Model metrics > samples*, with a step slider; "
+        "the corner of a card enlarges it.\n\n"
         f"Folder: `{folder.absolute()}`"
     )
 

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import files
 from trainer.errors import Ending, Interrupted
-from trainer.report import say
+from trainer.report import say, short
 
 if TYPE_CHECKING:
     from trainer.tracking import Sink, Tracking
+    from trainer.tracking.journal import Journal
 
 PARENT = "TRAINER_PARENT_RUN"
 """Names the MLflow run that the runs of this process are shown under."""
@@ -139,7 +140,7 @@ class Sweep:
             journal.event("sweep", members=[member.title for member in mine])
             self._parent = _run_of(sink, lambda: self._signal)
             self._work(deque(mine))
-            self._sum_up(sink)
+            self._sum_up(sink, journal)
             if self._signal:
                 raise Interrupted(self._signal)
             if any(member.status == FAILED for member in mine):
@@ -233,13 +234,13 @@ class Sweep:
     def _shown(self, journal: Any) -> Sink:
         from trainer.tracking import open_sink
 
-        name = " ".join(["sweep", *(f"{key}={','.join(values)}" for key, values in _values(self.members).items())])
+        varied = [f"{key}={','.join(values)}" for key, values in _values(self.members).items()]
         return open_sink(
             self.tracking,
             self.out,
             self.folder,
             journal,
-            name=f"{name[:240]} [{self.folder.name[:6]}]",
+            name=f"sweep {short(varied)[:230]} [{self.folder.name[:6]}]",
             params={},
             tags={
                 "trainer.sweep": self.folder.name,
@@ -250,13 +251,19 @@ class Sweep:
             description=f"**Sweep** of {len(self.members)} runs, going on. Folder: `{self.folder.absolute()}`",
         )
 
-    def _sum_up(self, sink: Sink) -> None:
+    def _sum_up(self, sink: Sink, journal: Journal) -> None:
         """Tables and pictures in the folder, on the terminal and in MLflow."""
         from trainer.tracking import gather, links
 
         files.write(self.folder / "ranking.csv", ranking_csv(self.members))
         pictures = [picture for picture in (self._heat_map(), self._samples()) if picture]
-        runs = [Path(member.folder) for member in self.members if member.folder]
+        best = ranked(self.members)
+        if best:
+            # Its run shows what the sweep has reached, beside runs that stand alone.
+            reached = {"val/loss": best[0].best_loss, "val/psnr": best[0].psnr}
+            journal.metrics(len(best), {name: value for name, value in reached.items() if _is_number(value)})
+        # The best first, as in the table.
+        runs = [Path(member.folder) for member in [*best, *(m for m in self.members if m not in best)] if member.folder]
         where = links(self.tracking, sink, runs)
         linked = "".join(f"\n{title}: {link}" for title, link in where.items())
         table = ranking(self.members)
@@ -264,16 +271,17 @@ class Sweep:
         say(f"\n{_aligned(table)}\n{linked}")
         for picture in pictures:
             say(f"{picture}")
+        result = f"**Best: {_short(best[0])}**, val/loss {best[0].best_loss:.4f}" if best else "**None finished with a held-out loss**"
+        pages = " | ".join(f"[{title}]({''.join(link.partition('#')[1:])})" for title, link in where.items() if title != "summary")
         gather(
             self.tracking,
             self.out,
             sink,
             runs,
-            description=f"**Sweep** of {len(self.members)} runs, ranked by **val/loss** (held out; lower is better).\n\n"
-            + table
-            + "".join(f"\n\n[{title}]({link.partition('#')[1]}{link.partition('#')[2]})" for title, link in where.items())
+            description=f"{result}; of {len(self.members)} runs, ranked by val/loss (held out; lower is better).\n\n{pages}\n\n{table}"
             + f"\n\nFolder: `{self.folder.absolute()}`",
             artifacts=[self.folder / "ranking.csv", self.folder / "ranking.md", *pictures],
+            varied=list(_values(self.members)),
         )
 
     def _heat_map(self) -> Path | None:
@@ -407,8 +415,7 @@ def _values(members: Sequence[Member]) -> dict[str, list[str]]:
 
 
 def _short(member: Member) -> str:
-    """`lr=1e-4 rank=4`"""
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in member.varied.items()) or f"{member.number}"
+    return short([f"{key}={value}" for key, value in member.varied.items()]) or f"{member.number}"
 
 
 def _is_number(value: Any) -> bool:

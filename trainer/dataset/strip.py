@@ -28,19 +28,20 @@ def load(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def strip(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Pictures (H, W, 3) of one size side by side, each under its name, as one picture."""
+def strip(pictures: Mapping[str, np.ndarray], across: int | None = None) -> np.ndarray:
+    """Pictures (H, W, 3) of one size, each under its name, as one picture: `across` a row (null: all side by side)."""
+    across = across or len(pictures)
     first = next(iter(pictures.values()))
     factor = max(1, -(-SMALLEST // min(first.shape[:2])))
     height, width = (side * factor for side in first.shape[:2])
     label, gap = max(20, height // 12), max(4, height // 48)
-    sheet = Image.new("RGB", (len(pictures) * (width + gap) - gap, height + label), "white")
+    sheet = Image.new("RGB", (across * (width + gap) - gap, -(-len(pictures) // across) * (height + label)), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(label * 0.7)
-    for column, (name, picture) in enumerate(pictures.items()):
-        left = column * (width + gap)
-        pen.text((left + width / 2, label / 2), name, fill="black", font=font, anchor="mm")
-        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, label))
+    for number, (name, picture) in enumerate(pictures.items()):
+        left, top = number % across * (width + gap), number // across * (height + label)
+        pen.text((left + width / 2, top + label / 2), name, fill="black", font=font, anchor="mm")
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top + label))
     return np.asarray(sheet)
 
 

@@ -97,20 +97,33 @@ def links(settings: Tracking, parent: Sink, folders: Sequence[Path]) -> dict[str
     from trainer.tracking import sink, ui
 
     base = settings.uri if settings.uri and settings.uri.startswith("http") else f"http://{ui.HOST}:{ui.PORT}"
-    found = {"curves": ui.children_link(base, parent.experiment_id, parent.run_id)}
+    found = {
+        "summary": ui.run_link(base, parent.experiment_id, parent.run_id),
+        "curves and pictures": ui.children_link(base, parent.experiment_id, parent.run_id),
+    }
     if runs := sink.runs_of(folders, parent.experiment_id):
         found["comparison"] = ui.compare_link(base, parent.experiment_id, runs)
     return found
 
 
 def gather(
-    settings: Tracking, out: Path, parent: Sink, folders: Sequence[Path], *, description: str, artifacts: Sequence[Path] = ()
+    settings: Tracking,
+    out: Path,
+    parent: Sink,
+    folders: Sequence[Path],
+    *,
+    description: str,
+    artifacts: Sequence[Path] = (),
+    varied: Sequence[str] = (),
 ) -> None:
-    """Put the runs in these folders under the run of `parent` where they are under none, and give that its text and files; never raises."""
+    """Put the runs in these folders under the run of `parent` where they are under none, and give that its text and files; never raises.
+
+    Pictures among the files are shown below the text. `varied` are the settings (params) that tell the runs from each other.
+    """
     if isinstance(settings, MLflow) and parent.run_id is not None:
         from trainer.tracking import sink
 
-        sink.gather(sink.address(settings.uri, out), parent, folders, description, artifacts)
+        sink.gather(sink.address(settings.uri, out), parent, folders, description, artifacts, varied)
 
 
 def _check(uri: str) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote
 
 from trainer import errors, files
-from trainer.tracking import MLflow, Sink
+from trainer.tracking import MLflow, Sink, view
 from trainer.tracking import journal as journals
 from trainer.tracking.journal import Journal, read
 
@@ -284,7 +284,7 @@ class Remote:
 
         if self._known_pictures is None:
             self._known_pictures = {posixpath.basename(file.path) for file in self.client.list_artifacts(self.run_id, "images")}
-        step, key = record["step"], re.sub(r"[^\w\-./ ]", "_", record["key"], flags=re.ASCII)
+        step, key = record["step"], _picture_key(record)
         name = f"{key.replace('/', '~')}+step+{step}+timestamp+{round(record['time'] * 1000)}+{uuid.uuid5(uuid.NAMESPACE_OID, f'{key} {step}')}"
         if f"{name}+compressed.webp" in self._known_pictures:
             return
@@ -355,18 +355,32 @@ def runs_of(folders: Sequence[Path], experiment_id: str | None) -> list[str]:
     return list(dict.fromkeys(note["run_id"] for note in notes if note.get("run_id") and note.get("experiment_id") == experiment_id))
 
 
-def gather(uri: str, parent: Sink, folders: Sequence[Path], description: str, artifacts: Sequence[Path]) -> None:
+def gather(uri: str, parent: Sink, folders: Sequence[Path], description: str, artifacts: Sequence[Path], varied: Sequence[str]) -> None:
     """See `trainer.tracking.gather`."""
     try:
         client = _mlflow().MlflowClient(uri, uri)
         for run_id in runs_of(folders, parent.experiment_id):
             if "mlflow.parentRunId" not in client.get_run(run_id).data.tags:
                 client.set_tag(run_id, "mlflow.parentRunId", parent.run_id, synchronous=True)
-        client.set_tag(parent.run_id, "mlflow.note.content", _shorten(description, 8000), synchronous=True)
         for path in artifacts:
             client.log_artifact(parent.run_id, str(path))
+        shown = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid={parent.run_id})" for path in artifacts if path.suffix == ".png"]
+        client.set_tag(parent.run_id, "mlflow.note.content", "\n\n".join([_shorten(description, 7000), *shown]), synchronous=True)
+        state = view.children(parent.run_id, [_clean(name) for name in varied], *_pictures(folders))
+        client.set_experiment_tag(parent.experiment_id, view.TAG + parent.run_id, state)
     except Exception as error:  # whatever goes wrong here, the runs are done and the tables written
         log.warning("MLflow at %s: %s. It lacks the sums of this sweep; the same command sends them.", uri, _one_line(error))
+
+
+def _pictures(folders: Sequence[Path]) -> tuple[list[str], int]:
+    """The keys of the pictures in these folders' journals, and their last step."""
+    found = [record for folder in folders for _, record in read(folder / journals.FILE_NAME) if record["kind"] == journals.PICTURE]
+    return sorted({_picture_key(record) for record in found}), max((record["step"] for record in found), default=0)
+
+
+def _picture_key(record: dict[str, Any]) -> str:
+    """As the picture is called in MLflow."""
+    return re.sub(r"[^\w\-./ ]", "_", record["key"], flags=re.ASCII)
 
 
 NOTE = "tracking.json"
@@ -416,7 +430,8 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     if found is None:
         try:
             # The kind makes the UI open its page for training; as it comes, that for chat applications, which is empty.
-            return client.create_experiment(name, artifacts, {"mlflow.experimentKind": "custom_model_development"})
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifacts, {**kind, view.TAG + view.RUNS: view.runs()})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -425,6 +440,8 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
         # Its name can be used in no other way.
         client.restore_experiment(found.experiment_id)
         log.info("The MLflow experiment %s had been deleted, and is back.", name)
+    if found.tags.get(view.TAG + view.RUNS) != view.runs():
+        client.set_experiment_tag(found.experiment_id, view.TAG + view.RUNS, view.runs())
     return found.experiment_id
 
 

@@ -16,13 +16,15 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
+from trainer.tracking import view
+
 HOST = "127.0.0.1"
 PORT = 5000
 
 
 def runs_link(base_url: str, experiment_id: str) -> str:
-    """The page with the runs of an experiment. Without the workflow type MLflow opens an empty page for chat applications."""
-    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    """The runs of an experiment with their losses. Without the workflow type MLflow opens an empty page for chat applications."""
+    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view.RUNS}"
 
 
 def run_link(base_url: str, experiment_id: str, run_id: str) -> str:
@@ -31,17 +33,9 @@ def run_link(base_url: str, experiment_id: str, run_id: str) -> str:
 
 
 def children_link(base_url: str, experiment_id: str, run_id: str) -> str:
-    """The curves of all runs under one, the best by held-out loss first. Sorted by time, MLflow would hide them under the collapsed parent."""
-    query = {
-        "workflowType": "machine_learning",
-        "searchFilter": f"tags.mlflow.parentRunId = '{run_id}'",
-        "orderByKey": "metrics.`val/loss`",
-        "orderByAsc": "true",
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "compareRunsMode": "CHART",
-    }
-    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+    """The runs under one, as `view.children` has it: their curves and pictures beside each other; MLflow's own button turns to the table."""
+    query = f"workflowType=machine_learning&viewStateShareKey={run_id}&compareRunsMode=CHART"
+    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
 
 
 def compare_link(base_url: str, experiment_id: str, run_ids: list[str]) -> str:
