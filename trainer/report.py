@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow", "safetensors")
 
+ATTEMPT = ("hardware", "evaluation", "sample", "save", "log")
+"""The rooms whose settings may differ between attempts at one run."""
+
 
 def say(text: str) -> None:
     """To the terminal and to the run's log; of several processes the main one speaks."""
@@ -43,10 +46,10 @@ def size(count: float) -> str:
 
 
 def name_of(run: Run, id: str, overrides: list[str]) -> str:
-    """How MLflow lists the run: what was typed, for that is what tells it from its neighbours."""
+    """How MLflow lists the run: what was typed and bears on the result, for that is what tells it from its neighbours."""
     if run.name:
         return run.name
-    silent = ("stage", "out", "name", "fresh", "resume", "tracking", "hardware", "hydra", "log", "save", "cache", "sweep")
+    silent = ("stage", "out", "name", "fresh", "resume", "hydra", "sweep", "export", *ATTEMPT, "tracking", "cache")
     typed = [text.lstrip("+") for text in overrides if text.lstrip("+~").split("=")[0].split(".")[0] not in silent]
     return f"{short(typed)[:240] or 'defaults'} [{id[:6]}]"
 
@@ -115,7 +118,7 @@ def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int
         "git": begun["git"],
         "machine": machine,
         "versions": ", ".join(f"{name} {number}" for name, number in {"trainer": begun["program"], **begun["packages"]}.items()),
-        "settings": _typed({name: loose[name] for name in ("hardware", "evaluation", "sample", "save", "log")}),
+        "settings": _typed({name: loose[name] for name in ATTEMPT}),
     }
     return fixed | {f"attempt.{attempt}.{name}": value for name, value in values.items() if value}
 

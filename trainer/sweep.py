@@ -181,7 +181,9 @@ class Sweep:
         environment.pop(PARENT, None)
         if self._parent:
             environment[PARENT] = self._parent
-        command = [sys.executable, "-m", "trainer", *self.flags, *member.overrides, "hydra.mode=RUN"]
+        # What varies first: a run is called by what was typed, and lists are narrow.
+        overrides = sorted(member.overrides, key=lambda text: text.lstrip("+").partition("=")[0] not in member.varied)
+        command = [sys.executable, "-m", "trainer", *self.flags, *overrides, "hydra.mode=RUN"]
         with files.storage("write", log), open(log, "wb") as output:
             # A session of its own: Ctrl-C in a terminal reaches it once, through us.
             process = subprocess.Popen(
