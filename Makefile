@@ -34,7 +34,7 @@ faults: $(READY)  ## let the program die in every way it must survive, some 400 
 ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
 	$(BIN)/python -m trainer.tracking.ui --out $(OUT)
 
-pictures: $(READY)  ## draw the pictures and curves of the README, in about four minutes on two cores
+pictures: $(READY)  ## draw the pictures and curves of the README, in about six minutes of one core
 	$(BIN)/python -m bench.pictures
 
 bench: $(READY)  ## measure how fast the program is and write it into the README, in about a quarter of an hour on two idle cores

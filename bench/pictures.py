@@ -1,6 +1,6 @@
 """The README's pictures: the default run beside others that differ in rank and learning rate, and what the base can do without any.
 
-`make pictures` trains each (some forty seconds on two cores), writes docs/*.png and prints the figures.
+`make pictures` trains each, writes docs/*.png and prints the figures.
 """
 
 from __future__ import annotations
