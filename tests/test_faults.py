@@ -363,7 +363,7 @@ MOMENTS = [
     ("trainer.network:build", 1, True),
     ("trainer.judge:held_out_loss", 1, False),
     ("trainer.judge:held_out_loss", 2, True),
-    ("trainer.judge:Judge._draw", 3, True),
+    ("trainer.dataset.strip:save", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
     ("trainer.tracking.journal:Journal.metrics", 4, False),
@@ -379,8 +379,9 @@ MOMENTS = [
 def told_to_stop(lab: Lab, out: Path, trial: int) -> None:
     number = (signal.SIGTERM, signal.SIGINT)[trial % 2]
     where, call, after = MOMENTS[trial // 2]
-    settings = [f"cache.path={out}/cache"]
-    assert_stops(lab, out, lab.run(out, *settings, before=at(where, call, to_itself(number), after)), number)
+    # Its own cache, so that there is something to fill; an average, which takes the weights' place while it is judged.
+    settings = [f"cache.path={out}/cache", AVERAGE]
+    assert_stops(lab, out, lab.run(out, *settings, before=at(where, call, to_itself(number), after)), number, AVERAGE)
 
 
 @fault("F13", "SIGTERM and Ctrl-C at a random moment, to the loader's workers too", 30, [11])
@@ -457,7 +458,7 @@ def sweep_told_to_stop(lab: Lab, out: Path, trial: int) -> None:
 
 def second_member(out: Path) -> int:
     """The process of the second member of a sweep, once it trains; at its very first step it waits for what comes."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + at_leisure(60)
     while time.monotonic() < deadline:
         begun = [path for path in out.glob("*/journal.jsonl") if not (path.parent / "summary.json").exists()]
         if begun and len(list(out.glob("*/journal.jsonl"))) == 2:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import Run
-from trainer.errors import is_out_of_memory
+from trainer.errors import Storage, is_out_of_memory
 from trainer.evaluation import held_out_loss, psnr
 from trainer.material import Material, drawn, held_out, unconditional
 from trainer.method import swapped
+from trainer.report import say
 from trainer.sample import pictures
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ class Judge:
         """
         began = time.perf_counter()
         values, images = self._asked()
-        values |= self._keep(images, step, folder, journal, before or folder)
+        # Closed whatever happens: while it draws, the average is in the weights' place, and a signal must not have that saved.
+        with contextlib.closing(images):
+            values |= self._keep(images, step, folder, journal, before or folder)
         journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
         return values.get("val/loss")
 
@@ -77,7 +81,7 @@ class Judge:
         for _ in self._asked()[1]:
             pass
 
-    def _asked(self) -> tuple[dict[str, float], Iterator[tuple[int, np.ndarray]]]:
+    def _asked(self) -> tuple[dict[str, float], Generator[tuple[int, np.ndarray]]]:
         """All for which `evaluate` asks the network: held-out losses, and what it draws, when it is taken."""
         views = held_out(self.run, self.material, self.run.evaluation.samples)
         rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
@@ -104,14 +108,14 @@ class Judge:
 
         wanted = drawn(self.run, self.material)
         here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
-        likeness = []
+        likeness, full = [], None
         for place, image in images:
             i, (view, comparable) = place + 1, wanted[place]
             if comparable:
                 likeness.append(psnr(image, view.pixels()))
-            if i > self.run.evaluation.shown:
+            # Without room for them the rest is measured all the same.
+            if i > self.run.evaluation.shown or full:
                 continue
-            strip.save(here / f"{i}.png", image)
             row = {name.replace("_", " "): view.picture(name) for name in view.controls}
             if step and (first / f"{i}.png").exists():
                 row["before training"] = strip.load(first / f"{i}.png")
@@ -119,8 +123,15 @@ class Judge:
             if comparable:
                 row["target"] = view.pixels()
             path = here / f"{i}-strip.png"
-            # As near to a square as they go: MLflow shows pictures in square frames.
-            strip.save(path, strip.strip(row, across=math.ceil(math.sqrt(len(row)))))
+            try:
+                strip.save(here / f"{i}.png", image)
+                # As near to a square as they go: MLflow shows pictures in square frames.
+                strip.save(path, strip.strip(row, across=math.ceil(math.sqrt(len(row)))))
+            except Storage as error:
+                full = f"{error} This evaluation goes without its pictures."
+                journal.event("warning", text=full)
+                say(full)
+                continue
             words = re.sub(r"[^a-z0-9]+", "_", view.caption.lower()).strip("_")[:40]
             journal.picture(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
         return {"val/psnr": sum(likeness) / len(likeness)} if likeness else {}
