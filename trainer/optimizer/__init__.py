@@ -33,6 +33,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
             raise Usage(f"optimizer.lr={self.lr:g} trains nothing; type a learning rate above 0, such as 1e-4")
+        if self.weight_decay < 0:
+            raise Usage(f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """torch's optimizer of these parameters, in one group, whose `lr` the loop sets before each step."""
@@ -63,6 +65,8 @@ class Adam(Optimizer):
         Optimizer.__post_init__(self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise Usage(f"optimizer.betas={self.betas} are not two numbers from 0 to below 1; type for example optimizer.betas=[0.9,0.999]")
+        if not self.eps > 0:
+            raise Usage(f"optimizer.eps={self.eps:g} may divide by zero; type a number above 0, such as 1e-8")
 
 
 @dataclass(slots=True)
