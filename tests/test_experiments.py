@@ -1,15 +1,16 @@
-"""The recipes that edit pictures, each for two steps on the tiny self of its model."""
+"""The recipes: the values of the guides they are made of, and each for two steps on the tiny self of its model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
-from layouts import pairs
+from layouts import arrays, captions_json, imagefolder, pairs
 
-from trainer import model
+from trainer import config, model
 from trainer.__main__ import main
 from trainer.command_line import CONF
 
@@ -43,3 +44,153 @@ def test_a_recipe_trains_its_model_and_exports_what_it_trained(name: str, data: 
     assert run["method"]["alpha"] == recipe["method"]["alpha_per_rank"] * 16
     assert run["dataset"]["caption_dropout"] == run["dataset"]["control_dropout"] == recipe["dataset"]["control_dropout"] > 0
     assert run["batch"] == recipe["batch"]
+
+
+SHOES = {
+    "model.kind": "sd15",
+    "precision.storage": "fp32",
+    "method.rank": 8,
+    "method.alpha": 16,
+    "method.dropout": 0,
+    "method.init": "gaussian",
+    "method.targets": ["to_k", "to_q", "to_v", "to_out.0"],
+    "dataset.kind": "captions_json",
+    "dataset.resolution": "512",
+    "steps": 3000,
+    "batch": 16,
+    "max_grad_norm": 1,
+    "optimizer.lr": 1e-4,
+    "lr_scheduler.kind": "cosine",
+    "lr_scheduler.warmup": 500,
+    "hardware.device": "mps",
+    "hardware.micro_batch": 2,
+    "hardware.gradient_checkpointing": True,
+    "evaluation.every": 500,
+    "evaluation.images_per_prompt": 4,
+    "evaluation.shown": 16,
+    "sample.steps": 25,
+    "save.every": 500,
+    "save.keep": 5,
+}
+GUIDES = {
+    "floorplans_a100": {
+        "model.kind": "sd15",
+        "model.objective.schedule": "scaled_linear",
+        "model.objective.timesteps": 1000,
+        "method.kind": "full",
+        "method.master_weights": "fp32",
+        "precision.compute": "float16",
+        "optimizer.kind": "adamw8bit",
+        "optimizer.lr": 5e-6,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.eps": 1e-8,
+        "lr_scheduler.kind": "cosine_restarts",
+        "lr_scheduler.min_ratio": 0.1,
+        "dataset.kind": "arrays",
+        "dataset.resolution": "512",
+        "epochs": 15,
+        "batch": 8,
+        "max_grad_norm": 1,
+        "hardware.card.memory_gib": 40,
+        "hardware.micro_batch": 2,
+        "hardware.gradient_checkpointing": True,
+        "evaluation.every": 250,
+        "sample.steps": 20,
+        "sample.guidance": 7.5,
+        "save.every": 500,
+    },
+    "sdxl_lora": {
+        "model.kind": "sdxl",
+        "model.vae": "madebyollin/sdxl-vae-fp16-fix",
+        "method.rank": 8,
+        "method.alpha": 16,
+        "method.dropout": 0.1,
+        "method.targets": ["to_k", "to_q", "to_v", "to_out.0"],
+        "precision.compute": "float16",
+        "optimizer.lr": 1e-4,
+        "dataset.kind": "imagefolder",
+        "dataset.caption_column": "text",
+        "dataset.image_column": "file_name",
+        "epochs": 100,
+        "batch": 4,
+        "hardware.micro_batch": 1,
+        "save.every": 500,
+        "save.keep": 5,
+    },
+    "shoes_m2_max": SHOES,
+    "[shoes_m2_max,best_quality]": SHOES
+    | {
+        "method.rank": 16,
+        "method.alpha": 32,
+        "optimizer.lr": 5e-5,
+        "lr_scheduler.warmup": 1000,
+        "steps": 5000,
+        "evaluation.every": 250,
+    },
+    "[shoes_m2_max,quick]": SHOES | {"method.rank": 4, "method.alpha": 8, "steps": 1500},
+    "[shoes_m2_max,small_memory]": SHOES | {"hardware.micro_batch": 1},
+}
+
+
+def resolved(*overrides: str) -> config.Run:
+    config.register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.typed(hydra.compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("recipe", GUIDES)
+def test_a_recipe_has_the_values_of_its_guide(recipe: str):
+    values = config.flat(config.plain(resolved(f"experiment={recipe}")))
+    wrong = {name: (values.get(name), wanted) for name, wanted in GUIDES[recipe].items() if values.get(name) != wanted}
+    assert wrong == {}
+    if "shoes" in recipe:
+        assert len(values["evaluation.prompts"]) == 4
+
+
+PRESETS = ["best_quality", "quick", "small_memory", "smoke", "debug"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"),
+    [(None, preset) for preset in PRESETS]
+    + [("sdxl_lora", preset) for preset in PRESETS]
+    + [("floorplans_a100", "smoke"), ("floorplans_a100", "debug")],
+)
+def test_a_preset_goes_on_top_of_a_recipe_and_stands_alone(recipe: str | None, preset: str):
+    own = resolved(*([f"experiment={recipe}"] if recipe else []))
+    run = resolved(f"experiment=[{recipe},{preset}]" if recipe else f"experiment={preset}")
+    assert (config.identity(run) == config.identity(own)) == (preset == "small_memory")
+    assert run.hardware.device == own.hardware.device
+
+
+def test_a_preset_of_another_method_is_refused_in_one_line(capsys: pytest.CaptureFixture):
+    assert main(["experiment=[floorplans_a100,quick]", "--cfg", "job"]) == 64
+    assert "method.rank: the method that is chosen beside it has no such setting" in capsys.readouterr().err
+
+
+SMALL = ["hardware=cpu", "precision=fp32", "model.vae=null", "sample.steps=1", "evaluation.samples=2", "tracking=none"]
+"""Places, sizes and lengths are this test's, all else the recipe's."""
+
+
+WALKS = [
+    ("[floorplans_a100,smoke]", "sd15", arrays, 5),
+    ("[sdxl_lora,debug]", "sdxl", imagefolder, 2),
+    pytest.param("[shoes_m2_max,debug]", "sd15", captions_json, 2, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("recipe", "family", "write", "counts"), WALKS)
+def test_a_recipe_with_a_preset_walks_all_the_way(
+    recipe: str, family: str, write, counts: int, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    write(tmp_path / "data", 10)
+    tiny = model.families()[family].tiny(tmp_path / "model")
+    places = [f"dataset.path={tmp_path / 'data'}", f"out={tmp_path / 'runs'}", "dataset.validation_fraction=0.3"]
+    assert main([f"experiment={recipe}", *SMALL, *tiny, *places]) == 0
+    told = capsys.readouterr().out
+    assert f"done at step {counts}: held-out loss" in told
+    assert " GiB\n" in told
+    trains_all = "all weights train and are kept in float32, products in float32"
+    assert (trains_all in told) == ("floorplans" in recipe)
+    assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors")) or trains_all in told

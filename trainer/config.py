@@ -466,6 +466,9 @@ def is_group(key: str) -> bool:
 def unknown(wrong: str, known: Sequence[str]) -> str:
     """What to say of a key that is not among the known ones: the setting of the same name elsewhere, or the nearest."""
     known = [key for key in known if ".suggested." not in key and not wrong.startswith(f"{key}.")]
+    if wrong in known:
+        room = wrong.partition(".")[0]
+        return f"{wrong}: the {room} that is chosen beside it has no such setting; type another {room}=OPTION, or leave one of the two out"
     leaf = {key: key.rpartition(".")[2] for key in known}
     last = wrong.rpartition(".")[2]
     near = [key for key in known if leaf[key] == last or _initials(last) == leaf[key] or last == _initials(leaf[key])]

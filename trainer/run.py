@@ -102,10 +102,21 @@ def check(run: Run, material: Material) -> None:
     say(
         f"optimizer   {config.option(run.optimizer)}, learning rate {run.optimizer.lr:g}, {config.option(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
     )
-    say(f"precision   weights {run.precision.storage.name}, products {run.precision.compute.name}, what trains fp32")
+    say(f"precision   {in_types(run)}")
     say(f"cache       {cache.root}: {len(missing)} entries to make, up to {size(bytes_missing)}")
     say(f"checkpoints up to {size(kept)} for {run.save.keep} and the best")
+    for remark in run.model.remarks():
+        say(f"remark      {remark}")
     report_data(run, material)
+
+
+def in_types(run: Run) -> str:
+    """Which types the weights have, and the products of a step."""
+    products = f"products in {run.precision.compute.value}"
+    if run.method.is_adapter:
+        return f"frozen weights {run.precision.storage.name}, {products}, what trains float32"
+    weights = str(run.method.dtype(run.precision.dtype())).removeprefix("torch.")
+    return f"all weights train and are kept in {weights}, {products}"
 
 
 def shapes(run: Run, view: View) -> dict[str, tuple[int, ...]]:
@@ -280,6 +291,9 @@ class Training:
         several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
         several += ", which hold a part of the network each" if self.processes.sharded else ""
         say(f"{self.place.folder}: {counts}, on {self.device}{several}")
+        say(f"precision: {in_types(run)}")
+        for remark in run.model.remarks():
+            self.warn(remark)
         number = 1 + self.journal.counts["attempt"]
         self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
 
@@ -431,6 +445,7 @@ class Training:
 
     def _finish(self) -> None:
         from trainer import export
+        from trainer.hardware import memory
         from trainer.network import weights_of
 
         folder, refusal = self.place.folder, None
@@ -446,6 +461,8 @@ class Training:
         self._sum_up("finished", how)
         best, last = self.state["best"], self.state["val_loss"]
         say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
+        used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory(self.device).items()}
+        say(", ".join(f"{name.replace('_', ' ')} {value:.2f} GiB" for name, value in used.items()))
         say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}; compare runs: make ui")
         for path in exported:
             say(f"exported {path}")
