@@ -234,6 +234,18 @@ def test_nothing_but_codes_and_scales_is_kept_for_the_backward_pass(storage: Sto
     assert sum(tensor.nbytes for tensor in kept) <= BYTES[storage] * 256**2 + 1200
 
 
+@pytest.mark.parametrize("storage", [Storage.fp8, Storage.nf4], ids=lambda storage: storage.name)
+def test_stored_layers_are_compiled_whole_and_alike_ones_once(storage: Storage):
+    layers = [stored_layer(storage, nn.Linear(32, 32)) for _ in range(12)]
+    forward = torch.compile(lambda layer, x: layer(x), backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for gradient in (True, False):
+        for layer in layers:
+            x = normal((4, 32), "x").requires_grad_(gradient)
+            torch.testing.assert_close(forward(layer, x), layer(x), rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_layers_are_read_and_stored_one_by_one():
     with weightless():
         network = nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), nn.Linear(32, 4))

@@ -5,7 +5,7 @@ bitsandbytes' own layers are not used: on some CPUs they pack the weights anew w
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -27,11 +27,16 @@ def four_bit(weight: torch.Tensor, device: torch.device, kind: str) -> tuple[Dec
 def taken_apart(codes: torch.Tensor, state) -> tuple[Decode, dict[str, torch.Tensor]]:
     """bitsandbytes' QuantState as `StoredLinear` keeps it."""
     tensors = {"codes": codes, "scale": state.absmax, "values": state.code}
-    decode = partial(decode_4bit, kind=state.quant_type, shape=tuple(state.shape), block=state.blocksize)
     if state.nested:
         tensors |= {"offset": state.offset, "scale_of_scales": state.state2.absmax, "values_of_scales": state.state2.code}
-        decode = partial(decode, block_of_scales=state.state2.blocksize)
-    return decode, tensors
+    blocks = state.blocksize, state.state2.blocksize if state.nested else 0
+    return decoder(state.quant_type, tuple(state.shape), *blocks), tensors
+
+
+@cache
+def decoder(kind: str, shape: tuple[int, int], block: int, block_of_scales: int) -> Decode:
+    """One object for all layers that are alike: torch.compile compiles each anew."""
+    return partial(decode_4bit, kind=kind, shape=shape, block=block, block_of_scales=block_of_scales)
 
 
 def decode_4bit(

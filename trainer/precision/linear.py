@@ -62,7 +62,11 @@ class StoredLinear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
-        return Product.apply(x, None if self.bias is None else self.bias.to(x.dtype), self.decode, *self.stored())
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.requires_grad and torch.is_grad_enabled():
+            return Product.apply(x, bias, self.decode, *self.stored())
+        # torch.compile cannot follow the other way where there is no gradient.
+        return functional.linear(x, self.decode(x.dtype, *self.stored()), bias)
 
 
 Read = Callable[[str], torch.Tensor]

@@ -43,7 +43,7 @@ def _float8(name: str, types: dict[str, str], read: Read, device: torch.device) 
             found = read(scale).float().flatten()
             # One for the layer, or one for each row.
             tensors["scale"] = (found[0] if len(found) == 1 else found).to(device)
-    return partial(decode_fp8, kind=weight.dtype), tensors
+    return FLOAT8[weight.dtype], tensors
 
 
 def _int8(name: str, types: dict[str, str], read: Read, device: torch.device) -> Taken:
@@ -56,4 +56,5 @@ def _four_bit(name: str, types: dict[str, str], read: Read, device: torch.device
     return taken_apart(read(start).to(device), bitsandbytes().functional.QuantState.from_dict(state, device))
 
 
+FLOAT8 = {kind: partial(decode_fp8, kind=kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2)}
 TAKEN = {"fp8": _float8, "int8": _int8, "4-bit": _four_bit}
