@@ -17,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
+
+import psutil
 
 from trainer.libraries import hide_bitsandbytes
 
@@ -69,7 +71,9 @@ def spread(ratios: list[float] | None) -> str:
     """Median, and quartiles."""
     if not ratios:
         return ""
-    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    if len(ratios) == 1:
+        return f"{ratios[0]:.3f}"
+    low, middle, high = quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -137,24 +141,21 @@ def bare(model: Path, tensors: Path, batch: int) -> Callable[[Callable[[], None]
 
 
 def memory(place: Path) -> Iterator[Row]:
-    """The program's memory at its highest over that of the bare loop; a run of ten steps from a warm cache, with its evaluations and ending."""
+    """The program's memory at its highest over that of the bare loop; a run of three steps from a warm cache, with its evaluations and ending."""
     for model, batch, more in ((MINI, 8, ()), (large_model(place), 1, ("evaluation.images=2", "evaluation.samples=2"))):
-        settings = [f"model.path={model}", f"batch={batch}", "steps=10", f"out={place / 'memory'}", *more]
+        settings = [f"model.path={model}", f"batch={batch}", "steps=3", f"out={place / 'memory'}", *more]
         tensors = cached_tensors(settings, place)
-        ours = [run(trainer_command(*settings, "fresh=true")).peak for _ in range(2)]
+        ours = run(trainer_command(*settings)).peak
         hidden = "import sys, runpy; sys.modules['bitsandbytes'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        theirs = [run([sys.executable, "-c", hidden, BARE, model, tensors, batch, 10]).peak for _ in range(2)]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        measured = f"{median(ours):.0f} / {median(theirs):.0f} MiB"
-        yield Row(f"peak memory over the bare loop's, {count(model):.{0 if batch == 1 else 1}f} M parameters", ratios, None, measured)
+        theirs = run([sys.executable, "-c", hidden, BARE, model, tensors, batch, 3]).peak
+        what = f"peak memory over the bare loop's, {count(model):.{0 if batch == 1 else 1}f} M parameters"
+        yield Row(what, [ours / theirs], None, f"{ours:.0f} / {theirs:.0f} MiB")
 
 
 def startup(place: Path) -> Iterator[Row]:
     """Composing a command line over what every program that trains has to do first."""
     pairs = [(run(trainer_command("--cfg", "job"), place), run([sys.executable, "-c", "import torch"], place)) for _ in range(10)]
-    clock, processor = ([getattr(a, kind) / getattr(b, kind) for a, b in pairs] for kind in ("seconds", "processor"))
-    times = " / ".join(f"{median(done.seconds for done in side):.2f}" for side in zip(*pairs, strict=True))
-    yield Row("`--cfg job` over `import torch`", clock, processor, f"{times} s", "at most 0.4")
+    yield side_by_side("`--cfg job` over `import torch`", *zip(*pairs, strict=True), "at most 0.4")
 
 
 def resume(place: Path) -> Iterator[Row]:
@@ -164,44 +165,41 @@ def resume(place: Path) -> Iterator[Row]:
         settings = [*tiny(place), *SMALL, "steps=20000", f"save.every={step}", f"out={place / f'stopped-{step}'}"]
         stopped[step] = settings, place / f"stopped-{step}"
         until(partial(there, place / f"stopped-{step}", f"*/checkpoints/step-{step:08d}"), trainer_command(*settings))
-    seconds = {NEAR: [], FAR: []}
+    begun = {NEAR: [], FAR: []}
     for _ in range(5):
         for step, (settings, out) in stopped.items():
             copy = place / "resumed"
             shutil.copytree(out, copy)
             (size,) = (journal.stat().st_size for journal in copy.glob(JOURNAL))
-            seconds[step].append(until(partial(trained, copy, size), trainer_command(*settings, f"out={copy}")))
+            begun[step].append(until(partial(trained, copy, size), trainer_command(*settings, f"out={copy}")))
             shutil.rmtree(copy)
-    ratios = [late / early for late, early in zip(seconds[FAR], seconds[NEAR], strict=True)]
-    times = " / ".join(f"{median(seconds[step]):.1f}" for step in (FAR, NEAR))
-    yield Row(f"to the first step, resumed at step {FAR:,} over at step {NEAR}", ratios, None, f"{times} s", "at most 1.2")
+    yield side_by_side(f"to the first step, resumed at step {FAR:,} over at step {NEAR}", begun[FAR], begun[NEAR], "at most 1.2")
 
 
 def pictures(place: Path) -> Iterator[Row]:
     """From typing the command to the first step, of many pictures that are cached already and of few."""
-    seconds: dict[int, list[float]] = {}
-    settings = {}
-    for amount in (PICTURES, PICTURES // 100):
+    settings, first, begun = {}, {}, {PICTURES: [], PICTURES // 100: []}
+    for amount in begun:
         folder = place / f"{amount} pictures"
         draw(folder, amount)
-        settings[amount] = [*tiny(place), *SMALL, "dataset=imagefolder", f"dataset.path={folder}", "steps=1000", "tracking=none"]
-        began = time.perf_counter()
-        run(trainer_command(*settings[amount], f"out={place / 'pictures'}", "stage=cache"))
-        seconds[amount] = [time.perf_counter() - began]
-    for i in range(3):
-        for amount in settings:
-            out = place / f"pictures-{amount}-{i}"
-            command = trainer_command(*settings[amount], f"cache.path={place / 'pictures' / 'cache'}", f"out={out}")
-            seconds[amount].append(until(partial(trained, out), command))
-    (first, *many), (_, *few) = seconds.values()
-    ratios = [a / b for a, b in zip(many, few, strict=True)]
-    yield Row(
-        f"to the first step with {PICTURES:,} cached pictures over with {PICTURES // 100}",
-        ratios,
-        None,
-        f"{median(many):.1f} / {median(few):.1f} s; checking and encoding them before {first:.0f} s",
-        "seconds",
+        settings[amount] = [*tiny(place), *SMALL, "dataset=imagefolder", f"dataset.path={folder}", "steps=1000"]
+        settings[amount] += [f"cache.path={place / 'cache'}", "tracking=none"]
+        first[amount] = run(trainer_command(*settings[amount], f"out={place / 'first'}", "stage=cache"))
+    for i in range(5):
+        for amount in begun:
+            out = place / f"{amount} {i}"
+            begun[amount].append(until(partial(trained, out), trainer_command(*settings[amount], f"out={out}")))
+    row = side_by_side(f"to the first step with {PICTURES:,} cached pictures over with {PICTURES // 100}", *begun.values(), "seconds")
+    row.measured += f"; checking and encoding them before: {first[PICTURES].seconds:.0f} s"
+    yield row
+
+
+def side_by_side(what: str, over: Sequence[Done], under: Sequence[Done], goal: str) -> Row:
+    clock, processor = (
+        [getattr(a, kind) / getattr(b, kind) for a, b in zip(over, under, strict=True)] for kind in ("seconds", "processor")
     )
+    times = " / ".join(f"{median(done.seconds for done in side):.1f}" for side in (over, under))
+    return Row(what, clock, processor, f"{times} s", goal)
 
 
 @dataclass(slots=True)
@@ -226,8 +224,8 @@ def run(command: list, cwd: Path | None = None) -> Done:
     return Done(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / unit)
 
 
-def until(reached: Callable[[], bool], command: list) -> float:
-    """Seconds from the start of a process to what is waited for; then it is killed."""
+def until(reached: Callable[[], bool], command: list) -> Done:
+    """A process from its start to what is waited for; then it is killed."""
     began = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen([str(word) for word in command], stdout=said, stderr=said)
@@ -237,7 +235,8 @@ def until(reached: Callable[[], bool], command: list) -> float:
                     said.seek(0)
                     raise SystemExit(f"{' '.join(map(str, command))}\n{said.read().decode()}")
                 time.sleep(0.01)
-            return time.perf_counter() - began
+            used = psutil.Process(process.pid)
+            return Done(time.perf_counter() - began, sum(used.cpu_times()[:2]), used.memory_info().rss / 2**20)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -274,12 +273,11 @@ def cached_tensors(settings: list[str], place: Path) -> Path:
     from safetensors.torch import save_file
 
     from trainer import command_line, config
-    from trainer.material import encode, prepare, views
+    from trainer.material import prepare
 
+    run(trainer_command(*settings, "stage=cache"))
     config.register()
-    composed = config.typed(command_line.preview(command_line.read(settings), settings), settings)
-    material = prepare(composed)
-    encode(composed, material, views(composed, material))
+    material = prepare(config.typed(command_line.preview(command_line.read(settings), settings), settings))
     rows = [material.cache.row(material.framing.view(sample)) for sample in material.split.train]
     path = place / "tensors.safetensors"
     save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, path)
