@@ -363,6 +363,8 @@ MOMENTS = [
     ("trainer.network:build", 1, True),
     ("trainer.judge:held_out_loss", 1, False),
     ("trainer.judge:held_out_loss", 2, True),
+    ("trainer.judge:held_out_loss", 4, True),
+    ("trainer.report:Progress.step", 3, False),
     ("trainer.dataset.strip:save", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
@@ -375,7 +377,7 @@ MOMENTS = [
 ]
 
 
-@fault("F13", "SIGTERM and Ctrl-C at every kind of moment", 2 * len(MOMENTS), [9, 15])
+@fault("F13", "SIGTERM and Ctrl-C at every kind of moment", 2 * len(MOMENTS), [10, 13, 14])
 def told_to_stop(lab: Lab, out: Path, trial: int) -> None:
     number = (signal.SIGTERM, signal.SIGINT)[trial % 2]
     where, call, after = MOMENTS[trial // 2]

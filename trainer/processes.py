@@ -206,7 +206,9 @@ class Processes:
             raise
 
     def stop_if_asked(self) -> None:
-        """Raise errors.Interrupted where a signal was noted during the last step; in all processes after the same one."""
+        """Raise errors.Interrupted where a signal was noted during the last step; in all processes after the same one. What the step did must be
+        written down: until then a signal waits."""
+        self.signals.release()
         if number := self.signals.seen if self.count == 1 else self._asked:
             raise Interrupted(number)
 

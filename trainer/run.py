@@ -191,7 +191,9 @@ class Training:
         # many steps in a row were not finite.
         self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0, "skipped": 0}
         loaded = self._restored()
-        self.step = self.saved = loaded.step if loaded else 0
+        self.step = loaded.step if loaded else 0
+        # The step whose checkpoint has all that is known of it.
+        self.saved = self.step
         self.average = self._average(loaded) if run.ema and (processes.main or processes.sharded) else None
         self.loss_scale = run.precision.loss_scale(self.state.get("loss_scale"))
         self.judge = Judge(run, material, self.network, self.device, self.average, may_halve=not processes.sharded)
@@ -204,7 +206,7 @@ class Training:
         self._begin()
         with shown(run, self.place, self.journal, overrides), Progress(self.steps, self.step, run.batch) as progress:
             try:
-                self._evaluate_if_due()
+                self._save_if_due(self._evaluate_if_due())
                 for done in self._steps():
                     self.step = done.number
                     speed = progress.step(done)
@@ -226,7 +228,7 @@ class Training:
     def _accompany(self) -> float | None:
         """`go` as it is for the processes that only train: the same meetings in the same order."""
         try:
-            self._evaluate_if_due()
+            self._save_if_due(self._evaluate_if_due())
             for done in self._steps():
                 self.step = done.number
                 self.processes.stop_if_asked()
@@ -326,7 +328,7 @@ class Training:
             self._even(batches, load(batches, self.step, self.steps, run.hardware.workers)),
             self.optimizer,
             lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
-            self.signals.noted,
+            self.signals.until_released,
             batch=run.batch,
             max_grad_norm=run.max_grad_norm,
             # Each process drops out other entries.
@@ -406,6 +408,9 @@ class Training:
             best = loss is not None and math.isfinite(loss) and (state["best"] is None or loss < state["best"])
             news = {"best": loss, "since_best": 0} if best else {"since_best": state["since_best"] + 1}
             state |= {"evaluated": self.step, "val_loss": loss} | news
+            if self.step == self.saved > 0:
+                # Saved by a stop in the midst of this evaluation, without what it found.
+                self.saved = -1
             self.network.train()
             return best
         return False

@@ -16,7 +16,9 @@ class Signals:
 
     def __init__(self) -> None:
         self._held = 0
+        self._waiting = False
         self._seen = 0
+        self._process = os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -40,7 +42,7 @@ class Signals:
             yield
         finally:
             self._held -= 1
-        if self._seen != seen and not self._held:
+        if self._seen != seen and not self._held and not self._waiting:
             raise Interrupted(self._seen)
 
     @contextmanager
@@ -52,6 +54,16 @@ class Signals:
         finally:
             self._held -= 1
 
+    @contextmanager
+    def until_released(self) -> Iterator[None]:
+        """What must not be torn, and all that follows up to `release`: a signal that comes meanwhile is only `seen`."""
+        self._waiting = True
+        yield
+
+    def release(self) -> None:
+        """The end of `until_released`."""
+        self._waiting = False
+
     def note(self) -> None:
         """From now on a signal is only `seen`, to the end of the process; a second one still ends it."""
         self._held += 1
@@ -62,10 +74,15 @@ class Signals:
         return self._seen
 
     def _handle(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:
+            # A child that was forked a moment ago, and has not come to `in_worker` yet.
+            in_worker()
+            os.kill(os.getpid(), number)
+            return
         if self._seen:
             os._exit(128 + number)
         self._seen = number
-        if not self._held:
+        if not self._held and not self._waiting:
             raise Interrupted(number)
 
 
