@@ -70,6 +70,7 @@ def test_min_snr_caps_the_weight_of_early_times(prediction: Prediction):
     snr = compute_snr(theirs(DDPMScheduler, plain), TIMES.long())
     weight = snr.clamp(max=5) / (snr if prediction is Prediction.epsilon else snr + 1)
     torch.testing.assert_close(capped.losses(out, clean, noise, TIMES), weight * plain.losses(out, clean, noise, TIMES), rtol=1e-4, atol=0)
+    assert capped.unweighted() == plain
     assert weight[0] < 0.01 or prediction is Prediction.v_prediction
 
 

@@ -52,6 +52,7 @@ def held_out_loss(
     """Mean loss over (sample id, row) pairs at nine fixed time quantiles, with noise fixed by the id: `val/loss`, and one value a quantile."""
     import torch
 
+    objective = family.objective.unweighted()
     points = [(quantile, name, row) for quantile in QUANTILES for name, row in rows]
     losses = [0.0] * len(points)
     for chunk in chunks([row for _, _, row in points], at_once):
@@ -59,10 +60,10 @@ def held_out_loss(
         clean = batch["latents"].float()
         noises = torch.stack([normal(tuple(clean.shape[1:]), "held-out", points[i][1], points[i][0]) for i in chunk]).to(device)
         shift = family.shift(*clean.shape[2:])
-        times = torch.tensor([family.objective.time(points[i][0], shift) for i in chunk]).to(device)
+        times = torch.tensor([objective.time(points[i][0], shift) for i in chunk]).to(device)
         with torch.no_grad():
-            prediction = predict(family.objective.noised(clean, noises, times), times, conditions(batch))
-        for i, loss in zip(chunk, family.objective.losses(prediction, clean, noises, times).tolist(), strict=True):
+            prediction = predict(objective.noised(clean, noises, times), times, conditions(batch))
+        for i, loss in zip(chunk, objective.losses(prediction, clean, noises, times).tolist(), strict=True):
             losses[i] = loss
     result = {"val/loss": math.fsum(losses) / len(losses)}
     for i, quantile in enumerate(QUANTILES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from itertools import pairwise
@@ -67,6 +67,10 @@ class Diffusion:
     def time(self, quantile: float, shift: float) -> float:
         """The timestep (0, 1, ...) below or at which this share of training times lies: all are equally likely. `shift` is of flows alone."""
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
+
+    def unweighted(self) -> Diffusion:
+        """The same where all times count alike, for losses that are compared between runs."""
+        return replace(self, min_snr=None)
 
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x_t for `clean`, `noise` (B, ...) and timesteps `time` (B,)."""

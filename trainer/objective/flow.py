@@ -52,6 +52,10 @@ class Flow:
         time = quantile if self.times is Times.uniform else 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
         return shift * time / (1 + (shift - 1) * time)
 
+    def unweighted(self) -> Flow:
+        """The same where all times count alike, for losses that are compared between runs."""
+        return self
+
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x_t for `clean`, `noise` (B, ...) and `time` (B,)."""
         time = time.view(-1, *[1] * (clean.dim() - 1))
