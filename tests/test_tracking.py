@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import errors, files
-from trainer.tracking import MLflow, NoTracking, Sink, curves, open_sink, ui
+from trainer import errors, files, report
+from trainer.tracking import MLflow, NoTracking, Sink, curves, open_sink, ui, view
 from trainer.tracking.journal import Journal, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -587,6 +587,43 @@ def test_smoothing_neither_lags_behind_nor_shortens():
 # The UI
 
 
+def test_an_experiment_has_the_view_that_our_link_opens_though_it_was_made_without(tmp_path):
+    from trainer.tracking.sink import address, connect
+
+    uri = address(None, tmp_path)
+    client, experiment = connect(uri, "trainer")
+    key = f"mlflow.sharedViewState.{view.RUNS}"
+    made = client.get_experiment(experiment).tags[key]
+    client.set_experiment_tag(experiment, key, "{}")
+    connect(uri, "trainer")
+    assert client.get_experiment(experiment).tags[key] == made == view.runs()
+    assert json.loads(made)["selectedColumns"][:2] == ["metrics.`val/loss`", "metrics.`val/psnr`"]
+
+
+def test_the_view_of_children_filters_sorts_and_shows_what_varies_with_pictures_free_of_settings():
+    state = json.loads(view.children("an id", ["optimizer.lr"], ["samples/1_night"], 40))
+    assert state["searchFilter"] == "tags.mlflow.parentRunId = 'an id'"
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
+    assert "params.`optimizer.lr`" in state["selectedColumns"] and "params.`method.rank`" not in state["selectedColumns"]
+    sections = {section["uuid"] for section in state["compareRunSections"]}
+    assert all(chart["metricSectionId"] in sections for chart in state["compareRunCharts"])
+    (picture,) = (chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE")
+    assert (picture["imageKeys"], picture["step"], picture["showRunParams"]) == (["samples/1_night"], 40, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ([], ""),
+        (["optimizer.lr=1e-4", "method.rank=4", "dataset=pairs"], "lr=1e-4 rank=4 dataset=pairs"),
+        (["model.path=a/b.c", "dataset.path=d", "seed=1"], "model.path=a/b.c dataset.path=d seed=1"),
+        (["dataset.edits=[night,outline]", "~ema"], "edits=[night,outline] ~ema"),
+    ],
+)
+def test_names_of_runs_are_short_and_tell_settings_apart(settings, name):
+    assert report.short(settings) == name
+
+
 @pytest.mark.slow
 def test_the_ui_prints_a_link_to_the_runs_and_leaves_nothing_behind(out):
     taken = socket.create_server(("127.0.0.1", 0))
@@ -597,7 +634,7 @@ def test_the_ui_prints_a_link_to_the_runs_and_leaves_nothing_behind(out):
     base, _, page = line.removeprefix("MLflow UI: ").partition("/#/")
     assert base.startswith("http://127.0.0.1:") and int(base.rpartition(":")[2]) > first
     experiment = page.split("/")[1]
-    assert page.startswith(f"experiments/{experiment}/runs?workflowType=machine_learning")
+    assert page.startswith(f"experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=trainer")
     with urllib.request.urlopen(f"{base}/api/2.0/mlflow/experiments/get?experiment_id={experiment}") as answer:
         assert json.load(answer)["experiment"]["name"] == "trainer"
     with urllib.request.urlopen(base) as answer:
