@@ -133,4 +133,4 @@ def test_settings_without_sense_are_refused(settings: dict, said: str):
 
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(Usage, match="type sample.steps=500"):
-        Diffusion(timesteps=500).sample(lambda x, t: x, torch.zeros(1, 1), 501, 1.0)
+        Diffusion(timesteps=500).check(501)

@@ -265,6 +265,7 @@ def check(run: Run) -> None:
     if run.cache.drop_unused and run.stage is not Stage.cache:
         raise Usage("cache.drop_unused=true deletes, which only stage=cache does; type stage=cache beside it")
     run.lr_scheduler.check(run.steps)
+    run.model.objective.check(run.sample.steps)
     run.export.chosen(run.method.formats)
     if not run.out:
         raise Usage("out is empty; type out=FOLDER, the place of the runs")

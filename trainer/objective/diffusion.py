@@ -64,6 +64,13 @@ class Diffusion:
                 f"model.objective.min_snr={self.min_snr:g} weighs everything away; type a number above 0 such as 5, or null for none"
             )
 
+    def check(self, sample_steps: int) -> None:
+        """Raise errors.Usage for more steps of drawing than there are timesteps."""
+        if sample_steps > self.timesteps:
+            raise Usage(
+                f"sample.steps={sample_steps}: the model knows {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer"
+            )
+
     def time(self, quantile: float, shift: float) -> float:
         """The timestep (0, 1, ...) below or at which this share of training times lies: all are equally likely. `shift` is of flows alone."""
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
@@ -96,9 +103,7 @@ class Diffusion:
         self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float
     ) -> torch.Tensor:
         """DDIM without noise (Song et al. 2021, eq. 12) from `noise` (B, ...) down to clean latents, at the timesteps that diffusers' DDIMScheduler
-        takes with `leading` spacing. Raises errors.Usage for more steps than there are timesteps."""
-        if steps > self.timesteps:
-            raise Usage(f"sample.steps={steps}: the model knows {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer")
+        takes with `leading` spacing."""
         stride = self.timesteps // steps
         times = [min(i * stride + OFFSET, self.timesteps - 1) for i in reversed(range(steps))]
         # The last step ends at the first timestep, whose noise is too little to be seen (set_alpha_to_one=False).

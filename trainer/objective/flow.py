@@ -43,6 +43,9 @@ class Flow:
         if self.std <= 0:
             raise Usage(f"model.objective.std={self.std:g} is no spread; type a number above 0, such as 1")
 
+    def check(self, sample_steps: int) -> None:
+        """Any number of steps draws."""
+
     def time(self, quantile: float, shift: float) -> float:
         """The time in (0, 1) below which this share of training times lies.
 
