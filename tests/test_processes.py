@@ -105,7 +105,11 @@ def told(ended: list[Ended]) -> list[str]:
     return [
         line
         for line in lines
-        if line and "training:" not in line and not line.startswith(("cache:", "continuing")) and " steps of " not in line
+        if line
+        and "training:" not in line
+        and "encoding:" not in line
+        and not line.startswith(("cache:", "continuing"))
+        and " steps of " not in line
     ]
 
 
