@@ -137,7 +137,9 @@ def fitting(lap: Lap, thread: int) -> Iterator[None]:
 def _fit_with_laps(*arguments: Any, **options: Any) -> Iterator[loop.Step]:
     for step in _fit(*arguments, **options):
         yield step
-        _laps[threading.get_ident()]()
+        # Not every run in a process that has imported this is a contender.
+        if lap := _laps.get(threading.get_ident()):
+            lap()
 
 
 loop.fit = _fit_with_laps

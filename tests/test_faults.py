@@ -634,7 +634,9 @@ def two_runs(lab: Lab, out: Path, trial: int) -> None:
             time.sleep(0.01)
 
     first = lab.start(out, *settings, before=at(FORWARD, 3, wait))
+    deadline = time.monotonic() + at_leisure(60)
     while not met.exists():
+        assert time.monotonic() < deadline, first.output.read_text()
         time.sleep(0.01)
     if trial == 0:
         second = lab.run(out, *settings)
