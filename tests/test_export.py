@@ -64,6 +64,11 @@ def prediction(family: Family, network: torch.nn.Module) -> torch.Tensor:
         return family.predict(network, rows.pop("latents"), torch.tensor([0.4]), rows)
 
 
+def assert_alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """That the difference is this small a part of what is predicted."""
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): files.sha256(path) for path in folder.rglob("*") if path.is_file()}
 
@@ -75,9 +80,9 @@ def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(famil
     expected = prediction(family, network)
     whole, beside = write(run, network, tmp_path / "export")
     again = dataclasses.replace(family, path=str(whole))
-    torch.testing.assert_close(prediction(again, again.network(torch.float32).eval()), expected, rtol=0, atol=1e-5)
+    assert_alike(prediction(again, again.network(torch.float32).eval()), expected)
     fresh = load_adapter(family.network(torch.float32).eval(), beside)
-    torch.testing.assert_close(prediction(family, fresh), expected, rtol=0, atol=1e-5)
+    assert_alike(prediction(family, fresh), expected)
     assert (prediction(family, family.network(torch.float32).eval()) - expected).abs().max() > 0.01
 
 
@@ -136,7 +141,7 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     assert model.Weights(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.network(dtype).eval())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if compute == "float32" else 0.1 * expected.abs().max().item())
+    assert_alike(found, expected, 1e-5 if compute == "float32" else 0.15)
 
 
 def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,7 +152,7 @@ def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family,
     pieces = sorted((path / family.denoiser).glob("*.safetensors"))
     assert len(pieces) > 3 and all(piece.stat().st_size < 80_000 for piece in pieces)
     again = dataclasses.replace(family, path=str(path))
-    torch.testing.assert_close(prediction(again, again.network(torch.float32).eval()), prediction(family, network), rtol=0, atol=1e-5)
+    assert_alike(prediction(again, again.network(torch.float32).eval()), prediction(family, network))
 
 
 def test_only_weights_configs_and_tokenizers_of_the_source_are_copied(family: Family, tmp_path: Path):
@@ -168,7 +173,7 @@ def test_whole_weights_are_exported_as_a_checkpoint(family: Family, tmp_path: Pa
     again = dataclasses.replace(family, path=str(path))
     kept = model.Weights(path / family.denoiser)
     assert all(torch.equal(kept(name), parameter) for name, parameter in trained(network).items())
-    torch.testing.assert_close(prediction(again, again.network(torch.float32).eval()), prediction(family, network), rtol=0, atol=1e-5)
+    assert_alike(prediction(again, again.network(torch.float32).eval()), prediction(family, network))
     assert export.after_training(run, network, trained(network), {}, tmp_path / "none") == []
 
 
