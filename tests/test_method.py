@@ -398,8 +398,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> program.Lab:
         "method=dora method.rank=2 method.dropout=0.1 precision=nf4 precision.compute=float32",
         "method=lokr method.rank=1 method.rank_dropout=0.2 method.module_dropout=0.2 precision=int8 precision.compute=float32 ema=0.9",
         pytest.param("method=loha method.rank=2 method.rank_dropout=0.2 ema=0.9 precision=fp4", marks=pytest.mark.slow),
-        "method=full method.master_weights=none precision=bf16 ema=0.9 optimizer.lr=1e-3",
-        pytest.param("method=full method.master_weights=none precision=bf16 optimizer=adamw8bit optimizer.lr=1e-3", marks=pytest.mark.slow),
+        "method=full method.master_weights=none precision=bf16 ema=0.9 optimizer.lr=1e-3 export={formats:[pipeline],dtype:float32}",
+        pytest.param(
+            "method=full method.master_weights=none precision=bf16 optimizer=adamw8bit optimizer.lr=1e-3 export.formats=[pipeline]",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_method_and_storage_continues_as_if_it_had_never_stopped(lab: program.Lab, settings: str):

@@ -75,11 +75,11 @@ class Rounded:
             yield turn
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "optimizer": self.inner.state_dict()}
+        return self.inner.state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self.inner.load_state_dict(state["optimizer"])
+        self.inner.load_state_dict({name: value for name, value in state.items() if name != "steps"})
 
 
 def _empty(parameter: torch.Tensor) -> torch.Tensor:
