@@ -64,7 +64,7 @@ def prediction(family: Family, network: torch.nn.Module) -> torch.Tensor:
         return family.predict(network, rows.pop("latents"), torch.tensor([0.4]), rows)
 
 
-def assert_alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+def assert_alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     """That the difference is this small a part of what is predicted."""
     assert (found - expected).norm() <= tolerance * expected.norm()
 
@@ -141,7 +141,7 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     assert model.Weights(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.network(dtype).eval())
-    assert_alike(found, expected, 1e-5 if compute == "float32" else 0.15)
+    assert_alike(found, expected, 1e-4 if compute == "float32" else 0.3)
 
 
 def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -108,7 +108,7 @@ def told(ended: list[Ended]) -> list[str]:
         if line
         and "training:" not in line
         and "encoding:" not in line
-        and not line.startswith(("cache:", "continuing"))
+        and not line.startswith(("cache:", "continuing", "precision:"))
         and " steps of " not in line
     ]
 

@@ -98,8 +98,11 @@ def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def parts(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """An optimizer's `state_dict` of whole tensors -> that of this process's parts of `parameters`."""
+    """An optimizer's `state_dict` of whole tensors -> that of this process's parts of `parameters`; as it is where they are whole."""
     import torch
+
+    if not any(map(is_part, parameters)):
+        return state
 
     def divided(value: Any, parameter: torch.Tensor) -> Any:
         is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
