@@ -145,11 +145,12 @@ def memory(place: Path) -> Iterator[Row]:
     for model, batch, more in ((MINI, 8, ()), (large_model(place), 1, ("evaluation.images=2", "evaluation.samples=2"))):
         settings = [f"model.path={model}", f"batch={batch}", "steps=3", f"out={place / 'memory'}", *more]
         tensors = cached_tensors(settings, place)
-        ours = run(trainer_command(*settings)).peak
         hidden = "import sys, runpy; sys.modules['bitsandbytes'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         theirs = run([sys.executable, "-c", hidden, BARE, model, tensors, batch, 3]).peak
         what = f"peak memory over the bare loop's, {count(model):.{0 if batch == 1 else 1}f} M parameters"
-        yield Row(what, [ours / theirs], None, f"{ours:.0f} / {theirs:.0f} MiB")
+        for told, extra in (("", ()), ("; without MLflow", ("tracking=none", f"out={place / 'untold'}"))):
+            ours = run(trainer_command(*settings, f"cache.path={place / 'memory/cache'}", *extra)).peak
+            yield Row(what + told, [ours / theirs], None, f"{ours:.0f} / {theirs:.0f} MiB")
 
 
 def startup(place: Path) -> Iterator[Row]:
