@@ -33,7 +33,7 @@ hide_bitsandbytes()  # it would be part of the bare loop's memory
 
 ROOT = Path(__file__).parents[1]
 README, MARKER = ROOT / "README.md", "<!-- bench -->"
-BARE = Path(__file__).parent / "bare.py"
+BARE, CHILD = (Path(__file__).parent / name for name in ("bare.py", "child.py"))
 MINI = ROOT / "trainer/model/mini_kontext/weights"
 LARGE = {
     "in_channels": 32,
@@ -103,7 +103,9 @@ def loops(place: Path) -> Iterator[Row]:
         gated="default",
     )
     sys.stderr = sys.__stderr__
-    yield raced(found, "bare", "default", steps, "trainer's speed over the bare loop's, 2.4 M parameters, batch 8", "at least 0.90")
+    yield raced(
+        found, "bare", "default", steps, f"trainer's speed over the bare loop's, {count(MINI):.1f} M parameters, batch 8", "at least 0.90"
+    )
     yield raced(found, "default", "none", steps, "a step with MLflow over one without", "at most 1.02")
     yield raced(found, "files", "none", steps, "an epoch from the cache's files over one from memory", "at most 1.10")
 
@@ -213,16 +215,11 @@ class Done:
 
 
 def run(command: list, cwd: Path | None = None) -> Done:
-    began = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{said.decode()}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return Done(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / unit)
+    words = [str(word) for word in command]
+    done = subprocess.run([sys.executable, "-S", CHILD, *words], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    return Done(**json.loads(done.stdout))
 
 
 def until(reached: Callable[[], bool], command: list) -> Done:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -49,6 +51,12 @@ def test_contenders_take_turns_and_one_that_fails_ends_the_race():
 
     with pytest.raises(ZeroDivisionError):
         race.race({"a": contender("a"), "b": fails}, STEPS, TURNS)
+
+
+def test_memory_is_that_of_the_command_and_not_of_what_started_it():
+    small, large = (speed.run([sys.executable, "-c", f"bytearray({size} * 2**20)"]).peak for size in (0, 200))
+    assert small < 50 < psutil.Process().memory_info().rss / 2**20
+    assert 190 < large - small < 210
 
 
 def test_the_table_takes_the_place_of_the_last_one():
