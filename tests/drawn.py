@@ -1,15 +1,27 @@
-"""Pictures and samples that tests make out of nothing."""
+"""Pictures and samples that tests make out of nothing, and where networks are tried."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
+from trainer import streams
 from trainer.dataset import Sample
 from trainer.dataset.view import View
-from trainer.streams import draws
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+"""Where parity and precision are tested: TEST_DEVICE=cuda does it on a GPU."""
+# What a GPU takes for float32 is none unless it is told so.
+torch.backends.cudnn.allow_tf32 = False
+
+
+def normal(shape: tuple[int, ...], *key: object) -> torch.Tensor:
+    """The same numbers on every device; see `trainer.streams.normal`."""
+    return streams.normal(shape, *key).to(DEVICE)
 
 
 @dataclass(slots=True, frozen=True)
@@ -21,7 +33,7 @@ class Noise:
     height: int
 
     def pixels(self) -> np.ndarray:
-        return draws("picture", self.name).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
+        return streams.draws("picture", self.name).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
 
     def open(self) -> Image.Image:
         return Image.fromarray(self.pixels())

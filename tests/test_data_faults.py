@@ -293,7 +293,7 @@ def test_the_report_tells_of_doubles_leaks_lengths_and_shows_samples(lab: Lab, f
         "64x64 px: 5 to train on, 2 held out",
         "pictures as they are: 40x32 to 80x64 px",
         "6 pictures are enlarged, up to 2.0 times",
-        "so 3 (train/images/2, test/images/0, test/images/1) lose their end",
+        "longer than the 12 tokens that the model reads, so that the rest is left out: captions of 3 (train/images/2, test/images/0, test/images/1)",
         "the same picture is the target of several samples 2 time(s): {",
         "pictures that look alike, 1 group(s)",
         "on both sides of the split, so that the held-out loss is too good, 2 group(s)",

@@ -335,13 +335,22 @@ def test_a_split_that_the_layout_has_itself_wins():
     assert len(dataset.split(samples, 0.0, where="it").validation) == 1
 
 
+def test_of_few_samples_one_is_held_out_and_one_trained_on():
+    for count in range(2, 8):
+        samples = [sample(f"few {number}") for number in range(count)]
+        least, most = (dataset.split(samples, fraction, where="it") for fraction in (1e-9, 1 - 1e-9))
+        assert (len(least.train), len(least.validation)) == (count - 1, 1)
+        assert (len(most.train), len(most.validation)) == (1, count - 1)
+        assert [found.id for found in least.train] == [found.id for found in samples if found not in least.validation]
+    assert len(dataset.split(samples, 0.0, where="it").validation) == 0
+
+
 def test_an_empty_side_is_refused_with_counts_and_what_to_type():
-    samples = [sample(f"s{number}") for number in range(3)]
-    assert len(dataset.split(samples, 0.0, where="it").train) == 3
-    with pytest.raises(BadData, match=r"it: of 3 samples 3 are for training and 0 for validation.*type dataset\.validation_fraction=0"):
-        dataset.split(samples, 1e-9, where="it")
+    with pytest.raises(BadData, match=r"it: of 1 samples 1 are for training and 0 for validation.*type dataset\.validation_fraction=0"):
+        dataset.split([sample("only")], 0.15, where="it")
+    assert len(dataset.split([sample("only")], 0.0, where="it").train) == 1
     with pytest.raises(BadData, match=r"0 are for training and 3 for validation.*smaller dataset\.validation_fraction"):
-        dataset.split(samples, 1 - 1e-9, where="it")
+        dataset.split([sample(f"v{number}", "validation") for number in range(3)], 0.15, where="it")
     with pytest.raises(BadData, match="of 0 samples"):
         dataset.split([], 0.15, where="it")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import Noise
+from drawn import DEVICE, Noise, normal
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -24,7 +24,6 @@ from trainer.model.flux_kontext import FluxKontext, pack
 from trainer.precision import Precision
 from trainer.rows import collate
 from trainer.rows import conditions as conditions_of
-from trainer.streams import normal
 
 HEIGHT, WIDTH = 32, 48
 CAPTIONS = ["make it night", "paint the photo"]
@@ -41,7 +40,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> FluxKontext:
 def pipeline(family: FluxKontext):
     from diffusers import FluxKontextPipeline
 
-    loaded = FluxKontextPipeline.from_pretrained(family.path, torch_dtype=torch.float32)
+    loaded = FluxKontextPipeline.from_pretrained(family.path, torch_dtype=torch.float32).to(DEVICE)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -57,10 +56,11 @@ def noise(family: FluxKontext) -> torch.Tensor:
 
 def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, torch.Tensor]:
     """Of two samples with control pictures of this (width, height)."""
-    encoder, target = family.encoder(torch.device("cpu")), Noise("target", WIDTH, HEIGHT)
+    encoder, target = family.encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
     samples = [Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)]
     views = [Framing(((WIDTH, HEIGHT),), (size,)).view(sample) for sample in samples]
-    return collate([{part: encoder.encode(part, view) for part in ("control", "prompt", "pooled")} for view in views])
+    row = collate([{part: encoder.encode(part, view) for part in ("control", "prompt", "pooled")} for view in views])
+    return {part: tensor.to(DEVICE) for part, tensor in row.items()}
 
 
 def theirs(family: FluxKontext, pipe, steps: int = 3, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
@@ -85,7 +85,7 @@ def ours(family: FluxKontext, network, steps: int = 3, size: tuple[int, int] = (
         latents = family.objective.sample(
             lambda x, t: family.predict(network, x, t, cond, 2.5), start, steps, family.shift(*start.shape[2:])
         )
-        return family.encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
+        return family.encoder(DEVICE).decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def watch(network, calls: list) -> None:
@@ -103,7 +103,7 @@ def watch(network, calls: list) -> None:
 @pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (80, 64)])
 def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: FluxKontext, size: tuple[int, int]):
     """Also with control pictures of another size than their targets."""
-    pipe, network = pipeline(family), family.network(torch.float32).eval()
+    pipe, network = pipeline(family), family.network(torch.float32, DEVICE).eval()
     expected, found = [], []
     watch(pipe.transformer, expected)
     watch(network, found)
@@ -128,21 +128,21 @@ def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: 
 
 def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(family: FluxKontext):
     """diffusers' pipeline reads one; the paper numbers them, and the transformer is the same."""
-    network, calls = family.network(torch.float32).eval(), []
+    network, calls = family.network(torch.float32, DEVICE).eval(), []
     watch(network, calls)
-    encoder = family.encoder(torch.device("cpu"))
+    encoder = family.encoder(DEVICE)
     sources = control_pictures(WIDTH, HEIGHT)
     sample = Sample("id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64)))
     view = Framing(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).view(sample)
-    row = collate([{part: encoder.encode(part, view) for part in family.parts(dict.fromkeys(family.components, ""), 2)}])
+    row = collate([{part: encoder.encode(part, view).to(DEVICE) for part in family.parts(dict.fromkeys(family.components, ""), 2)}])
     x = noise(family)[:1]
     with torch.no_grad():
-        found = family.predict(network, x, torch.tensor([0.5]), conditions_of(row))
+        found = family.predict(network, x, torch.tensor([0.5], device=DEVICE), conditions_of(row))
     (call,) = calls
     theirs = network.__class__.forward
     pipe = pipeline(family)
     sizes = [(2, 3), (2, 3), (4, 2)]
-    ids = [pipe._prepare_latent_image_ids(1, *size, "cpu", torch.float32) for size in sizes]
+    ids = [pipe._prepare_latent_image_ids(1, *size, DEVICE, torch.float32) for size in sizes]
     for number, one in enumerate(ids):
         one[:, 0] = number
     assert torch.equal(call["img_ids"], torch.cat(ids))
@@ -162,7 +162,7 @@ def test_resolution_shift_has_the_published_values(family: FluxKontext):
 @pytest.fixture(scope="module")
 def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
-    network = family.network(torch.float32)
+    network = family.network(torch.float32, DEVICE)
     method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm_out.linear"])
     method.attach(network, family.targets, seed=0)
     before = ours(family, network.eval())
@@ -183,7 +183,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
     (path,) = export.write(run, network, trained(network), weights, tmp_path)
     if format is Format.pipeline:
         again = dataclasses.replace(run.model, path=str(path))
-        np.testing.assert_allclose(ours(again, again.network(torch.float32).eval()), expected, atol=1e-5)
+        np.testing.assert_allclose(ours(again, again.network(torch.float32, DEVICE).eval()), expected, atol=1e-5)
         pipe = pipeline(again)
     else:
         pipe = pipeline(run.model)
@@ -206,13 +206,13 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
     (path,) = export.write(run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path)
-    tensors, fresh = load_file(path), run.model.network(torch.float32).eval()
+    tensors, fresh = load_file(path), run.model.network(torch.float32, DEVICE).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")
         up, down = tensors.pop(key), tensors.pop(f"{layer}.lora_A.weight")
         scale = tensors.pop(f"{layer}.alpha").item() / len(down) if f"{layer}.alpha" in tensors else 1
         name = layer.removeprefix("transformer.")
         assert re.fullmatch(COMFYUI, name), name
-        fresh.get_submodule(name).weight.data += scale * up @ down
+        fresh.get_submodule(name).weight.data += (scale * up @ down).to(DEVICE)
     assert not tensors
     np.testing.assert_allclose(ours(run.model, fresh), expected, atol=1e-5)

@@ -17,6 +17,7 @@ import hydra
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from drawn import DEVICE, normal
 from torch import nn
 
 from trainer import config, files, hardware, model
@@ -35,10 +36,8 @@ from trainer.network import build, foresee
 from trainer.precision import Compute, LossScale, Precision, Storage
 from trainer.precision.eight_bit import FLOAT8, decode_fp8, decode_int8, encode_fp8, encode_int8, values_of_bytes
 from trainer.precision.linear import StoredLinear
-from trainer.streams import normal
 from trainer.tracking.journal import read
 
-CPU = torch.device("cpu")
 PRECISIONS = [
     Precision(Storage.fp32, Compute.float32),
     Precision(Storage.fp32, Compute.bfloat16),
@@ -76,18 +75,18 @@ def prediction(run: Run, network: nn.Module) -> torch.Tensor:
     """What the network makes of a fixed input, (2, 4, 8, 6)."""
     x, control = normal((2, 4, 8, 6), "x"), normal((2, 4, 8, 6), "control")
     cond = {"control": control, "prompt": normal((2, 8, 16), "prompt"), "pooled": normal((2, 16), "pooled")}
-    with run.precision.autocast(CPU):
-        return run.model.predict(network, x, torch.tensor([0.3, 0.7]), cond).float()
+    with run.precision.autocast(DEVICE):
+        return run.model.predict(network, x, torch.tensor([0.3, 0.7], device=DEVICE), cond).float()
 
 
 def stored_layer(storage: Storage, linear: nn.Linear) -> StoredLinear:
     """A layer as it is stored while a network is read."""
     read = {f"layer.{name}": tensor.detach() for name, tensor in linear.state_dict().items()}
-    return Precision(storage).stored((), CPU)("layer", linear, read.__getitem__)
+    return Precision(storage).stored((), DEVICE)("layer", linear, read.__getitem__)
 
 
 def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run):
-    stored, plain = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), CPU), build(run, CPU)
+    stored, plain = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), DEVICE), build(run, DEVICE)
     adapted = [module for module in stored.modules() if hasattr(module, "lora_A")]
     assert adapted and all(isinstance(module.base_layer, StoredLinear) for module in adapted)
     # In the other order the adapters would be quantised, or stand in 16 bits: they are the same as beside float32 weights, bit for bit.
@@ -98,7 +97,7 @@ def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run
 
 
 def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run: Run):
-    network = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), CPU)
+    network = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), DEVICE)
     high = {name.partition(".")[0] for name, module in network.named_modules() if type(module) is nn.Linear and "lora_" not in name}
     assert high == {"x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"}
     assert isinstance(network.single_transformer_blocks[0].proj_out, StoredLinear)
@@ -108,9 +107,9 @@ def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run:
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.storage.name}-{p.compute.name}")
 def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_gradient(run: Run, precision: Precision):
-    expected = prediction(run, build(run, CPU))
+    expected = prediction(run, build(run, DEVICE))
     ours = replace(run, precision=precision)
-    network = build(ours, CPU)
+    network = build(ours, DEVICE)
     found = prediction(ours, network)
     assert ((found - expected).norm() / expected.norm()).item() < ERROR.get(precision.storage, 0.02)
     found.square().mean().backward()
@@ -119,8 +118,8 @@ def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_
 
 
 def test_what_trains_as_a_whole_is_loaded_in_float32(run: Run):
-    network = build(replace(run, method=Full(), precision=Precision(Storage.bf16, Compute.bfloat16)), CPU)
-    reference = run.model.network(torch.float32)
+    network = build(replace(run, method=Full(), precision=Precision(Storage.bf16, Compute.bfloat16)), DEVICE)
+    reference = run.model.network(torch.float32, DEVICE)
     for name, parameter in reference.named_parameters():
         assert torch.equal(network.get_parameter(name), parameter)
 
@@ -128,7 +127,7 @@ def test_what_trains_as_a_whole_is_loaded_in_float32(run: Run):
 @pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_row_has_its_scale_which_is_exact_in_every_type(deviation: float, dtype: torch.dtype):
-    weight = normal((64, 256), "weight", deviation) * deviation * torch.linspace(0.1, 10, 64)[:, None]
+    weight = normal((64, 256), "weight", deviation) * deviation * torch.linspace(0.1, 10, 64, device=DEVICE)[:, None]
     stored, scale = encode_fp8(weight)
     assert stored.dtype == torch.uint8 and stored.shape == weight.shape and scale.shape == (64,)
     found = decode_fp8(torch.float32, stored, scale)
@@ -151,7 +150,7 @@ def test_a_scale_for_each_row_is_more_exact_than_a_bare_cast():
 
 
 def test_rows_of_zeros_and_of_the_smallest_numbers_are_stored():
-    weight = torch.tensor([[0.0, 0.0], [1e-30, 0.0], [1e-4, 0.0], [448.0, -1.0], [57344.0, 1e-3]])
+    weight = torch.tensor([[0.0, 0.0], [1e-30, 0.0], [1e-4, 0.0], [448.0, -1.0], [57344.0, 1e-3]], device=DEVICE)
     found = decode_fp8(torch.float16, *encode_fp8(weight))
     torch.testing.assert_close(found.float(), weight, rtol=1 / 16, atol=0.25)
     assert found[:3].abs().max() == pytest.approx(1e-4, rel=1 / 16)
@@ -159,7 +158,7 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_are_stored():
 
 def test_the_table_for_machines_without_float8_says_what_the_cast_says():
     stored, scale = encode_fp8(normal((32, 48), "weight"))
-    table = values_of_bytes(FLOAT8)
+    table = values_of_bytes(FLOAT8).to(DEVICE)
     assert table.shape == (256,) and table[0x7E] == 448 and table[0x7F].isnan()
     assert torch.equal(table[stored.int()].mul(scale[:, None]), decode_fp8(torch.float32, stored, scale))
 
@@ -167,7 +166,7 @@ def test_the_table_for_machines_without_float8_says_what_the_cast_says():
 @pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_whole_numbers_are_within_half_a_step_of_the_weights_in_every_type(deviation: float, dtype: torch.dtype):
-    weight = normal((64, 256), "weight", deviation) * deviation * torch.linspace(0.1, 10, 64)[:, None]
+    weight = normal((64, 256), "weight", deviation) * deviation * torch.linspace(0.1, 10, 64, device=DEVICE)[:, None]
     codes, scale = encode_int8(weight)
     assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, weight.shape, (64,))
     assert codes.abs().amax(1).min() >= 126
@@ -181,7 +180,7 @@ def test_whole_numbers_are_within_half_a_step_of_the_weights_in_every_type(devia
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_stored_layer_and_its_gradient_are_those_of_its_dequantised_weights(storage: Storage, bias: bool):
     torch.manual_seed(0)
-    layer, plain = stored_layer(storage, nn.Linear(48, 32, bias=bias)), nn.Linear(48, 32, bias=bias)
+    layer, plain = stored_layer(storage, nn.Linear(48, 32, bias=bias)), nn.Linear(48, 32, bias=bias, device=DEVICE)
     plain.load_state_dict({"weight": layer.weight} | ({"bias": layer.bias} if bias else {}))
     x = normal((2, 5, 48), "x")
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -195,8 +194,8 @@ def test_a_stored_layer_and_its_gradient_are_those_of_its_dequantised_weights(st
 
 @MADE_HERE
 def test_adapters_on_stored_weights_get_the_gradients_of_adapters_on_the_dequantised_ones(run: Run, storage: Storage):
-    stored = build(replace(run, precision=Precision(storage, Compute.float32)), CPU)
-    plain = build(run, CPU)
+    stored = build(replace(run, precision=Precision(storage, Compute.float32)), DEVICE)
+    plain = build(run, DEVICE)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -216,7 +215,7 @@ def test_adapters_on_stored_weights_get_the_gradients_of_adapters_on_the_dequant
 @MADE_HERE
 def test_a_stored_layer_computes_in_the_type_of_autocast_and_hands_gradients_back_in_the_type_of_its_input(storage: Storage):
     layer, x = stored_layer(storage, nn.Linear(16, 8)), normal((4, 16), "x").requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = layer(x)
     y.float().sum().backward()
     assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.float32)
@@ -260,7 +259,7 @@ def test_layers_are_read_and_stored_one_by_one():
         return tensor
 
     precision = Precision(Storage.fp8, Compute.bfloat16)
-    filled(network, read, precision.dtype(), CPU, precision.stored(("2",), CPU))
+    filled(network, read, precision.dtype(), DEVICE, precision.stored(("2",), DEVICE))
     # Of three layers of 4 KiB never more than one, and a bias, beside those in bfloat16 already.
     assert most <= 32 * 32 * 4 + 32 * 4
     assert [type(network[0]), type(network[1][0]), type(network[2])] == [StoredLinear, StoredLinear, nn.Linear]
@@ -275,7 +274,7 @@ def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
             precision=Precision(Storage.fp8, Compute.float32),
             hardware=replace(run.hardware, gradient_checkpointing=checkpointing),
         )
-        network = build(ours, CPU).train()
+        network = build(ours, DEVICE).train()
         prediction(ours, network).square().mean().backward()
         found.append([parameter.grad for parameter in trained(network).values()])
     for one, other in zip(*found, strict=True):
@@ -432,14 +431,14 @@ def quantised_checkpoint(run: Run, how: str, folder: Path) -> tuple[Run, dict[st
 @pytest.mark.parametrize("how", QUANTISERS)
 def test_a_checkpoint_that_is_quantised_already_is_taken_as_it_is(run: Run, how: str, tmp_path: Path):
     ours, tensors = quantised_checkpoint(run, how, tmp_path / "checkpoint")
-    network = build(ours, CPU)
+    network = build(ours, DEVICE)
     whole = {name: module for name, module in network.named_modules() if isinstance(module, StoredLinear)}
     assert len(whole) == sum(type(module) is nn.Linear for module in run.model.skeleton().modules())
     for name, layer in whole.items():
-        there = tensors[f"{name.removesuffix('.base_layer')}.weight"]
+        there = tensors[f"{name.removesuffix('.base_layer')}.weight"].to(DEVICE)
         assert torch.equal(layer.codes.view(torch.uint8), there.view(torch.uint8))
     # Every layer still is about what it was made of, and the network predicts and learns as one with those weights.
-    plain = build(run, CPU)
+    plain = build(run, DEVICE)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             path, _, leaf = name.rpartition(".")

@@ -69,6 +69,16 @@ def enlarged(material: Material, samples: Iterable[Sample]) -> list[str]:
     return [f"{len(more)} pictures are enlarged, up to {more[worst]:.1f} times ({worst}); dataset.max_upscale=1.5 would refuse the worst"]
 
 
+def cut(run: Run, samples: Sequence[Sample]) -> list[str]:
+    """A line on captions of which the model does not read all, where there are some."""
+    counted = run.model.caption_tokens([sample.caption for sample in samples])
+    if counted is None:
+        return []
+    counts, most = counted
+    long = [sample for sample, count in zip(samples, counts, strict=True) if count > most]
+    return [f"longer than the {most} tokens that the model reads, so that the rest is left out: captions of {_some(long)}"] if long else []
+
+
 def _captions(run: Run, samples: Sequence[Sample]) -> Iterable[str]:
     texts = [sample.caption for sample in samples]
     lengths = [len(text) for text in texts]
@@ -76,8 +86,8 @@ def _captions(run: Run, samples: Sequence[Sample]) -> Iterable[str]:
     counted = run.model.caption_tokens(texts)
     if counted is not None:
         counts, most = counted
-        cut = [sample for sample, count in zip(samples, counts, strict=True) if count > most]
-        yield f"tokens: {min(counts)} to {max(counts)}; the model reads {most}" + (f", so {_some(cut)} lose their end" if cut else "")
+        yield f"tokens: {min(counts)} to {max(counts)}; the model reads {most}"
+        yield from cut(run, samples)
     alike = [group for group in _groups(samples, lambda sample: sample.caption) if len(group) > 1]
     if alike and len(alike) < len(samples):
         words = max(alike, key=len)

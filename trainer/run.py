@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import config, dataset, files, secret, shards, streams, sweep
+from trainer.check import cut, enlarged
 from trainer.check import data as report_data
-from trainer.check import enlarged
 from trainer.checkpoint import Checkpoints, Loaded
 from trainer.config import Run, Stage
 from trainer.encoding import encode
@@ -158,7 +158,7 @@ def train(run: Run, material: Material, signals: Signals, processes: Processes, 
         if faults := material.listing.faults:
             journal.event("left_out", faults=faults)
             say(f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check")
-        for note in (*material.listing.notes, *enlarged(material, material.split.train)):
+        for note in (*material.listing.notes, *enlarged(material, material.split.train), *cut(run, material.split.train)):
             say(f"note: {note}")
         return None
 

@@ -352,11 +352,17 @@ def _parsed(key: str, text: object) -> tuple[int, int] | None:
 def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
     """Divide samples: as the layout says, else by a threshold on a hash of the id, so that added samples move no others.
 
-    `where` names the data set in messages. Raises errors.BadData where a side is empty that must not be.
+    Where few samples would all fall on one side the nearest to the threshold goes to the other. `where` names the data set in messages. Raises
+    errors.BadData where there is nothing to train on, or nothing to hold out.
     """
     sides = Split([], [])
+    free = sorted((sample for sample in samples if sample.split is None), key=lambda sample: streams.fraction("split", sample.id))
+    held_out = sum(streams.fraction("split", sample.id) < fraction for sample in free)
+    if fraction > 0 and len(free) == len(samples) > 1:
+        held_out = min(max(held_out, 1), len(free) - 1)
+    chosen = {sample.id for sample in free[:held_out]}
     for sample in samples:
-        side = sample.split or ("validation" if streams.fraction("split", sample.id) < fraction else "train")
+        side = sample.split or ("validation" if sample.id in chosen else "train")
         getattr(sides, side).append(sample)
     counts = f"{where}: of {len(samples)} samples {len(sides.train)} are for training and {len(sides.validation)} for validation"
     if not sides.train:
@@ -364,7 +370,6 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
         raise BadData(f"{counts}. There is nothing to train on: {remedy}")
     if fraction > 0 and not sides.validation:
         raise BadData(
-            f"{counts}, at dataset.validation_fraction={fraction:g}. Add samples, type a larger fraction, "
-            "or type dataset.validation_fraction=0 to train without validation."
+            f"{counts}, at dataset.validation_fraction={fraction:g}. Add samples, or type dataset.validation_fraction=0 to train without validation."
         )
     return sides

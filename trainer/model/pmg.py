@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,10 @@ class PMG(UNet):
 
     def _word_shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(self._word_parts(), (self.max_sequence_length,))
+
+    def caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        read = tokenizer(self.component("llm"))
+        return [len(read(caption, verbose=False).input_ids) for caption in captions], self.max_sequence_length
 
     def tokens(self, text: str, caption: str) -> torch.Tensor:
         """Token ids of a history, (L,), or ("_mask") as many ones."""

@@ -167,6 +167,10 @@ class UNet(Family):
 
     # Words
 
+    def caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        read = tokenizer(self.component("tokenizer"))
+        return [len(read(caption, verbose=False).input_ids) for caption in captions], read.model_max_length
+
     def tokens(self, text: str, caption: str) -> torch.Tensor:
         """Token ids of a caption, (L,), cut or filled up to the tokenizer's length."""
         read = tokenizer(self.component(f"tokenizer{text}"))
