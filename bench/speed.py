@@ -89,7 +89,7 @@ def loops(place: Path) -> Iterator[Row]:
 
     settings = quick(place, MINI)
     tensors = cached_tensors(settings, place)
-    batch, steps = 8, 16
+    batch, steps = 8, 8
     sys.stderr = Terminal()
     found = race(
         {
@@ -99,7 +99,7 @@ def loops(place: Path) -> Iterator[Row]:
             "files": trainer([*settings, "seed=3", "tracking=none"], held=False),
         },
         steps,
-        turns=14,
+        turns=45,
         gated="default",
     )
     sys.stderr = sys.__stderr__
@@ -118,7 +118,7 @@ def large(place: Path) -> Iterator[Row]:
     settings = quick(place, model, "batch=1")
     tensors = cached_tensors(settings, place)
     sys.stderr = Terminal()
-    found = race({"bare": bare(model, tensors, 1), "default": trainer([*settings, "seed=1"])}, steps := 2, turns=25, gated="default")
+    found = race({"bare": bare(model, tensors, 1), "default": trainer([*settings, "seed=1"])}, steps := 2, turns=60, gated="default")
     sys.stderr = sys.__stderr__
     yield raced(found, "bare", "default", steps, f"the same at {count(model):.0f} M parameters, batch 1", "at least 0.97")
 
