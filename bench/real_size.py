@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from trainer.libraries import hide_bitsandbytes
 from trainer.model import quiet_libraries, save_shards, weightless
-from trainer.model.flux_kontext import FluxKontext
 from trainer.model.mini_kontext.build import save_text_encoders, save_tokenizers
 from trainer.tracking.journal import read
 
@@ -43,7 +42,9 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        print(f"{date.today().isoformat()}, {machine(asked.device)}; `{' '.join(['python -m bench.real_size', *sys.argv[1:]])}`\n", flush=True)
+        print(
+            f"{date.today().isoformat()}, {machine(asked.device)}; `{' '.join(['python -m bench.real_size', *sys.argv[1:]])}`\n", flush=True
+        )
         print(resumed(place / "resumed", asked.device), flush=True)
         began = time.perf_counter()
         count = make(place / "model", *asked.blocks, torch.device(asked.device))

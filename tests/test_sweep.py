@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from trainer import model, sweep
-from trainer.tracking import MLflow, NoTracking, Sink, curves, links
+from trainer.tracking import MLflow, NoTracking, Sink, curves, links, page
 from trainer.tracking.sink import connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +197,14 @@ def test_the_ranking_shows_what_varies_and_puts_those_without_a_loss_last():
 
 def test_without_mlflow_nothing_of_it_is_asked():
     assert links(NoTracking(), Sink(), []) == {} == links(MLflow(), Sink(), [])
+
+
+def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual():
+    assert page(NoTracking(), Path("runs")) is None
+    assert page(MLflow(uri="http://host:5000"), Path("runs")) == "http://host:5000"
+    assert page(MLflow(), Path("runs")) == "python -m trainer.tracking.ui"
+    told = page(MLflow(experiment="two words", uri="sqlite:///a.db"), Path("/other"))
+    assert told == "python -m trainer.tracking.ui --out /other --uri sqlite:///a.db --experiment 'two words'"
 
 
 def test_a_heat_map_leaves_unknown_places_empty(tmp_path: Path):

@@ -449,7 +449,7 @@ class Training:
                 self.journal.event("checkpoint", step=self.step)
 
     def _finish(self) -> None:
-        from trainer import export
+        from trainer import export, tracking
         from trainer.hardware import memory
         from trainer.network import weights_of
 
@@ -468,7 +468,9 @@ class Training:
         say(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
         used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory(self.device).items()}
         say(", ".join(f"{name.replace('_', ' ')} {value:.2f} GiB" for name, value in used.items()))
-        say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}; compare runs: make ui")
+        say(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}")
+        if where := tracking.page(self.run.tracking, Path(self.run.out)):
+            say(f"compare runs: {where}")
         for path in exported:
             say(f"exported {path}")
         if refusal:

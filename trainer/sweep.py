@@ -255,7 +255,7 @@ class Sweep:
 
     def _sum_up(self, sink: Sink, journal: Journal) -> None:
         """Tables and pictures in the folder, on the terminal and in MLflow."""
-        from trainer.tracking import gather, links
+        from trainer.tracking import gather, links, page
 
         files.write(self.folder / "ranking.csv", ranking_csv(self.members))
         pictures = [picture for picture in (self._heat_map(), self._samples()) if picture]
@@ -268,6 +268,8 @@ class Sweep:
         runs = [Path(member.folder) for member in [*best, *(m for m in self.members if m not in best)] if member.folder]
         where = links(self.tracking, sink, runs)
         linked = "".join(f"\n{title}: {link}" for title, link in where.items())
+        if where and not (served := page(self.tracking, self.out)).startswith("http"):
+            linked += f"\nthey are served by: {served}"
         table = ranking(self.members)
         files.write(self.folder / "ranking.md", f"# Sweep {self.folder.name}\n\n{table}\n{linked}\n")
         say(f"\n{_aligned(table)}\n{linked}")

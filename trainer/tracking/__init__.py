@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,18 @@ def open_sink(
     from trainer.tracking.sink import MLflowSink
 
     return MLflowSink(settings, out, folder, journal, name=name, params=params, tags=tags, description=description, parent=parent)
+
+
+def page(settings: Tracking, out: Path) -> str | None:
+    """Where the runs under `out` are compared: a server's address, or the command that serves their database; None where nothing tracks."""
+    if not isinstance(settings, MLflow):
+        return None
+    if settings.uri and settings.uri.startswith("http"):
+        return settings.uri
+    asked = {"--out": str(out), "--uri": settings.uri, "--experiment": settings.experiment}
+    usual = {"--out": "runs", "--uri": None, "--experiment": MLflow().experiment}
+    options = [word for name, value in asked.items() if value != usual[name] for word in (name, value)]
+    return shlex.join(["python", "-m", "trainer.tracking.ui", *options])
 
 
 def links(settings: Tracking, parent: Sink, folders: Sequence[Path]) -> dict[str, str]:
