@@ -892,7 +892,7 @@ def succeeds(fault: Fault, trial: int, lab: Lab) -> bool:
 def passed(test: str) -> tuple[int, int]:
     """How many of these tests passed, of how many; none at all counts as one that failed."""
     name, _, chosen = test.partition(" -k ")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", f"{Path(__file__).parent / name}", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", f"{Path(__file__).parent / name}", "-k", chosen]
     said = subprocess.run(command, capture_output=True, text=True).stdout
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", said.splitlines()[-1])}
     if set(counts) != {"passed"}:
