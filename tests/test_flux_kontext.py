@@ -190,7 +190,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
         if format is Format.peft:
             pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(path)).get_base_model()
         else:
-            pipe.load_lora_weights(path)
+            pipe.load_lora_weights(path.parent, weight_name=path.name)
     np.testing.assert_allclose(theirs(run.model, pipe), expected, atol=1e-5)
 
 

@@ -222,7 +222,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
         return
     pipe = pipeline(dataclasses.replace(family, path=str(path)) if format is Format.pipeline else family)
     if format is not Format.pipeline:
-        pipe.load_lora_weights(path)
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
     np.testing.assert_allclose(theirs(family, pipe, 2.0), expected, atol=1e-4)
 
 

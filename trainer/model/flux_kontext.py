@@ -139,7 +139,7 @@ class FluxKontext(Family):
         quiet_libraries()
         network = hollow(self.skeleton())
         weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
-            path, return_alphas=True, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+            path.parent, weight_name=path.name, return_alphas=True, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
         FluxKontextPipeline.load_lora_into_transformer(
             weights, network_alphas=alphas, transformer=network, metadata=metadata, low_cpu_mem_usage=True

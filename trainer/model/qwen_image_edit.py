@@ -156,7 +156,7 @@ class QwenImageEdit(Family):
         quiet_libraries()
         network = hollow(self.skeleton())
         weights, metadata = QwenImageEditPipeline.lora_state_dict(
-            path, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+            path.parent, weight_name=path.name, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
         QwenImageEditPipeline.load_lora_into_transformer(weights, transformer=network, metadata=metadata, low_cpu_mem_usage=True)
         return network

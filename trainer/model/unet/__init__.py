@@ -235,7 +235,12 @@ class UNet(Family):
         encoders = dict(network.named_children()) if self.train_text_encoder else {}
         unet = encoders.pop("unet", network)
         weights, alphas, metadata = pipeline.lora_state_dict(
-            path, unet_config=unet.config, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+            path.parent,
+            weight_name=path.name,
+            unet_config=unet.config,
+            return_lora_metadata=True,
+            local_files_only=True,
+            use_safetensors=True,
         )
         shared = {"network_alphas": alphas, "metadata": metadata, "low_cpu_mem_usage": True}
         pipeline.load_lora_into_unet(weights, unet=unet, **shared)
