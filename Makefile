@@ -40,10 +40,11 @@ pictures: $(READY)  ## draw the pictures and curves of the README, in about six 
 bench: $(READY)  ## measure how fast the program is and write it into the README, in about a quarter of an hour on two idle cores
 	$(BIN)/python -m bench.speed
 
-mini: $(READY)  ## make the model that comes with the program anew, in about an hour and a half on two cores
+mini: $(READY)  ## make the model that comes with the program anew, in about two and a half hours on two cores
 	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext
-	$(BIN)/python -m trainer experiment=mini_base model.path=build/mini_kontext out=build/runs resume=null
-	@echo "now: $(BIN)/python -m trainer stage=export run=<the folder above>; its export/pipeline is the new trainer/model/mini_kontext/weights"
+	$(BIN)/python -m trainer experiment=mini_base model.path=build/mini_kontext 'export.formats=[pipeline]' export.dtype=bfloat16 out=build/base tracking=none
+	$(BIN)/python -m trainer 'experiment=[mini_base,mini_more]' model.path=$$(echo build/base/*/export/pipeline) 'export.formats=[pipeline]' export.dtype=bfloat16 out=build/more tracking=none
+	@echo "the new trainer/model/mini_kontext/weights:" build/more/*/export/pipeline
 
 format: $(READY)  ## format the code and mend what ruff can
 	$(BIN)/ruff format .
