@@ -199,12 +199,20 @@ def test_without_mlflow_nothing_of_it_is_asked():
     assert links(NoTracking(), Sink(), []) == {} == links(MLflow(), Sink(), [])
 
 
-def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual():
+def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert page(NoTracking(), Path("runs")) is None
     assert page(MLflow(uri="http://host:5000"), Path("runs")) == "http://host:5000"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setattr(sys, "executable", str(Path(sys.executable).parent / "python"))
     assert page(MLflow(), Path("runs")) == "python -m trainer.tracking.ui"
     told = page(MLflow(experiment="two words", uri="sqlite:///a.db"), Path("/other"))
     assert told == "python -m trainer.tracking.ui --out /other --uri sqlite:///a.db --experiment 'two words'"
+    # Where it is not the python of the shell it is named.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    assert page(MLflow(), Path("runs")) == f"{tmp_path}/bin/python -m trainer.tracking.ui"
+    monkeypatch.chdir(tmp_path)
+    assert page(MLflow(), Path("runs")) == "bin/python -m trainer.tracking.ui"
 
 
 def test_a_heat_map_leaves_unknown_places_empty(tmp_path: Path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,15 @@ def page(settings: Tracking, out: Path) -> str | None:
     asked = {"--out": str(out), "--uri": settings.uri, "--experiment": settings.experiment}
     usual = {"--out": "runs", "--uri": None, "--experiment": MLflow().experiment}
     options = [word for name, value in asked.items() if value != usual[name] for word in (name, value)]
-    return shlex.join(["python", "-m", "trainer.tracking.ui", *options])
+    return shlex.join([_python(), "-m", "trainer.tracking.ui", *options])
+
+
+def _python() -> str:
+    """What calls this interpreter from here."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def links(settings: Tracking, parent: Sink, folders: Sequence[Path]) -> dict[str, str]:
