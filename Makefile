@@ -34,13 +34,13 @@ faults: $(READY)  ## let the program die in every way it must survive, some 400 
 ui: $(READY)  ## open the MLflow pages of the runs in OUT (default: runs)
 	$(BIN)/python -m trainer.tracking.ui --out $(OUT)
 
-pictures: $(READY)  ## draw the pictures and curves of the README, in about six minutes of one core
+pictures: $(READY)  ## draw the pictures and curves of the README, in about nine minutes of one core
 	$(BIN)/python -m bench.pictures
 
 bench: $(READY)  ## measure how fast the program is and write it into the README, in about a quarter of an hour on two idle cores
 	$(BIN)/python -m bench.speed
 
-mini: $(READY)  ## make the model that comes with the program anew, in about two and a half hours on two cores
+mini: $(READY)  ## make the model that comes with the program anew, in a few hours on two cores
 	$(BIN)/python -m trainer.model.mini_kontext build/mini_kontext
 	$(BIN)/python -m trainer experiment=mini_base model.path=build/mini_kontext 'export.formats=[pipeline]' export.dtype=bfloat16 out=build/base tracking=none
 	$(BIN)/python -m trainer 'experiment=[mini_base,mini_more]' model.path=$$(echo build/base/*/export/pipeline) 'export.formats=[pipeline]' export.dtype=bfloat16 out=build/more tracking=none
