@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from trainer import config
 from trainer.dataset import demo, strip
 from trainer.evaluation import psnr
-from trainer.material import drawn, prepare
 from trainer.tracking.journal import read
+from trainer.training.data import drawn, prepare
 
 if TYPE_CHECKING:
-    from trainer.dataset.view import View
+    from trainer.dataset.view import TransformedSample
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = {
@@ -53,7 +53,7 @@ def held_out(folder: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def drawings(folder: Path, step: int, count: int) -> list[tuple[View, np.ndarray]]:
+def drawings(folder: Path, step: int, count: int) -> list[tuple[TransformedSample, np.ndarray]]:
     """The first held-out samples of a run and what it drew of them at this step."""
     run = config.from_yaml(folder / "config.yaml")
     views = [view for view, _ in drawn(run, prepare(run))[:count]]

@@ -11,12 +11,14 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
-from trainer import command_line, config, loop, place, run
+from trainer import config, run
 from trainer.cache import Cache
-from trainer.material import prepare
-from trainer.processes import Processes
-from trainer.signals import Signals
+from trainer.config import command_line
+from trainer.core.signals import Signals
+from trainer.distributed.processes import Processes
 from trainer.tracking import sink
+from trainer.training import loop, run_folder
+from trainer.training.data import prepare
 
 Lap = Callable[[], None]
 WARM_UP = 2
@@ -105,7 +107,7 @@ def trainer(overrides: list[str], held: bool = True) -> Callable[[Lap], Any]:
     """The program with these settings as a contender; not `held`: cached tensors are read from their files at every use."""
     asked = command_line.read(overrides)
     config.register()
-    settings = config.typed(command_line.preview(asked, asked.overrides), asked.overrides, place.find)
+    settings = config.typed(command_line.preview(asked, asked.overrides), asked.overrides, run_folder.find)
 
     def compete(lap: Lap) -> None:
         material = prepare(settings)

@@ -19,8 +19,8 @@ from statistics import median
 import torch
 from safetensors.torch import load_file
 
-from trainer.libraries import hide_bitsandbytes
-from trainer.model import quiet_libraries, save_shards, weightless
+from trainer.core.libraries import hide_bitsandbytes
+from trainer.model import on_meta_device, quiet_libraries, save_shards
 from trainer.model.mini_kontext.build import save_text_encoders, save_tokenizers
 from trainer.tracking.journal import read
 
@@ -67,7 +67,7 @@ def make(folder: Path, double: int, single: int, device: torch.device) -> int:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     quiet_libraries()
-    with weightless():
+    with on_meta_device():
         network = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
     network.save_config(folder / "transformer")
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from statistics import median, quantiles
 
 import psutil
 
-from trainer.libraries import hide_bitsandbytes
+from trainer.core.libraries import hide_bitsandbytes
 
 hide_bitsandbytes()  # it would be part of the bare loop's memory
 
@@ -270,8 +270,9 @@ def cached_tensors(settings: list[str], place: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from trainer import command_line, config
-    from trainer.material import prepare
+    from trainer import config
+    from trainer.config import command_line
+    from trainer.training.data import prepare
 
     run(trainer_command(*settings, "stage=cache"))
     config.register()
@@ -303,7 +304,7 @@ def count(model: Path) -> float:
     """Millions of parameters."""
     from trainer.model.flux_kontext import FluxKontext
 
-    return sum(parameter.numel() for parameter in FluxKontext(path=str(model)).skeleton().parameters()) / 1e6
+    return sum(parameter.numel() for parameter in FluxKontext(path=str(model)).meta_model().parameters()) / 1e6
 
 
 def tiny(place: Path) -> list[str]:

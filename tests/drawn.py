@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer import streams
+from trainer.core import rng
 from trainer.dataset import Sample
-from trainer.dataset.view import View
+from trainer.dataset.view import TransformedSample
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 """Where parity and precision are tested: TEST_DEVICE=cuda does it on a GPU."""
@@ -20,8 +20,8 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def normal(shape: tuple[int, ...], *key: object) -> torch.Tensor:
-    """The same numbers on every device; see `trainer.streams.normal`."""
-    return streams.normal(shape, *key).to(DEVICE)
+    """The same numbers on every device; see `trainer.core.rng.normal`."""
+    return rng.normal(shape, *key).to(DEVICE)
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,7 +33,7 @@ class Noise:
     height: int
 
     def pixels(self) -> np.ndarray:
-        return streams.draws("picture", self.name).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
+        return rng.generator("picture", self.name).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
 
     def open(self) -> Image.Image:
         return Image.fromarray(self.pixels())
@@ -45,7 +45,7 @@ class Noise:
         return self.width, self.height
 
 
-def view(caption: str, width: int, height: int, controls: int = 0) -> View:
+def view(caption: str, width: int, height: int, controls: int = 0) -> TransformedSample:
     """A sample of noise, seen at its own size; its controls depend on the caption, its target does not."""
     sources = tuple(Noise(f"control {i} {caption}", width, height) for i in range(controls))
-    return View(Sample(caption, Noise("target", width, height), caption, sources), width, height)
+    return TransformedSample(Sample(caption, Noise("target", width, height), caption, sources), width, height)

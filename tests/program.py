@@ -26,8 +26,8 @@ import torch
 
 from trainer import model
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoints
 from trainer.tracking import curves, journal
+from trainer.training.checkpoint import Checkpoints
 
 # What a run imports when it needs it, here imported once for all children.
 for name in (
@@ -37,7 +37,7 @@ for name in (
     "peft",
     "tqdm",
     "trainer.run",
-    "trainer.sample",
+    "trainer.evaluation.sampling",
     "transformers",
     "yaml",
 ):

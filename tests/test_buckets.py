@@ -10,12 +10,12 @@ from layouts import drawing, save
 from PIL import Image, ImageEnhance
 
 from trainer import dataset
+from trainer.core.errors import UsageError
+from trainer.core.files import Digests
 from trainer.dataset import ImageFolder, Sample
 from trainer.dataset.buckets import enlargement, made, nearest
 from trainer.dataset.picture import FileSource
 from trainer.dataset.survey import inspect, near_duplicates
-from trainer.errors import Usage
-from trainer.files import Digests
 
 
 @pytest.mark.parametrize(("side", "multiple", "ratio"), [(1024, 16, 2.0), (1024, 64, 4.0), (512, 8, 2.0), (64, 8, 1.5), (768, 32, 1.0)])
@@ -58,10 +58,10 @@ def test_buckets_are_made_or_named_and_must_suit_the_model(tmp_path: Path):
     assert views[0].pixels().shape == (views[0].height, views[0].width, 3)
     assert dataset.framing(ImageFolder(resolution=64, buckets=["64x32", "32"]), 8).sizes == ((64, 32), (32, 32))
     assert dataset.framing(ImageFolder(resolution=64), 8).sizes == ((64, 64),)
-    with pytest.raises(Usage, match=r"dataset.buckets=60x32: .* divisible by 8; type dataset.buckets=\[...,64x32\]"):
+    with pytest.raises(UsageError, match=r"dataset.buckets=60x32: .* divisible by 8; type dataset.buckets=\[...,64x32\]"):
         dataset.framing(ImageFolder(resolution=64, buckets=["60x32"]), 8)
     for wrong in ({"buckets": "x"}, {"buckets": ["1*2"]}, {"buckets": []}, {"bucket_ratio": 0.5}, {"max_upscale": 0.5}, {"on_fault": "go"}):
-        with pytest.raises(Usage, match=f"dataset.{next(iter(wrong))}"):
+        with pytest.raises(UsageError, match=f"dataset.{next(iter(wrong))}"):
             ImageFolder(**wrong)
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import files
 from trainer.cache import LITTER, Cache, CacheSettings, Part
+from trainer.core import files
+from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.dataset import Pairs, Sample, read
-from trainer.dataset.view import View
-from trainer.errors import BadData, Storage, Usage
+from trainer.dataset.view import TransformedSample
 
 PARTS = (
     Part("latents", ("image",), "vae 1, float32"),
@@ -31,7 +31,7 @@ WITH_PICTURE = Part("prompt", ("caption", "controls"), "an encoder that looks at
 COUNT = 6
 
 
-def encode(part: str, view: View) -> torch.Tensor:
+def encode(part: str, view: TransformedSample) -> torch.Tensor:
     """A pure function of what the part is made from, as an encoder is."""
     if part == "prompt":
         return torch.tensor([float(len(view.caption)), *[float(ord(letter)) for letter in view.caption[:7].ljust(7)]]).to(torch.bfloat16)
@@ -58,17 +58,17 @@ def save(path: Path, shade: int) -> None:
     Image.new("RGB", (24, 16), (shade, 100, 200 - shade)).save(path)
 
 
-def views(folder: Path, width: int = 16, height: int = 16, **changes: bool) -> list[View]:
+def views(folder: Path, width: int = 16, height: int = 16, **changes: bool) -> list[TransformedSample]:
     """As a new process sees the folder."""
     samples = read(Pairs(path=str(folder)), files.Digests(folder.parent / "digests.db"))
-    return [View(sample, width, height, **changes) for sample in samples]
+    return [TransformedSample(sample, width, height, **changes) for sample in samples]
 
 
-def fill(cache: Cache, seen: list[View], encode: Callable[[str, View], torch.Tensor]) -> dict[str, int]:
+def fill(cache: Cache, seen: list[TransformedSample], encode: Callable[[str, TransformedSample], torch.Tensor]) -> dict[str, int]:
     return cache.fill(cache.missing(seen), encode)
 
 
-def made(cache: Path, seen: list[View], parts: tuple[Part, ...] = PARTS) -> dict[str, int]:
+def made(cache: Path, seen: list[TransformedSample], parts: tuple[Part, ...] = PARTS) -> dict[str, int]:
     """What a new process has to make."""
     found = fill(Cache(cache, parts), seen, encode)
     seen[0].sample.image.digests.flush()
@@ -189,7 +189,7 @@ def test_what_a_key_is_made_of_does_not_change_between_versions(folder: Path):
         def digest(self) -> str:
             return "d" * 64
 
-    view = View(Sample("id", Fixed(), "a caption", (Fixed(),)), 64, 48)
+    view = TransformedSample(Sample("id", Fixed(), "a caption", (Fixed(),)), 64, 48)
     cache = Cache(folder, PARTS)
     assert [cache.key(part, view)[:12] for part in (*PARTS, WITH_PICTURE)] == KEYS
 
@@ -223,7 +223,7 @@ def test_two_processes_that_fill_one_cache_make_what_one_makes(tmp_path: Path, f
 
 
 def test_a_killed_writer_leaves_no_torn_entry(tmp_path: Path, folder: Path):
-    def large(part: str, view: View) -> torch.Tensor:
+    def large(part: str, view: TransformedSample) -> torch.Tensor:
         return encode(part, view).float().reshape(-1)[:8].repeat(40_000)
 
     root, seen = tmp_path / "cache", views(folder)
@@ -269,7 +269,7 @@ def test_what_a_killed_writer_left_is_swept_once_it_is_old(tmp_path: Path, folde
 # damage
 
 
-def damage(root: Path, view: View, change, part: Part = PARTS[0]) -> Path:
+def damage(root: Path, view: TransformedSample, change, part: Part = PARTS[0]) -> Path:
     path = Cache(root, PARTS).path(part, view)
     path.write_bytes(change(path.read_bytes()))
     return path
@@ -284,7 +284,7 @@ def test_a_flipped_bit_in_any_byte_is_found_and_the_file_named(tmp_path: Path, f
         flipped = bytearray(sound)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        with pytest.raises(BadData, match="is damaged") as refusal:
+        with pytest.raises(DataError, match="is damaged") as refusal:
             Cache(root, PARTS).get(PARTS[2], view)
         assert str(path) in str(refusal.value)
         assert "cache.verify=full" in str(refusal.value)
@@ -297,7 +297,7 @@ def test_a_torn_entry_is_refused(size: int, tmp_path: Path, folder: Path):
     root, seen = tmp_path / "cache", views(folder)
     made(root, seen)
     path = damage(root, seen[0], lambda data: data[:size])
-    with pytest.raises(BadData, match=path.name):
+    with pytest.raises(DataError, match=path.name):
         Cache(root, PARTS).row(seen[0])
     Cache(root, PARTS).row(seen[1])
 
@@ -310,7 +310,7 @@ def test_a_nan_planted_in_an_entry_is_refused_though_its_digest_is_right(tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(torch, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
         Cache(root, PARTS).put(PARTS[0], view, bad)
-    with pytest.raises(BadData, match="NaN or infinity") as refusal:
+    with pytest.raises(DataError, match="NaN or infinity") as refusal:
         Cache(root, PARTS).get(PARTS[0], view)
     assert str(Cache(root, PARTS).path(PARTS[0], view)) in str(refusal.value)
 
@@ -320,7 +320,7 @@ def test_an_entry_put_in_anothers_place_is_refused(tmp_path: Path, folder: Path)
     made(root, seen)
     other = Cache(root, PARTS).path(PARTS[0], seen[1]).read_bytes()
     damage(root, seen[0], lambda data: other)
-    with pytest.raises(BadData, match="the entry of another name"):
+    with pytest.raises(DataError, match="the entry of another name"):
         Cache(root, PARTS).get(PARTS[0], seen[0])
 
 
@@ -334,7 +334,7 @@ def test_a_pickle_in_an_entrys_place_is_never_executed(tmp_path: Path, folder: P
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save(Payload(), path)
-    with pytest.raises(BadData):
+    with pytest.raises(DataError):
         Cache(root, PARTS).get(PARTS[0], seen[0])
     assert not (tmp_path / "executed").exists()
 
@@ -345,7 +345,7 @@ def test_an_absurd_header_is_refused_without_the_memory(tmp_path: Path, folder: 
     table = json.dumps({"value": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     for data in ((2**62).to_bytes(8, "little"), len(table).to_bytes(8, "little") + table, (1000).to_bytes(8, "little") + b"[" * 1000):
         damage(root, seen[0], lambda _, data=data: data)
-        with pytest.raises(BadData, match="is damaged"):
+        with pytest.raises(DataError, match="is damaged"):
             Cache(root, PARTS).get(PARTS[0], seen[0])
 
 
@@ -388,7 +388,7 @@ def test_what_an_encoder_makes_of_nothing_is_refused_with_the_sample_named(tmp_p
     for value, part, name in ((torch.nan, PARTS[0], "training_images/0.png"), (-torch.inf, PARTS[2], "instruction 0")):
         bad = encode(part.name, seen[0])
         bad[0] = value
-        with pytest.raises(BadData, match=f"{name}.*NaN or infinity"):
+        with pytest.raises(DataError, match=f"{name}.*NaN or infinity"):
             cache.put(part, seen[0], bad)
     assert not entries(tmp_path / "cache")
 
@@ -398,7 +398,7 @@ def test_all_pictures_that_cannot_be_decoded_are_named_and_the_others_kept(tmp_p
         path = folder / "training_images" / f"{number}.png"
         Image.fromarray(np.random.Generator(np.random.Philox(number)).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(BadData, match="2 faults") as refusal:
+    with pytest.raises(DataError, match="2 faults") as refusal:
         made(tmp_path / "cache", views(folder))
     assert all(f"training_images/{number}.png" in str(refusal.value) for number in (1, 4))
     for number in (1, 4):
@@ -409,21 +409,21 @@ def test_all_pictures_that_cannot_be_decoded_are_named_and_the_others_kept(tmp_p
 def test_an_encoder_that_only_fails_is_soon_stopped(tmp_path: Path):
     calls = []
 
-    def fail(part: str, view: View) -> torch.Tensor:
+    def fail(part: str, view: TransformedSample) -> torch.Tensor:
         calls.append(part)
         return torch.full((4,), torch.nan)
 
-    with pytest.raises(BadData, match="20 faults"):
+    with pytest.raises(DataError, match="20 faults"):
         fill(Cache(tmp_path / "cache", PARTS), views(make_pairs(tmp_path / "set", 30)), fail)
     assert len(calls) == 20
 
 
 def test_an_entry_that_is_gone_or_a_folder_that_cannot_be_written_is_a_matter_of_storage(tmp_path: Path, folder: Path):
     seen = views(folder)
-    with pytest.raises(Storage, match="No such file"):
+    with pytest.raises(StorageError, match="No such file"):
         Cache(tmp_path / "cache", PARTS).get(PARTS[0], seen[0])
     (tmp_path / "cache").write_text("a file stands here")
-    with pytest.raises(Storage, match="Could not write"):
+    with pytest.raises(StorageError, match="Could not write"):
         fill(Cache(tmp_path / "cache", PARTS), seen, encode)
 
 
@@ -435,7 +435,7 @@ def test_what_is_missing_among_30000_entries_is_known_at_once(tmp_path: Path):
         def digest(self) -> str:
             return f"{self.number:064x}"
 
-    seen = [View(Sample(str(number), Fixed(number), "text"), 64, 64) for number in range(30_000)]
+    seen = [TransformedSample(Sample(str(number), Fixed(number), "text"), 64, 64) for number in range(30_000)]
     cache = Cache(tmp_path / "cache", PARTS[:1])
     for number, view in enumerate(seen):
         if number % 3:
@@ -452,5 +452,5 @@ def test_what_is_missing_among_30000_entries_is_known_at_once(tmp_path: Path):
 
 def test_the_settings_know_two_ways_to_verify():
     assert CacheSettings(verify="full").verify == "full"
-    with pytest.raises(Usage, match="type quick or full"):
+    with pytest.raises(UsageError, match="type quick or full"):
         CacheSettings(verify="fast")

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import errors, libraries, streams
-from trainer.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded, Save
+from trainer.core import errors, libraries, rng
+from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded, Save
 
 ALL = [WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST]
 
@@ -143,7 +143,7 @@ def make_optimizer(name: str, parameters: list) -> torch.optim.Optimizer:
 def take_steps(parameters: list, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for index, parameter in enumerate(parameters):
-            parameter.grad = torch.from_numpy(streams.draws(0, "gradient", step, index).standard_normal(parameter.shape, "float32"))
+            parameter.grad = torch.from_numpy(rng.generator(0, "gradient", step, index).standard_normal(parameter.shape, "float32"))
         optimizer.step()
 
 
@@ -299,7 +299,7 @@ def test_a_hundred_random_flipped_bits_are_all_found(two):
     for number in range(100):
         path = two.folder / "step-00000002" / ALL[number % len(ALL)]
         whole = path.read_bytes()
-        position = int(streams.draws(0, "flip", number).integers(8 * len(whole)))
+        position = int(rng.generator(0, "flip", number).integers(8 * len(whole)))
         flipped = bytearray(whole)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)
@@ -345,7 +345,7 @@ def test_a_save_on_a_full_disk_changes_nothing_and_the_next_one_succeeds(two):
     def run() -> None:
         for limit in (0, 10, size - 1, size + 1):  # in the weights, the optimizer, the average, the state
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            with pytest.raises(errors.Storage, match=r"step-00000003.*too large"):
+            with pytest.raises(errors.StorageError, match=r"step-00000003.*too large"):
                 save(two, 3)
             assert {name: value for name, value in tree(two.folder.parent).items() if name != "checkpoints"} == {
                 name: value for name, value in expected.items() if name != "checkpoints"
@@ -360,7 +360,7 @@ def test_a_save_on_a_full_disk_changes_nothing_and_the_next_one_succeeds(two):
 @pytest.mark.parametrize("place", ["/proc/run/checkpoints", "file/checkpoints"])
 def test_a_folder_that_cannot_be_written_is_a_storage_error_that_names_it(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(errors.Storage, match=f"{place}/step-00000001") as caught:
+    with pytest.raises(errors.StorageError, match=f"{place}/step-00000001") as caught:
         save(Checkpoints(tmp_path / place, keep=1), 1)
     assert "\n" not in str(caught.value)
 
@@ -376,7 +376,7 @@ def test_when_every_checkpoint_is_damaged_all_are_left_where_they_are_and_the_ru
             path.write_bytes(path.read_bytes()[:-1] + (b"" if damage == "truncated" else b"\xff"))
     expected = tree(two.folder.parent)
     start = time.perf_counter()
-    with pytest.raises(errors.BadData) as caught:
+    with pytest.raises(errors.DataError) as caught:
         two.newest()
     assert time.perf_counter() - start < 1
     message = str(caught.value)
@@ -388,7 +388,7 @@ def test_no_checkpoint_is_no_error_and_makes_no_folder(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
     checkpoints.clean()
     assert checkpoints.newest() is None and checkpoints.best() is None and checkpoints.steps() == []
-    with pytest.raises(errors.Usage, match="none"):
+    with pytest.raises(errors.UsageError, match="none"):
         checkpoints.load(3)
     assert os.listdir(tmp_path) == []
 
@@ -400,7 +400,7 @@ def test_a_tensor_that_is_not_finite_is_never_saved(two, place, value):
     expected = tree(two.folder)
     contents = {"weights": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"m": torch.ones(3)}}}, "ema": {"w": torch.ones(3)}}
     (contents[place]["state"][0]["m"] if place == "optimizer" else contents[place]["w"])[1] = value
-    with pytest.raises(errors.Numerics, match=f"Step 3 .*{place if place != 'ema' else 'ema.safetensors'}"):
+    with pytest.raises(errors.NonFiniteError, match=f"Step 3 .*{place if place != 'ema' else 'ema.safetensors'}"):
         two.save(3, **contents, state={})
     assert tree(two.folder) == expected
 
@@ -416,7 +416,7 @@ def test_the_last_ones_by_step_and_the_best_are_kept_whatever_the_clock_says(tmp
     assert_holds(checkpoints.load(6), 6)
     save(checkpoints, 8, val_loss=0.1)
     assert checkpoints.steps() == [7, 8] and checkpoints.best().step == 8
-    with pytest.raises(errors.Usage, match=r"step 6 .*7, 8"):
+    with pytest.raises(errors.UsageError, match=r"step 6 .*7, 8"):
         checkpoints.load(6)
 
 
@@ -442,7 +442,7 @@ def test_a_damaged_best_is_reported_and_the_next_best_used(tmp_path):
         save(checkpoints, step, val_loss=float(step))
     (checkpoints.folder / "step-00000001" / WEIGHTS).write_bytes(b"")
     assert checkpoints.best().step == 2 and "step-00000001" in reports[0]
-    with pytest.raises(errors.BadData, match=WEIGHTS):
+    with pytest.raises(errors.DataError, match=WEIGHTS):
         checkpoints.load(1)
     assert checkpoints.steps() == [1, 2, 3]
 
@@ -479,19 +479,17 @@ def test_a_pickle_under_a_forged_manifest_is_refused_and_never_executed(two, tmp
         manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         body = json.dumps(manifest).encode()
         (folder / MANIFEST).write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-    with pytest.raises(errors.BadData, match=f"{name} cannot be read"):
+    with pytest.raises(errors.DataError, match=f"{name} cannot be read"):
         two.newest()
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep": 0}, {"every": -1}])
 def test_settings_that_save_or_keep_nothing_are_refused(settings):
-    with pytest.raises(errors.Usage, match=r"save\.(every|keep)"):
+    with pytest.raises(errors.UsageError, match=r"save\.(every|keep)"):
         Save(**settings)
 
 
 def test_settings_and_locks_need_no_torch():
-    script = (
-        "import sys, trainer.checkpoint, trainer.files; sys.exit(any(name in sys.modules for name in ('torch', 'safetensors', 'numpy')))"
-    )
+    script = "import sys, trainer.training.checkpoint, trainer.core.files; sys.exit(any(name in sys.modules for name in ('torch', 'safetensors', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

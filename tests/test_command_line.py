@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import config, errors, secret
+from trainer import config
 from trainer.__main__ import main
+from trainer.core import errors, redaction
 
 PROGRAM = [sys.executable, "-m", "trainer"]
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwx"
@@ -217,7 +218,7 @@ def test_a_fault_of_the_program_is_told_in_one_line_and_its_traceback_written_wi
     assert "RuntimeError: 401 for *** and ***. This is a fault of the program" in told
     log = Path(re.search(r"the traceback is in (\S+)", told)[1])
     assert "in broken" in log.read_text() and "***" in log.read_text()
-    assert not secret.inside(log.read_text())
+    assert not redaction.inside(log.read_text())
     log.unlink()
 
 
@@ -232,7 +233,7 @@ def test_what_ends_a_run_is_logged_without_secrets(tmp_path: Path, monkeypatch: 
         logging.getLogger("somebody").warning("sent %s", TOKEN)
         raise RuntimeError(f"401 for {TOKEN} and of-no-known-form")
     for path in tmp_path.glob("*.*"):
-        assert not secret.inside(path.read_text()), path
+        assert not redaction.inside(path.read_text()), path
     assert "401 for *** and ***" in (tmp_path / "log.txt").read_text()
 
 
@@ -290,7 +291,7 @@ def run(command: list[str] | str, **options: object) -> subprocess.CompletedProc
 
 def test_the_process_ends_with_the_code_of_what_was_wrong():
     done = run([*PROGRAM, "optimizer.lrr=1"])
-    assert (done.returncode, done.stdout) == (errors.Usage.code, "")
+    assert (done.returncode, done.stdout) == (errors.UsageError.code, "")
     assert done.stderr == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?\n"
 
 

@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config, errors
-from trainer.command_line import CONF
+from trainer import config
 from trainer.config import Run
+from trainer.config.command_line import CONF
+from trainer.core import errors
 
 OPTIONS = [(path.parent.name, path.stem) for room in (*config.ROOMS, "experiment") for path in sorted((CONF / room).glob("*.yaml"))]
 FREE = {"hardware", "evaluation", "tracking", "sample", "save", "export", "log", "cache", "stage", "run", "resume", "name", "out", "fresh"}
@@ -113,13 +114,13 @@ def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(
     composed = compose(*choice)
     suggested = composed.model.suggested.learning_rate
     if method not in OmegaConf.get_type(composed.model).methods:
-        with pytest.raises(errors.Usage, match="this model is trained by .*; type method="):
+        with pytest.raises(errors.UsageError, match="this model is trained by .*; type method="):
             run_of(*choice)
         return
     if method in suggested:
         assert run_of(*choice).optimizer.lr == suggested[method]
     else:
-        with pytest.raises(errors.Usage, match=r"type optimizer\.lr="):
+        with pytest.raises(errors.UsageError, match=r"type optimizer\.lr="):
             run_of(*choice)
     assert run_of(*choice, "optimizer.lr=3e-4").optimizer.lr == 3e-4
 
@@ -208,7 +209,7 @@ def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_with_what_to_type(overrides: str, reason: str):
-    with pytest.raises(errors.Usage, match=reason) as refusal:
+    with pytest.raises(errors.UsageError, match=reason) as refusal:
         run_of(*overrides.split())
     assert refusal.value.code == 64
     assert "\n" not in str(refusal.value)
@@ -346,7 +347,7 @@ def test_a_finished_run_is_used_with_its_own_settings_and_refuses_others(tmp_pat
     assert used("sample.seed=4").sample.guidance == 5
     assert used("sample.seed=4", "hardware=cpu", "dataset.path=new").dataset.path == "new"
     for refused in ("method.rank=4", "optimizer=adamw", "dataset.flip=true", "experiment=mini_base", "seed=1"):
-        with pytest.raises(errors.Usage, match="own settings"):
+        with pytest.raises(errors.UsageError, match="own settings"):
             used(refused)
 
 
@@ -354,7 +355,7 @@ def test_a_finished_run_is_used_with_its_own_settings_and_refuses_others(tmp_pat
 def test_a_config_that_is_none_is_bad_data(text: str, tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(errors.BadData, match="does not hold the settings"):
+    with pytest.raises(errors.DataError, match="does not hold the settings"):
         config.from_yaml(path)
-    with pytest.raises(errors.BadData):
+    with pytest.raises(errors.DataError):
         config.from_yaml(tmp_path / "nowhere.yaml")

@@ -185,7 +185,7 @@ def test_odd_pictures_are_read_right(lab: Lab, folder: Path):
     assert code == 0
     assert "pictures that look alike" in output
     from trainer import dataset
-    from trainer.files import Digests
+    from trainer.core.files import Digests
 
     pixels = {s.id: np.asarray(s.image.open(), int) for s in dataset.read(dataset.CaptionsJson(path=str(folder)), Digests(folder / "d"))}
     for name in ("turned", "alpha"):
@@ -496,7 +496,7 @@ def test_no_encoder_is_left_when_the_denoiser_loads(lab: Lab, folder: Path, tmp_
         "evaluation.images=0",
         f"cache.path={tmp_path / 'c'}",
     ]
-    lab.finish(lab.place(), *settings, "steps=1", before=at("trainer.network:build", 1, look))
+    lab.finish(lab.place(), *settings, "steps=1", before=at("trainer.training.build:build", 1, look))
     assert list((tmp_path / "c").rglob("*.safetensors"))
     assert (tmp_path / "left").read_text() == ""
 

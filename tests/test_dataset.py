@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from trainer import dataset
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import Digests
 from trainer.dataset import Demo, ImageFolder, Pairs, Sample, Task
 from trainer.dataset.picture import FileSource, fit
 from trainer.dataset.reading import Listing
-from trainer.errors import BadData, Usage
-from trainer.files import Digests
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -61,7 +61,7 @@ def row(name: object, text: object = "a thing") -> dict:
 
 
 def faults_of(settings: dataset.Dataset, digests: Digests) -> str:
-    with pytest.raises(BadData) as refusal:
+    with pytest.raises(DataError) as refusal:
         dataset.read(settings, digests)
     assert refusal.value.code == 65
     return str(refusal.value)
@@ -75,7 +75,7 @@ def test_a_resolution_is_a_side_or_width_by_height():
     assert ImageFolder(resolution=1024).size() == (1024, 1024)
     assert ImageFolder(resolution="832x576").size() == (832, 576)
     for wrong in ("832*576", "0", "x64", -64, "64x0", "big"):
-        with pytest.raises(Usage, match=r"dataset\.resolution"):
+        with pytest.raises(UsageError, match=r"dataset\.resolution"):
             ImageFolder(resolution=wrong)
 
 
@@ -87,7 +87,7 @@ def test_settings_that_make_no_sense_are_refused_when_the_command_line_is_read()
         {"limit": 0},
         {"resolution": "1x"},
     ):
-        with pytest.raises(Usage, match=f"dataset.{next(iter(wrong))}"):
+        with pytest.raises(UsageError, match=f"dataset.{next(iter(wrong))}"):
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Pairs), wrong))
     typed = OmegaConf.merge(OmegaConf.structured(Pairs), OmegaConf.from_dotlist(["resolution=832x576", "limit=3"]))
     assert OmegaConf.to_object(typed) == Pairs(resolution="832x576", limit=3)
@@ -103,7 +103,7 @@ def test_the_shipped_values_are_those_of_the_settings_class(option: str):
 
 @pytest.mark.parametrize("layout", [ImageFolder, Pairs])
 def test_no_path_is_a_matter_of_usage_and_an_absent_folder_one_of_data(layout, tmp_path: Path, digests: Digests):
-    with pytest.raises(Usage, match="type dataset.path=FOLDER"):
+    with pytest.raises(UsageError, match="type dataset.path=FOLDER"):
         dataset.read(layout(), digests)
     assert "there is no such folder" in faults_of(layout(path=str(tmp_path / "absent")), digests)
     (tmp_path / "empty").mkdir()
@@ -346,12 +346,12 @@ def test_of_few_samples_one_is_held_out_and_one_trained_on():
 
 
 def test_an_empty_side_is_refused_with_counts_and_what_to_type():
-    with pytest.raises(BadData, match=r"it: of 1 samples 1 are for training and 0 for validation.*type dataset\.validation_fraction=0"):
+    with pytest.raises(DataError, match=r"it: of 1 samples 1 are for training and 0 for validation.*type dataset\.validation_fraction=0"):
         dataset.split([sample("only")], 0.15, where="it")
     assert len(dataset.split([sample("only")], 0.0, where="it").train) == 1
-    with pytest.raises(BadData, match=r"0 are for training and 3 for validation.*smaller dataset\.validation_fraction"):
+    with pytest.raises(DataError, match=r"0 are for training and 3 for validation.*smaller dataset\.validation_fraction"):
         dataset.split([sample(f"v{number}", "validation") for number in range(3)], 0.15, where="it")
-    with pytest.raises(BadData, match="of 0 samples"):
+    with pytest.raises(DataError, match="of 0 samples"):
         dataset.split([], 0.15, where="it")
 
 
@@ -430,7 +430,7 @@ def test_samples_of_32_bits_are_refused_for_their_white_is_unknown(tmp_path: Pat
     for kind in (np.float32, np.int32):
         path = tmp_path / "deep.tif"
         Image.fromarray(np.ones((16, 16), kind)).save(path)
-        with pytest.raises(BadData, match="32-bit samples"):
+        with pytest.raises(DataError, match="32-bit samples"):
             FileSource(path, digests).open()
 
 
@@ -475,7 +475,7 @@ def test_an_embedded_profile_is_brought_to_srgb_and_a_broken_one_ignored(tmp_pat
 def test_pictures_too_small_or_too_thin_are_refused(size, reason: str, tmp_path: Path, digests: Digests):
     Image.new("RGB", size).save(tmp_path / "picture.png")
     for action in (FileSource.size, FileSource.open):
-        with pytest.raises(BadData, match=f"picture.png: {size[0]} x {size[1]} pixels are {reason}"):
+        with pytest.raises(DataError, match=f"picture.png: {size[0]} x {size[1]} pixels are {reason}"):
             action(FileSource(tmp_path / "picture.png", digests))
 
 
@@ -483,7 +483,7 @@ def test_pictures_too_small_or_too_thin_are_refused(size, reason: str, tmp_path:
 def test_an_animation_is_refused_for_it_is_several_pictures(ending: str, tmp_path: Path, digests: Digests):
     path = tmp_path / f"moving.{ending}"
     drawing(1).save(path, save_all=True, append_images=[drawing(2), drawing(3)])
-    with pytest.raises(BadData, match="several pictures"):
+    with pytest.raises(DataError, match="several pictures"):
         FileSource(path, digests).size()
 
 
@@ -506,10 +506,10 @@ def test_files_that_are_no_pictures_say_what_they_are(tmp_path: Path, digests: D
         (b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", "."),
     ):
         path.write_bytes(data)
-        with pytest.raises(BadData, match=f"picture.jpg: .*{reason}"):
+        with pytest.raises(DataError, match=f"picture.jpg: .*{reason}"):
             FileSource(path, digests).size()
     path.unlink()
-    with pytest.raises(BadData, match="No such file"):
+    with pytest.raises(DataError, match="No such file"):
         FileSource(path, digests).open()
 
 
@@ -519,7 +519,7 @@ def test_a_truncated_picture_is_refused_when_it_is_decoded_and_never_half_grey(e
     noise = np.random.Generator(np.random.Philox(1)).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadData, match=f"picture.{ending}: "):
+    with pytest.raises(DataError, match=f"picture.{ending}: "):
         FileSource(path, digests).open()
 
 
@@ -543,7 +543,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(size, limit_of_pillow, 
     path.write_bytes(bomb(*size))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
     for action in (FileSource.size, FileSource.open):
-        with warnings.catch_warnings(), pytest.raises(BadData, match=r"bomb.png: .*(179 million|178956970)"):
+        with warnings.catch_warnings(), pytest.raises(DataError, match=r"bomb.png: .*(179 million|178956970)"):
             warnings.simplefilter("ignore")
             action(FileSource(path, digests))
 

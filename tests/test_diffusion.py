@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
+from trainer.core.rng import normal
 from trainer.objective import Diffusion, Prediction, Schedule
 from trainer.objective.diffusion import signal_shares
-from trainer.streams import normal
 
 SHAPE = (6, 4, 5, 3)
 TIMES = torch.tensor([0.0, 1.0, 17.0, 240.0, 498.0, 499.0])
@@ -127,10 +127,10 @@ def test_a_perfect_network_leads_from_noise_to_the_picture(prediction: Predictio
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict, said: str):
-    with pytest.raises(Usage, match=said):
+    with pytest.raises(UsageError, match=said):
         Diffusion(**settings)
 
 
 def test_more_steps_than_timesteps_are_refused():
-    with pytest.raises(Usage, match="type sample.steps=500"):
+    with pytest.raises(UsageError, match="type sample.steps=500"):
         Diffusion(timesteps=500).check(501)

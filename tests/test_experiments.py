@@ -12,7 +12,7 @@ from layouts import arrays, captions_json, imagefolder, pairs
 
 from trainer import config, model
 from trainer.__main__ import main
-from trainer.command_line import CONF
+from trainer.config.command_line import CONF
 
 RECIPES = {path.stem: path for path in sorted((CONF / "experiment").glob("face_seg_*.yaml"))}
 

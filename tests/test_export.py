@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import config, export, files, model
+from trainer import config, export, model
 from trainer.config import Run
-from trainer.errors import BadData, Storage, Usage
+from trainer.core import files
+from trainer.core.errors import DataError, StorageError, UsageError
+from trainer.core.rng import normal
 from trainer.export import Dtype, Export, Format
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, Lora, trained
 from trainer.method.adapter import frozen, load_adapter, merged, parts
 from trainer.model import Family
 from trainer.precision import Compute, Precision
-from trainer.precision import Storage as Stored
-from trainer.streams import normal
+from trainer.precision import StorageError as Stored
 
 CPU = torch.device("cpu")
 ADAPTERS = [Lora(rank=4, alpha=8.0), Dora(rank=4, alpha=8.0), Loha(rank=4, alpha=8.0), Lokr(rank=2, alpha=8.0)]
@@ -93,7 +94,7 @@ def test_a_method_that_some_format_cannot_hold_is_refused_with_those_that_can(me
         if format.name in method.formats:
             assert settings.chosen(method.formats) == [format]
         else:
-            with pytest.raises(Usage, match=re.escape(f"type export.formats=[{','.join(method.formats)}]")):
+            with pytest.raises(UsageError, match=re.escape(f"type export.formats=[{','.join(method.formats)}]")):
                 settings.chosen(method.formats)
 
 
@@ -138,7 +139,7 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     (path,) = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
     dtype = getattr(torch, compute)
-    assert model.Weights(path / family.denoiser)(next(iter(family.skeleton().state_dict()))).dtype == dtype
+    assert model.Weights(path / family.denoiser)(next(iter(family.meta_model().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.network(dtype).eval())
     assert_alike(found, expected, 1e-4 if compute == "float32" else 0.3)
@@ -178,7 +179,7 @@ def test_whole_weights_are_exported_as_a_checkpoint(family: Family, tmp_path: Pa
 
 
 def test_formats_for_adapters_are_refused_where_there_is_no_adapter():
-    with pytest.raises(Usage, match="type export.formats=\\[pipeline\\]"):
+    with pytest.raises(UsageError, match="type export.formats=\\[pipeline\\]"):
         Export([Format.pipeline, Format.peft]).chosen(Full.formats)
     assert Export().chosen(Lora.formats) == [Format.diffusers]
     assert Export().chosen(Full.formats) == [Format.pipeline]
@@ -190,7 +191,7 @@ def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adap
     run = run_of(family, *(Format[name] for name in method.formats), method=method, precision=precision)
     network = run.model.network(precision.dtype())
     method.attach(network, family.targets, seed=0)
-    with pytest.raises(BadData, match="changes nothing"):
+    with pytest.raises(DataError, match="changes nothing"):
         write(run, network, tmp_path)
     assert contents(tmp_path) == {}
     if isinstance(method, Dora):
@@ -201,7 +202,7 @@ def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adap
 
 def test_whole_weights_that_are_what_they_were_are_refused(family: Family, tmp_path: Path):
     run = run_of(family, method=Full())
-    with pytest.raises(BadData, match="nothing has changed"):
+    with pytest.raises(DataError, match="nothing has changed"):
         write(run, network_of(run, 0), tmp_path)
     assert contents(tmp_path) == {}
 
@@ -209,7 +210,7 @@ def test_whole_weights_that_are_what_they_were_are_refused(family: Family, tmp_p
 def test_a_change_that_rounding_would_swallow_is_refused_with_what_to_type(family: Family, tmp_path: Path):
     run = run_of(family, Format.pipeline, precision=Precision(storage=Stored.bf16))
     network = network_of(run, 1e-3)
-    with pytest.raises(BadData, match="type export.dtype=float32"):
+    with pytest.raises(DataError, match="type export.dtype=float32"):
         write(run, network, tmp_path)
     assert contents(tmp_path) == {}
     write(dataclasses.replace(run, export=Export([Format.pipeline], Dtype.float32)), network, tmp_path)
@@ -266,7 +267,7 @@ def test_an_export_that_is_not_what_was_trained_is_refused_and_the_old_one_stays
     network = network_of(run)
     write(run, network, tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(BadData, match="is not .*what was trained|is not the adapter that was trained"):
+    with pytest.raises(DataError, match="is not .*what was trained|is not the adapter that was trained"):
         write(dataclasses.replace(run, model=forgetful(family, **answer)), network_of(run, 0.2), tmp_path)
     assert contents(tmp_path) == before
 
@@ -299,7 +300,7 @@ def test_an_export_that_fails_midway_leaves_the_old_one(family: Family, tmp_path
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(Storage, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         write(dataclasses.replace(run, model=forgetful(family, save_checkpoint=full_disk)), network, tmp_path)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
@@ -318,4 +319,4 @@ def test_a_pipelines_dropout_is_off_and_alpha_is_what_it_was_in_training(family:
 
 def test_export_settings_do_not_change_a_runs_identity_and_may_be_typed_beside_a_finished_run():
     assert "export" not in config.DECIDES_WEIGHTS
-    assert "export" in config.FREE_IN_LOADED_STAGES
+    assert "export" in config.FREE_IN_POST_TRAINING_STAGES

@@ -10,16 +10,16 @@ import torch
 from drawn import Noise, view
 
 from trainer import method as method_module
+from trainer.core.batch import collate, conditions
+from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
-from trainer.dataset.view import View
+from trainer.dataset.view import TransformedSample
 from trainer.evaluation import held_out_loss
-from trainer.loop import fit
 from trainer.method import trained
 from trainer.model import Family
 from trainer.objective import Diffusion, Flow, Prediction
 from trainer.optimizer import AdamW
-from trainer.rows import collate, conditions
-from trainer.streams import draws, fraction, normal
+from trainer.training.loop import fit
 
 HEIGHT, WIDTH = 32, 48
 
@@ -104,8 +104,8 @@ def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
 
 def test_the_skeleton_is_the_network_without_its_weights(family: Family):
     whole = {name: tuple(parameter.shape) for name, parameter in family.network(torch.float32).named_parameters()}
-    assert {name: tuple(parameter.shape) for name, parameter in family.skeleton().named_parameters()} == whole
-    assert all(parameter.is_meta for parameter in family.skeleton().parameters())
+    assert {name: tuple(parameter.shape) for name, parameter in family.meta_model().named_parameters()} == whole
+    assert all(parameter.is_meta for parameter in family.meta_model().parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +149,7 @@ def learned(family: Family, shuffled: bool) -> float:
     encoder, told = family.encoder(torch.device("cpu")), []
     parts = [part for part in family.parts(digests(family), len(controls)) if not part.startswith("latents")]
     for caption in CAPTIONS:
-        seen = View(Sample(caption, Noise("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
+        seen = TransformedSample(Sample(caption, Noise("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
         told.append({part: encoder.encode(part, seen) for part in parts})
     shape = family.spec(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
 
@@ -162,8 +162,8 @@ def learned(family: Family, shuffled: bool) -> float:
         for step in range(1, STEPS + 1):
             rows = []
             for i in range(BATCH):
-                row = sample(f"{step} {i}", i % 2, int(draws("said", step, i).integers(2)) if shuffled else i % 2)
-                time = family.objective.time(fraction("time", step, i), family.shift(*shape[-2:]))
+                row = sample(f"{step} {i}", i % 2, int(generator("said", step, i).integers(2)) if shuffled else i % 2)
+                time = family.objective.time(uniform("time", step, i), family.shift(*shape[-2:]))
                 rows.append(row | {"noise": normal(shape, "noise", step, i), "time": torch.tensor(time)})
             yield step, [collate(rows)]
 

@@ -51,8 +51,8 @@ from program import (
 )
 from safetensors.torch import load_file, save_file
 
-from trainer import streams
-from trainer.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints
+from trainer.core import rng
+from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints
 
 Trial = Callable[[Lab, Path, int], None]
 """Does one thing to a run under the folder `out`; the number, from 0, says which moment or variant."""
@@ -83,8 +83,8 @@ def fault(number: str, what: str, count: int, short: list[int] | None = None) ->
 
 # Where a run can be met, for `at`.
 FORWARD = "trainer.run:Training._losses"
-READ = "trainer.loader:Batches.row"
-SAVE = "trainer.files:save_tensors"
+READ = "trainer.training.batches:Batches.row"
+SAVE = "trainer.core.files:save_tensors"
 ONE_BY_ONE = "hardware.micro_batch=1"
 
 
@@ -108,7 +108,7 @@ def killed_at_random(lab: Lab, out: Path, trial: int) -> None:
     settings = ["save.every=1", "steps=8"]
     run = lab.start(out, *settings)
     # One moment in each fiftieth of a run, so that few trials are spread over it too.
-    time.sleep(lab.seconds(*settings) / 50 * (trial + streams.fraction("kill", trial)))
+    time.sleep(lab.seconds(*settings) / 50 * (trial + rng.uniform("kill", trial)))
     run.signal(signal.SIGKILL)
     assert run.wait().code in (-signal.SIGKILL, 0)
     if list(out.glob("*/checkpoints")):
@@ -122,7 +122,7 @@ def killed_at_random(lab: Lab, out: Path, trial: int) -> None:
 
 @fault("F02", "killed before any operation of a save on the disk", 22, [9, 17])
 def killed_in_a_save(lab: Lab, out: Path, trial: int) -> None:
-    assert dies_within(lab, out, "trainer.checkpoint:Checkpoints.save", trial) == (trial < 21), (
+    assert dies_within(lab, out, "trainer.training.checkpoint:Checkpoints.save", trial) == (trial < 21), (
         "all operations have their trial, the last none"
     )
 
@@ -141,7 +141,7 @@ def killed_in_a_write(lab: Lab, out: Path, trial: int) -> None:
 
 @fault("F07", "killed while the third of two checkpoints is discarded", 8, [])
 def killed_in_retention(lab: Lab, out: Path, trial: int) -> None:
-    assert dies_within(lab, out, "trainer.checkpoint:Checkpoints._retain", trial) == (trial < 7)
+    assert dies_within(lab, out, "trainer.training.checkpoint:Checkpoints._retain", trial) == (trial < 7)
 
 
 def dies_within(lab: Lab, out: Path, where: str, trial: int) -> bool:
@@ -186,7 +186,7 @@ def truncated(lab: Lab, out: Path, trial: int) -> None:
 def flipped(lab: Lab, out: Path, trial: int) -> None:
     path = with_average(lab, out) / FILES[trial % 5]
     data = bytearray(path.read_bytes())
-    data[streams.number("byte", trial) % len(data)] ^= 1 << trial // 5 % 8
+    data[rng.seed_for("byte", trial) % len(data)] ^= 1 << trial // 5 % 8
     path.write_bytes(data)
     assert "step-00000004 is damaged" in assert_continues(lab, out, AVERAGE).text
     assert (only_run(out) / "quarantine" / "step-00000004" / path.name).read_bytes() == data
@@ -305,7 +305,7 @@ def stopped_at_every_step(lab: Lab, out: Path, trial: int) -> None:
 @fault("F11", "the samples read over stops and resumes", 2, [])
 def samples_read(lab: Lab, out: Path, trial: int) -> None:
     def noting() -> None:
-        from trainer.loader import Batches
+        from trainer.training.batches import Batches
 
         row = Batches.row
 
@@ -360,18 +360,18 @@ def train_losses(folder: Path) -> dict[int, float]:
 MOMENTS = [
     ("trainer.dataset:split", 1, False),
     ("trainer.cache:Cache.put", 7, False),
-    ("trainer.network:build", 1, True),
-    ("trainer.judge:held_out_loss", 1, False),
-    ("trainer.judge:held_out_loss", 2, True),
-    ("trainer.judge:held_out_loss", 4, True),
-    ("trainer.report:Progress.step", 3, False),
+    ("trainer.training.build:build", 1, True),
+    ("trainer.training.evaluator:held_out_loss", 1, False),
+    ("trainer.training.evaluator:held_out_loss", 2, True),
+    ("trainer.training.evaluator:held_out_loss", 4, True),
+    ("trainer.training.provenance:Progress.step", 3, False),
     ("trainer.dataset.strip:save", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
     ("trainer.tracking.journal:Journal.metrics", 4, False),
     (SAVE, 1, False),
     (SAVE, 4, True),
-    ("trainer.checkpoint:Checkpoints._retain", 2, False),
+    ("trainer.training.checkpoint:Checkpoints._retain", 2, False),
     ("trainer.run:Training._finish", 1, False),
     ("trainer.tracking.curves:write_summary", 1, False),
 ]
@@ -391,7 +391,7 @@ def told_to_stop_at_random(lab: Lab, out: Path, trial: int) -> None:
     settings = ["hardware.workers=2"]
     number = (signal.SIGTERM, signal.SIGINT)[trial % 2]
     run = lab.start(out, *settings)
-    moment = lab.seconds(*settings) / 30 * (trial + streams.fraction("stop", trial))
+    moment = lab.seconds(*settings) / 30 * (trial + rng.uniform("stop", trial))
     time.sleep(moment)
     run.signal_all(number)
     ended = run.wait()
@@ -495,9 +495,9 @@ def member_fails(lab: Lab, out: Path, trial: int) -> None:
 @fault("F15", "a loader worker is killed, or hangs", 2, [0])
 def worker_dies(lab: Lab, out: Path, trial: int) -> None:
     def impatient() -> None:
-        from trainer import loader
+        from trainer.training import batches
 
-        loader.STALLED = 2
+        batches.STALLED = 2
 
     settings = ["hardware.workers=2"]
     how = (signal.SIGKILL, signal.SIGSTOP)[trial]
@@ -587,17 +587,17 @@ def greedy(appetite: int) -> Action:
     """A scene: each sample of a forward pass wants that many bytes, where the system gives 3.5 GiB."""
 
     def set_up() -> None:
-        from trainer.judge import Judge
+        from trainer.training.evaluator import Evaluator
 
         used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + 7 * GIB // 2, resource.RLIM_INFINITY))
-        predict = Judge.predict
+        predict = Evaluator.predict
 
-        def eat(self: Judge, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        def eat(self: Evaluator, x: torch.Tensor, *others: Any) -> torch.Tensor:
             torch.empty(len(x) * appetite, dtype=torch.uint8)
             return predict(self, x, *others)
 
-        Judge.predict = eat
+        Evaluator.predict = eat
 
     return set_up
 
@@ -611,7 +611,7 @@ def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
         assert len(records(folder, "warning")) == 1
         assert losses(folder) == [(step, key, pytest.approx(loss, abs=1e-6)) for step, key, loss in losses(lab.reference())]
         return
-    nothing = at("trainer.network:build", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
+    nothing = at("trainer.training.build:build", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
     ended = lab.run(out, before=greedy(4 * GIB) if trial == 1 else nothing)
     assert ended.code == 71 and "Traceback" not in ended.text, ended
     # What costs nothing but time comes before what makes another run.

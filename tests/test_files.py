@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import errors, files
+from trainer.core import errors, files
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_json_comes_back_equal_infinity_too(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_not_json_is_bad_data_and_names_the_file(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(errors.BadData, match="a.json"):
+    with pytest.raises(errors.DataError, match="a.json"):
         files.read_json(tmp_path / "a.json")
 
 
@@ -65,7 +65,7 @@ def test_a_missing_file_and_a_place_that_cannot_be_written_are_storage_errors_in
         lambda: files.write(Path("/proc/nothing/can/be/made/here"), b""),
         lambda: files.Lock(tmp_path / "file" / "lock").__enter__(),
     ):
-        with pytest.raises(errors.Storage) as caught:
+        with pytest.raises(errors.StorageError) as caught:
             action()
         assert "\n" not in str(caught.value) and ("missing" in str(caught.value) or "/" in str(caught.value))
         assert caught.value.code == 74
@@ -75,12 +75,12 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
     script = """
 import resource, sys
 from pathlib import Path
-from trainer import errors, files
+from trainer.core import errors, files
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:
     files.write(path, b"n" * 5000)
-except errors.Storage as error:
+except errors.StorageError as error:
     print(error)
 """
     files.write(tmp_path / "a", b"old")
@@ -180,7 +180,7 @@ def test_four_processes_share_one_database_of_digests_and_lose_no_row(old, tmp_p
     script = """
 import sys
 from pathlib import Path
-from trainer import files
+from trainer.core import files
 sys.stdin.read()
 for path in sys.argv[2:]:
     digests = files.Digests(Path(sys.argv[1]))
@@ -214,7 +214,7 @@ def test_ten_thousand_known_files_are_looked_up_well_within_a_second(old, tmp_pa
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from trainer import errors, files
+from trainer.core import errors, files
 try:
     with files.Lock(Path(sys.argv[1])):
         if "fork" in sys.argv and os.fork() == 0:
@@ -222,7 +222,7 @@ try:
             time.sleep(60)
         os.write(1, f"owner {os.getpid()}\\n".encode())
         sys.stdin.read()
-except errors.Locked as error:
+except errors.LockedError as error:
     print(error)
     sys.exit(error.code)
 """
@@ -242,11 +242,11 @@ def test_a_second_process_is_refused_at_once_with_the_owners_name_and_may_follow
     message = second.communicate(timeout=10)[0]
     assert second.returncode == 75 and time.perf_counter() - start < 2
     assert f"process {pid} on " in message and str(path.parent) in message and message.count("\n") == 1
-    with pytest.raises(errors.Locked, match=pid), files.Lock(path):
+    with pytest.raises(errors.LockedError, match=pid), files.Lock(path):
         pass
     owner.communicate(timeout=10)
     assert owner.returncode == 0
-    with files.Lock(path), pytest.raises(errors.Locked, match=str(os.getpid())), files.Lock(path):
+    with files.Lock(path), pytest.raises(errors.LockedError, match=str(os.getpid())), files.Lock(path):
         pass
     assert path.exists()
 

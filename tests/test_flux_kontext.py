@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from trainer import export
 from trainer.config import Run
+from trainer.core.batch import collate
+from trainer.core.batch import conditions as conditions_of
 from trainer.dataset import Sample
-from trainer.dataset.view import Framing
+from trainer.dataset.view import Transform
 from trainer.export import Export, Format
 from trainer.method import Lora, trained
 from trainer.model.flux_kontext import FluxKontext, pack
 from trainer.precision import Precision
-from trainer.rows import collate
-from trainer.rows import conditions as conditions_of
 
 HEIGHT, WIDTH = 32, 48
 CAPTIONS = ["make it night", "paint the photo"]
@@ -58,7 +58,7 @@ def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> 
     """Of two samples with control pictures of this (width, height)."""
     encoder, target = family.encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
     samples = [Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)]
-    views = [Framing(((WIDTH, HEIGHT),), (size,)).view(sample) for sample in samples]
+    views = [Transform(((WIDTH, HEIGHT),), (size,)).view(sample) for sample in samples]
     row = collate([{part: encoder.encode(part, view) for part in ("control", "prompt", "pooled")} for view in views])
     return {part: tensor.to(DEVICE) for part, tensor in row.items()}
 
@@ -133,7 +133,7 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
     encoder = family.encoder(DEVICE)
     sources = control_pictures(WIDTH, HEIGHT)
     sample = Sample("id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64)))
-    view = Framing(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).view(sample)
+    view = Transform(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).view(sample)
     row = collate([{part: encoder.encode(part, view).to(DEVICE) for part in family.parts(dict.fromkeys(family.components, ""), 2)}])
     x = noise(family)[:1]
     with torch.no_grad():

@@ -16,14 +16,14 @@ from conftest import Tiny
 
 from trainer import model
 from trainer.cache import Cache, Part
+from trainer.core.batch import conditions
+from trainer.core.files import Digests
 from trainer.dataset import Demo, framing, read, split
-from trainer.files import Digests
-from trainer.loader import Batches, load
-from trainer.loop import fit
 from trainer.lr_scheduler import Cosine
 from trainer.method import OPTIONS, Init, Lora, trained
 from trainer.optimizer import AdamW
-from trainer.rows import conditions
+from trainer.training.batches import Batches, load
+from trainer.training.loop import fit
 
 GOLDEN = {
     "flux_kontext": {

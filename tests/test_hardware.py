@@ -12,8 +12,8 @@ import yaml
 
 from trainer import config, hardware
 from trainer.__main__ import main
-from trainer.command_line import CONF
-from trainer.errors import Usage
+from trainer.config.command_line import CONF
+from trainer.core.errors import UsageError
 from trainer.hardware import OPTIONS, Card, Device, Hardware
 from trainer.model.flux_kontext import FluxKontext
 from trainer.optimizer import Adam8bit, AdamW8bit
@@ -81,7 +81,7 @@ def test_a_profile_holds_the_facts_of_its_card_and_how_to_use_it_and_nothing_els
 )
 def test_what_a_card_cannot_do_is_refused_with_what_to_type(run: config.Run, name: str, precision: Precision, remedy: str):
     asked = replace(run, hardware=profile(name), precision=precision)
-    with pytest.raises(Usage) as refusal:
+    with pytest.raises(UsageError) as refusal:
         config.check(asked)
     assert str(refusal.value).endswith(f"; type {remedy}")
     # What it says to type is then taken.
@@ -95,7 +95,7 @@ def test_what_a_card_cannot_do_is_refused_with_what_to_type(run: config.Run, nam
 
 @pytest.mark.parametrize("optimizer", [AdamW8bit(lr=1e-4), Adam8bit(lr=1e-4)])
 def test_8_bit_optimizers_are_refused_on_a_mac(run: config.Run, optimizer):
-    with pytest.raises(Usage, match="type optimizer=adamw$"):
+    with pytest.raises(UsageError, match="type optimizer=adamw$"):
         config.check(replace(run, hardware=profile("m2_max"), optimizer=optimizer))
 
 
@@ -107,7 +107,7 @@ def test_newer_cards_take_every_precision_and_optimizer(run: config.Run, name: s
 
 def test_a_profile_of_a_machine_that_is_not_this_one_is_refused_when_it_is_opened(run: config.Run):
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    with pytest.raises(Usage, match=f"hardware.device={missing}"):
+    with pytest.raises(UsageError, match=f"hardware.device={missing}"):
         config.open_device(replace(run, hardware=Hardware(device=Device[missing])))
 
 

@@ -14,9 +14,9 @@ import pytest
 from layouts import drawing, save, text
 
 from trainer import dataset
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import Digests
 from trainer.dataset import Arrays, CaptionsJson, Concepts, Csv, Hub, ImageFolder, Pairs, Personalized
-from trainer.errors import BadData, Usage
-from trainer.files import Digests
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def faults_of(settings: dataset.Dataset, digests: Digests) -> str:
-    with pytest.raises(BadData) as refusal:
+    with pytest.raises(DataError) as refusal:
         dataset.read(settings, digests)
     return str(refusal.value)
 
@@ -297,7 +297,7 @@ def test_a_trigger_stands_in_front_where_a_caption_lacks_it(folder: Path, digest
         "toy/images/0": ("sks, toy picture number 0", 0.5, 1),
         "toy/images/1": ("My SKS toy", 0.5, 1),
     }
-    with pytest.raises(Usage, match=r"dataset.triggers names dog; the concepts in .* are clock, toy"):
+    with pytest.raises(UsageError, match=r"dataset.triggers names dog; the concepts in .* are clock, toy"):
         dataset.read(Concepts(path=str(folder), triggers={"dog": "sks"}), digests)
 
 
@@ -329,7 +329,7 @@ def test_a_history_is_composed_by_the_template(folder: Path, digests: Digests):
     assert samples[0].caption == "bright {x} picture number 3 | picture number 0 + picture number 1 + picture number 2"
     assert sorted({sample.split for sample in samples}) == ["test", "train", "validation"]
     for wrong in ("{history", "{colour}", "{history.__class__}", "{history!r}", "{0}"):
-        with pytest.raises(Usage, match=r"dataset\.template"):
+        with pytest.raises(UsageError, match=r"dataset\.template"):
             Personalized(template=wrong)
 
 
@@ -368,7 +368,7 @@ def test_a_local_folder_goes_the_way_of_a_hub_data_set(folder: Path, digests: Di
     assert [sample.image.digest() for sample in found] == [s.image.digest() for s in dataset.read(ImageFolder(path=str(folder)), digests)]
     message = faults_of(Hub(path=str(folder), image_column="photo", caption_column="words"), digests)
     assert "train row 0: has no column 'photo' (its columns: image, text); type dataset.image_column=NAME" in message
-    with pytest.raises(Usage, match=r"dataset.train_split=x: the data set has train; type dataset.train_split=NAME"):
+    with pytest.raises(UsageError, match=r"dataset.train_split=x: the data set has train; type dataset.train_split=NAME"):
         dataset.read(Hub(path=str(folder), train_split="x"), digests)
 
 
@@ -436,12 +436,12 @@ def test_what_a_local_folder_refers_to_outside_of_it_is_not_opened(folder: Path,
 
 
 def test_a_hub_data_set_that_is_not_to_be_had_says_so(digests: Digests):
-    from trainer.errors import NoWeights
+    from trainer.core.errors import WeightsError
 
     with pytest.raises(
-        NoWeights, match=r"dataset.path=nobody/nothing: the data set is not to be had from the hub.*Type dataset.path=FOLDER"
+        WeightsError, match=r"dataset.path=nobody/nothing: the data set is not to be had from the hub.*Type dataset.path=FOLDER"
     ):
         dataset.read(Hub(path="nobody/nothing"), digests)
     assert "there is no such folder" in faults_of(Hub(path="./nowhere"), digests)
-    with pytest.raises(Usage, match=r"dataset\.path=OWNER/NAME"):
+    with pytest.raises(UsageError, match=r"dataset\.path=OWNER/NAME"):
         dataset.read(Hub(), digests)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
+from trainer.core.rng import generator, normal, uniform
 from trainer.evaluation import QUANTILES, psnr
-from trainer.loader import visits
-from trainer.loop import fit
 from trainer.lr_scheduler import Constant, Cosine
 from trainer.objective import Flow, Times
-from trainer.streams import draws, fraction, normal
+from trainer.training.batches import visits
+from trainer.training.loop import fit
 
 
 def test_times_are_logit_normal_then_shifted():
@@ -74,7 +74,7 @@ def test_warm_up_rises_and_cosine_falls_to_its_floor():
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(Usage, match="0 to 9"):
+    with pytest.raises(UsageError, match="0 to 9"):
         Cosine(warmup=10).check(10)
 
 
@@ -89,13 +89,13 @@ def test_each_sample_comes_once_an_epoch_and_every_epoch_in_another_order():
 
 
 def test_named_streams_are_independent_of_what_was_drawn_before_and_never_change():
-    first = draws(1, "noise", 5, "cat").standard_normal(4)
-    draws(1, "order", 2).permutation(100)
-    np.testing.assert_array_equal(draws(1, "noise", 5, "cat").standard_normal(4), first)
-    assert fraction(1, "noise") != fraction(1, "time") != fraction(2, "time")
+    first = generator(1, "noise", 5, "cat").standard_normal(4)
+    generator(1, "order", 2).permutation(100)
+    np.testing.assert_array_equal(generator(1, "noise", 5, "cat").standard_normal(4), first)
+    assert uniform(1, "noise") != uniform(1, "time") != uniform(2, "time")
     # Another number here means that no earlier run can be continued.
-    assert draws(0, "noise", 1, "a").standard_normal(2).tolist() == pytest.approx(PINNED[:2], abs=0)
-    assert fraction(0, "time", 1, "a") == PINNED[2]
+    assert generator(0, "noise", 1, "a").standard_normal(2).tolist() == pytest.approx(PINNED[:2], abs=0)
+    assert uniform(0, "time", 1, "a") == PINNED[2]
 
 
 PINNED = [-0.5409578106591928, 1.0978546612995643, 0.7302785742918823]

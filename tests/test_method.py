@@ -13,20 +13,21 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer import config, export, files
+from trainer import config, export
 from trainer.config import Run
-from trainer.errors import BadData, Usage
+from trainer.core import files
+from trainer.core.errors import DataError, UsageError
+from trainer.core.rng import normal
 from trainer.export import Export, Format
-from trainer.loop import fit
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
-from trainer.method.adapter import effects, is_idle, layers, merged, parts
+from trainer.method.adapter import probe_outputs, is_noop, layers, merged, parts
 from trainer.model import Family, Weights
 from trainer.model.flux_kontext import FluxKontext
-from trainer.network import begin_from
 from trainer.optimizer import SGD, AdamW, AdamW8bit, rounding
 from trainer.optimizer.rounding import rounded
 from trainer.precision import Compute, Precision, Storage
-from trainer.streams import normal
+from trainer.training.build import begin_from
+from trainer.training.loop import fit
 
 CPU = torch.device("cpu")
 ADAPTERS = [
@@ -89,7 +90,7 @@ def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(family: Fam
     torch.testing.assert_close(
         found, expected, rtol=0, atol=0 if not isinstance(method, Dora) else 1e-6 if precision == Precision() else 0.01
     )
-    assert is_idle(network)
+    assert is_noop(network)
     parameters = trained(network)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     network.train()
@@ -154,7 +155,7 @@ def test_dropout_follows_the_seed_and_is_off_when_nothing_trains(family: Family,
     ],
 )
 def test_what_no_adapter_can_be_is_refused(settings: dict, remedy: str):
-    with pytest.raises(Usage, match=remedy):
+    with pytest.raises(UsageError, match=remedy):
         Lokr(**settings)
 
 
@@ -166,7 +167,7 @@ def test_convolutions_are_adapted_and_merged_too(method: Adapter, tmp_path: Path
     network.add_module("point", torch.nn.Conv2d(6, 8, 1, stride=2))
     dataclasses.replace(method, targets=["conv", "point"]).attach(network, (), seed=0)
     x = normal((2, 4, 8, 8), "x")
-    assert is_idle(network)
+    assert is_noop(network)
     with torch.no_grad():
         for name, parameter in trained(network).items():
             parameter.add_(0.3 * normal(tuple(parameter.shape), name))
@@ -176,7 +177,7 @@ def test_convolutions_are_adapted_and_merged_too(method: Adapter, tmp_path: Path
             functional.conv2d(x, conv, network.conv.base_layer.bias, padding=1), point, network.point.base_layer.bias, 2
         )
         torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-4)
-        assert not is_idle(network)
+        assert not is_noop(network)
 
 
 # Beginning from an adapter
@@ -202,11 +203,11 @@ def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(family: Fami
     # Another alpha: the update is the same all the same.
     run = run_of(family, dataclasses.replace(method, alpha=2.0, init_from=str(path)))
     again = attached(run)
-    assert is_idle(again)
+    assert is_noop(again)
     begin_from(run, again)
-    expected = effects(network)
-    assert effects(again).keys() == expected.keys()
-    for name, effect in effects(again).items():
+    expected = probe_outputs(network)
+    assert probe_outputs(again).keys() == expected.keys()
+    for name, effect in probe_outputs(again).items():
         torch.testing.assert_close(effect, expected[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction(run, again), prediction(source, network), rtol=0, atol=1e-5)
 
@@ -249,16 +250,16 @@ def test_what_does_not_fit_is_refused_by_name_with_what_to_type(family: Family, 
     ):
         run = run_of(family, dataclasses.replace(method, init_from=str(path)))
         network = attached(run)
-        with pytest.raises(Usage, match=said):
+        with pytest.raises(UsageError, match=said):
             begin_from(run, network)
-        assert is_idle(network)
+        assert is_noop(network)
 
 
 def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
     path = tmp_path / "lora.bin"
     torch.save({"to_q.lora_A.weight": torch.zeros(2, 2)}, path)
     run = run_of(family, Lora(rank=2, alpha=2.0, init_from=str(path)))
-    with pytest.raises(BadData, match="safetensors, the only kind"):
+    with pytest.raises(DataError, match="safetensors, the only kind"):
         begin_from(run, attached(run))
 
 
@@ -380,7 +381,7 @@ def test_whole_weights_without_masters_stay_in_bfloat16_and_their_average_is_in_
 
 def test_bfloat16_weights_that_only_were_rounded_are_no_result(family: Family, tmp_path: Path):
     run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
-    with pytest.raises(BadData, match="nothing has changed"):
+    with pytest.raises(DataError, match="nothing has changed"):
         written(run, attached(run), tmp_path)
 
 
@@ -408,6 +409,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> program.Lab:
 def test_every_method_and_storage_continues_as_if_it_had_never_stopped(lab: program.Lab, settings: str):
     out = lab.place()
     # Killed with a checkpoint of step 2 behind it, while step 4 is saved.
-    death = program.at("trainer.checkpoint:Checkpoints.save", 2, program.to_itself(signal.SIGKILL))
+    death = program.at("trainer.training.checkpoint:Checkpoints.save", 2, program.to_itself(signal.SIGKILL))
     assert lab.run(out, *settings.split(), before=death).code == -signal.SIGKILL
     lab.assert_as_if_never_stopped(lab.finish(out, *settings.split()), *settings.split())

@@ -20,16 +20,16 @@ from torch import nn
 
 from trainer import config
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoints
-from trainer.command_line import CONF
-from trainer.errors import Usage
-from trainer.loop import fit
+from trainer.config.command_line import CONF
+from trainer.core.errors import UsageError
+from trainer.core.rng import normal
 from trainer.lr_scheduler import Constant, Cosine, CosineRestarts, Linear, LRScheduler, Polynomial
 from trainer.method import Full, Lora
 from trainer.model.flux_kontext import FluxKontext
 from trainer.optimizer import OPTIONS, SGD, Adam8bit, AdamW, AdamW8bit, Optimizer, Prodigy
-from trainer.streams import normal
 from trainer.tracking.journal import read
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.loop import fit
 
 ALL = [
     AdamW(lr=1e-2),
@@ -160,7 +160,7 @@ def test_an_optimizer_prints_nothing(capsys: pytest.CaptureFixture):
     ],
 )
 def test_values_that_train_nothing_are_refused(kind: type[Optimizer], values: dict, remedy: str):
-    with pytest.raises(Usage, match=remedy):
+    with pytest.raises(UsageError, match=remedy):
         kind(**values)
 
 
@@ -267,7 +267,7 @@ def test_restarts_begin_again_from_the_full_rate():
     ids=str,
 )
 def test_schedules_that_do_not_fit_are_refused(ours: LRScheduler, remedy: str):
-    with pytest.raises(Usage, match=remedy):
+    with pytest.raises(UsageError, match=remedy):
         ours.check(10)
 
 
@@ -311,7 +311,7 @@ optimizer = AdamW8bit(lr=1e-2).build([parameter])
 parameter.grad = torch.ones(64, 80)
 optimizer.step()
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(config.__file__).parents[1])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(config.__file__).parents[2])])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "told").exists()

@@ -17,17 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from trainer import export
 from trainer.config import Run
-from trainer.errors import BadData, Usage
+from trainer.core.batch import collate
+from trainer.core.errors import DataError, UsageError
+from trainer.core.rng import normal
 from trainer.export import Export
 from trainer.method import SoftPrompt, trained
 from trainer.method.soft_prompt import Reader
 from trainer.method.soft_prompt import SoftPrompt as Prompt
-from trainer.model import weightless
+from trainer.model import on_meta_device
 from trainer.model.pmg import PMG
-from trainer.network import begin_from
 from trainer.precision import Precision
-from trainer.rows import collate
-from trainer.streams import normal
+from trainer.training.build import begin_from
 
 HISTORY = ["The user liked: a red teapot.", "The user liked: a grey cat; a dog. Their style: soft."]
 
@@ -114,7 +114,7 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
 
 @pytest.mark.parametrize(("width", "count"), [(None, 3_678_976), (64, 20_464_448), (4096, 1_093_948_160)])
 def test_beside_a_real_language_model_as_many_parameters_train_as_is_written(width: int | None, count: int):
-    with weightless():
+    with on_meta_device():
         prompt = Prompt(Reader(hidden=4096, layers=32, heads=32, head=128, width=768), 2, 2, width)
     assert sum(parameter.numel() for parameter in prompt.parameters()) == count
     assert f"{count:,}" in (Path(__file__).parents[1] / "conf" / "method" / "soft_prompt.yaml").read_text()
@@ -156,7 +156,7 @@ def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_pat
     fresh = network_of(run.model)
     begin_from(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
     assert all(torch.equal(parameter, network.state_dict()[name]) for name, parameter in trained(fresh).items())
-    with pytest.raises(Usage, match="do not fit"):
+    with pytest.raises(UsageError, match="do not fit"):
         begin_from(
             dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))), network_of(run.model, num_image_prompt=4)
         )
@@ -165,7 +165,7 @@ def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_pat
 def test_a_soft_prompt_that_did_not_move_is_not_written(trained_run, tmp_path: Path):
     run, _ = trained_run
     network = network_of(run.model)
-    with pytest.raises(BadData, match="the one that training began with"):
+    with pytest.raises(DataError, match="the one that training began with"):
         export.write(run, network, trained(network), dict(trained(network)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -20,23 +20,24 @@ from diffusers import FluxTransformer2DModel
 from drawn import DEVICE, normal
 from torch import nn
 
-from trainer import config, files, hardware, model
+from trainer import config, hardware, model
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoints
-from trainer.command_line import CONF
 from trainer.config import Run
-from trainer.errors import Usage
+from trainer.config.command_line import CONF
+from trainer.core import files
+from trainer.core.errors import UsageError
+from trainer.core.libraries import bitsandbytes
 from trainer.hardware import Card
-from trainer.libraries import bitsandbytes
-from trainer.loop import fit
 from trainer.method import Full, Lora, trained
-from trainer.model import filled, weightless
+from trainer.model import load_weights, on_meta_device
 from trainer.model.flux_kontext import FluxKontext
-from trainer.network import build, foresee
 from trainer.precision import Compute, LossScale, Precision, Storage
 from trainer.precision.eight_bit import FLOAT8, decode_fp8, decode_int8, encode_fp8, encode_int8, values_of_bytes
 from trainer.precision.linear import StoredLinear
 from trainer.tracking.journal import read
+from trainer.training.build import build, foresee
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.loop import fit
 
 PRECISIONS = [
     Precision(Storage.fp32, Compute.float32),
@@ -246,7 +247,7 @@ def test_stored_layers_are_compiled_whole_and_alike_ones_once(storage: Storage):
 
 
 def test_layers_are_read_and_stored_one_by_one():
-    with weightless():
+    with on_meta_device():
         network = nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), nn.Linear(32, 4))
     alive, most = weakref.WeakSet(), 0
 
@@ -259,7 +260,7 @@ def test_layers_are_read_and_stored_one_by_one():
         return tensor
 
     precision = Precision(Storage.fp8, Compute.bfloat16)
-    filled(network, read, precision.dtype(), DEVICE, precision.stored(("2",), DEVICE))
+    load_weights(network, read, precision.dtype(), DEVICE, precision.stored(("2",), DEVICE))
     # Of three layers of 4 KiB never more than one, and a bias, beside those in bfloat16 already.
     assert most <= 32 * 32 * 4 + 32 * 4
     assert [type(network[0]), type(network[1][0]), type(network[2])] == [StoredLinear, StoredLinear, nn.Linear]
@@ -295,7 +296,7 @@ def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
     ],
 )
 def test_what_cannot_work_is_refused_with_what_to_type(run: Run, precision: Precision, method, remedy: str):
-    with pytest.raises(Usage, match=remedy):
+    with pytest.raises(UsageError, match=remedy):
         config.check(replace(run, precision=precision, method=method))
 
 
@@ -433,7 +434,7 @@ def test_a_checkpoint_that_is_quantised_already_is_taken_as_it_is(run: Run, how:
     ours, tensors = quantised_checkpoint(run, how, tmp_path / "checkpoint")
     network = build(ours, DEVICE)
     whole = {name: module for name, module in network.named_modules() if isinstance(module, StoredLinear)}
-    assert len(whole) == sum(type(module) is nn.Linear for module in run.model.skeleton().modules())
+    assert len(whole) == sum(type(module) is nn.Linear for module in run.model.meta_model().modules())
     for name, layer in whole.items():
         there = tensors[f"{name.removesuffix('.base_layer')}.weight"].to(DEVICE)
         assert torch.equal(layer.codes.view(torch.uint8), there.view(torch.uint8))
@@ -487,12 +488,12 @@ def test_a_text_encoder_that_is_quantised_too_is_read_by_a_program_that_has_hidd
 
 def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_read(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture):
     ours, _ = quantised_checkpoint(run, "nf4", tmp_path / "checkpoint")
-    with pytest.raises(Usage, match="is|are quantised already \\(4-bit\\).* type precision=native"):
+    with pytest.raises(UsageError, match="is|are quantised already \\(4-bit\\).* type precision=native"):
         foresee(replace(ours, precision=Precision(Storage.nf4, Compute.bfloat16)))
-    with pytest.raises(Usage, match="this checkpoint's are not; type precision=fp8"):
+    with pytest.raises(UsageError, match="this checkpoint's are not; type precision=fp8"):
         foresee(replace(run, precision=Precision(Storage.native, Compute.bfloat16)))
     foresee(ours)
-    with pytest.raises(Usage, match=r"quantised \(I32\) in a way that is not known"):
+    with pytest.raises(UsageError, match=r"quantised \(I32\) in a way that is not known"):
         ours.precision.check_types({"a.weight": "I32", "a.bias": "BF16"})
     command = (
         f"stage=check model=flux_kontext model.path={ours.model.path} dataset.resolution=32 hardware.device=cpu out={tmp_path}".split()
@@ -503,7 +504,7 @@ def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_rea
 
 def test_where_to_begin_from_is_looked_for_before_weights_are_read(run: Run, tmp_path: Path):
     wanted = replace(run, method=replace(run.method, init_from="no-such-run"), out=str(tmp_path))
-    with pytest.raises(Usage, match="no-such-run is no run folder"):
+    with pytest.raises(UsageError, match="no-such-run is no run folder"):
         foresee(wanted)
     # A run that has weights of its own needs them no more.
     foresee(wanted, begins=False)

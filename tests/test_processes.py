@@ -33,12 +33,12 @@ from program import (
 from torch.distributed import TCPStore
 
 from trainer import model
-from trainer.shards import is_part
+from trainer.distributed.sharding import is_part
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 STEP = "trainer.run:Training._losses"
-EVALUATION = "trainer.judge:held_out_loss"
-SAVE = "trainer.files:save_tensors"
+EVALUATION = "trainer.training.evaluator:held_out_loss"
+SAVE = "trainer.core.files:save_tensors"
 KILLED = to_itself(signal.SIGKILL)
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch --config_file launch/fsdp2.yaml` says."""

@@ -21,9 +21,12 @@ from transformers.processing_utils import ProcessorMixin
 
 from trainer import export
 from trainer.config import Run
+from trainer.core.batch import collate
+from trainer.core.batch import conditions as conditions_of
+from trainer.core.errors import DataError, UsageError
+from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
-from trainer.dataset.view import Framing, View
-from trainer.errors import BadData, Usage
+from trainer.dataset.view import Transform, TransformedSample
 from trainer.evaluation import held_out_loss
 from trainer.export import Export, Format
 from trainer.method import Full, Lora, trained
@@ -32,9 +35,6 @@ from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenIm
 from trainer.objective import Flow
 from trainer.optimizer import AdamW
 from trainer.precision import Precision
-from trainer.rows import collate
-from trainer.rows import conditions as conditions_of
-from trainer.streams import draws, fraction, normal
 
 HEIGHT, WIDTH = 32, 48
 CAPTIONS = ["make it night", "paint the photo of a house and a tree"]
@@ -127,7 +127,7 @@ def samples(controls: int) -> list[Sample]:
 
 def rows(family: QwenImageEdit, controls: int, drop_caption: bool = False) -> list[dict[str, torch.Tensor]]:
     encoder = family.encoder(torch.device("cpu"))
-    framing = Framing(((WIDTH, HEIGHT),), tuple(CONTROLS))
+    framing = Transform(((WIDTH, HEIGHT),), tuple(CONTROLS))
     views = [framing.view(sample, drop_caption=drop_caption) for sample in samples(controls)]
     parts = family.parts(dict.fromkeys(family.components, ""), controls)
     return [{part: encoder.encode(part, view) for part in parts} for view in views]
@@ -224,20 +224,20 @@ def test_the_language_model_is_given_what_the_pipeline_gives_it(name: str, contr
         theirs(family, pipe, slice(i, i + 1), controls)
         # The second call is for the empty prompt, which sees the pictures too.
         for call, dropped in zip(calls[-2:], (False, True), strict=True):
-            found = encoder.inputs(Framing(((WIDTH, HEIGHT),), tuple(CONTROLS)).view(sample, drop_caption=dropped))
+            found = encoder.inputs(Transform(((WIDTH, HEIGHT),), tuple(CONTROLS)).view(sample, drop_caption=dropped))
             for field in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"):
                 assert torch.equal(found[field], call[field]), field
-    assert len(encoder.inputs(Framing(((WIDTH, HEIGHT),)).view(samples(controls)[0]))["image_grid_thw"]) == controls
+    assert len(encoder.inputs(Transform(((WIDTH, HEIGHT),)).view(samples(controls)[0]))["image_grid_thw"]) == controls
 
 
 def test_what_is_dropped_of_the_prompt_is_the_system_text(edit: QwenImageEdit):
     encoder = edit.encoder(torch.device("cpu"))
-    ids = encoder.inputs(Framing(((WIDTH, HEIGHT),)).view(samples(1)[0]))["input_ids"][0]
+    ids = encoder.inputs(Transform(((WIDTH, HEIGHT),)).view(samples(1)[0]))["input_ids"][0]
     assert encoder._tokenizer.decode(ids[:DROPPED]) == SYSTEM
 
 
 def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(plus: QwenImageEdit):
-    encoder, framing = plus.encoder(torch.device("cpu")), Framing(((WIDTH, HEIGHT),))
+    encoder, framing = plus.encoder(torch.device("cpu")), Transform(((WIDTH, HEIGHT),))
     one, other = (sample.controls for sample in samples(2))
     for caption in ("", "make it night"):
         made = [encoder.encode("prompt", framing.view(Sample("id", one[0], caption, (one[0], second)))) for second in (one[1], other[1])]
@@ -262,11 +262,11 @@ def test_resolution_shift_has_the_published_values(edit: QwenImageEdit):
 
 def test_instructions_that_are_too_long_are_refused(edit: QwenImageEdit):
     few = dataclasses.replace(edit, text_length=10)
-    view = Framing(((WIDTH, HEIGHT),)).view(samples(1)[1])
-    with pytest.raises(BadData, match="sample paint the photo of a house and a tree.*type model.text_length="):
+    view = Transform(((WIDTH, HEIGHT),)).view(samples(1)[1])
+    with pytest.raises(DataError, match="sample paint the photo of a house and a tree.*type model.text_length="):
         few.encoder(torch.device("cpu")).encode("prompt", view)
     for wrong in ({"text_length": 0}, {"vision_area": 100}):
-        with pytest.raises(Usage, match=f"model.{next(iter(wrong))}="):
+        with pytest.raises(UsageError, match=f"model.{next(iter(wrong))}="):
             dataclasses.replace(edit, **wrong)
 
 
@@ -280,7 +280,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> QwenImageEdit:
 
 
 def test_the_default_targets_of_the_published_network_are_all_that_see_the_picture(real: QwenImageEdit):
-    network = real.skeleton()
+    network = real.meta_model()
     assert sum(p.numel() for p in network.parameters()) == 20_430_401_088
     Lora(rank=16, alpha=16.0).attach(network, real.targets, seed=0)
     parameters = trained(network)
@@ -315,7 +315,7 @@ class Colour:
     negative: bool = False
 
     def open(self) -> Image.Image:
-        colour = draws("colour", self.name).integers(0, 256, 3)
+        colour = generator("colour", self.name).integers(0, 256, 3)
         return Image.new("RGB", self.size(), tuple(255 - colour if self.negative else colour))
 
     def digest(self) -> str:
@@ -328,7 +328,9 @@ class Colour:
 def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
     """Targets are the negatives of their controls. Where each has the control and prompt of another, there is less to learn."""
     encoder, parts = edit.encoder(torch.device("cpu")), edit.parts(dict.fromkeys(edit.components, ""), 1)
-    views = [View(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16) for i in range(64)]
+    views = [
+        TransformedSample(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16) for i in range(64)
+    ]
     whole = [{part: encoder.encode(part, view) for part in parts} for view in views]
     # As wide as a real VAE's.
     latents = torch.stack([row["latents"] for row in whole])
@@ -345,7 +347,7 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
             row = collate([rows[(8 * step + i) % 48] for i in range(8)])
             clean = row["latents"]
             noises = torch.stack([normal(tuple(clean.shape[1:]), "noise", step, i) for i in range(8)])
-            times = torch.tensor([edit.objective.time(fraction("time", step, i) + 2**-54, 1.5) for i in range(8)])
+            times = torch.tensor([edit.objective.time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)])
             prediction = edit.predict(network, edit.objective.noised(clean, noises, times), times, conditions_of(row))
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 10) * (1 - step / STEPS_TO_LEARN)
             optimizer.zero_grad()

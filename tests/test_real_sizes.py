@@ -46,7 +46,7 @@ def test_the_default_targets_of_the_published_networks_are_counted(name: str, tm
     (tmp_path / component).mkdir()
     (tmp_path / component / "config.json").write_text(json.dumps(config))
     family = families()[name](path=str(tmp_path))
-    network = family.skeleton()
+    network = family.meta_model()
     whole = sum(parameter.numel() for parameter in network.parameters())
     Lora(rank=8, alpha=8.0).attach(network, family.targets, seed=0)
     parameters = trained(network)

@@ -10,14 +10,14 @@ import torch
 from drawn import Noise
 
 from trainer.cache import Cache, Part
+from trainer.core.batch import chunks, collate
+from trainer.core.rng import normal
 from trainer.dataset import Dataset, Sample
-from trainer.dataset.view import Framing, View
-from trainer.loader import Batches
+from trainer.dataset.view import Transform, TransformedSample
 from trainer.objective import Flow
-from trainer.rows import chunks, collate
-from trainer.streams import normal
+from trainer.training.batches import Batches
 
-FRAMING = Framing(((32, 32), (48, 32), (32, 48)))
+FRAMING = Transform(((32, 32), (48, 32), (32, 48)))
 
 
 class Family:
@@ -29,7 +29,7 @@ class Family:
         return 1.0
 
 
-def encode(part: str, view: View) -> torch.Tensor:
+def encode(part: str, view: TransformedSample) -> torch.Tensor:
     if part == "mask":
         return torch.full((1, view.height // 8, view.width // 8), 0.5 if view.sample.mask else 1.0)
     pixels = torch.from_numpy(view.picture("image")).permute(2, 0, 1)[:, ::8, ::8].float() / 255
@@ -96,5 +96,5 @@ def test_a_control_that_is_left_away_is_grey_and_has_an_entry_of_its_own():
 
 
 def test_the_geometry_of_a_crop_is_that_of_the_scaled_picture():
-    view = View(Sample("id", Noise("wide", 200, 100), "a caption"), 48, 48)
+    view = TransformedSample(Sample("id", Noise("wide", 200, 100), "a caption"), 48, 48)
     assert view.geometry() == (100, 200, 0, 24, 48, 48)

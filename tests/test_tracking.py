@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer import errors, files, report
+from trainer.core import errors, files
 from trainer.tracking import MLflow, NoTracking, Sink, curves, open_sink, ui, view
 from trainer.tracking.journal import Journal, read
+from trainer.training import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 120  # seconds: far above what any wait here takes, on a machine shared with others
@@ -111,12 +112,12 @@ def test_a_full_disk_delays_the_journal_and_does_not_stop_training(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.stderr.count("File too large. What happens is kept in memory") == 2
-    assert "errors.Storage" in result.stderr and "Raise the limit" in result.stderr  # never lifted: said at the end
+    assert "errors.StorageError" in result.stderr and "Raise the limit" in result.stderr  # never lifted: said at the end
     assert list(curves.series(tmp_path)["train/loss"][0]) == list(range(1, 51))
 
 
 def test_an_unwritable_folder_is_said_to_be_one(tmp_path):
-    with pytest.raises(errors.Storage, match=r"Could not open .*journal\.jsonl"):
+    with pytest.raises(errors.StorageError, match=r"Could not open .*journal\.jsonl"):
         Journal(tmp_path / "missing")
 
 
@@ -156,7 +157,7 @@ def test_addresses_of_databases_and_servers_are_taken(uri):
 
 @pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "sqlite://", "sqlite:///:memory:", "http://", "http://[x", ""])
 def test_addresses_that_mlflow_could_not_use_are_refused_with_what_to_type(uri):
-    with pytest.raises(errors.Usage, match=r"type tracking\.uri=sqlite:///path/to/mlflow\.db or tracking\.uri=http"):
+    with pytest.raises(errors.UsageError, match=r"type tracking\.uri=sqlite:///path/to/mlflow\.db or tracking\.uri=http"):
         MLflow(uri=uri)
 
 
@@ -164,7 +165,7 @@ def test_addresses_that_mlflow_could_not_use_are_refused_with_what_to_type(uri):
     "uri", ["https://me:geheim@host", "https://geheim@host", "postgresql://me:geheim@host/db", "mysql://h/d?password=geheim"]
 )
 def test_an_address_with_a_password_is_refused_without_repeating_it(uri):
-    with pytest.raises(errors.Usage, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+    with pytest.raises(errors.UsageError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
         MLflow(uri=uri)
     assert "geheim" not in str(refusal.value)
 
@@ -326,7 +327,7 @@ def test_a_picture_of_which_only_half_arrived_is_there_once_after_another_try(fo
         (SystemExit(0), "FINISHED"),
         (SystemExit(70), "FAILED"),
         (SystemExit(143), "KILLED"),
-        (errors.Numerics("NaN"), "FAILED"),
+        (errors.NonFiniteError("NaN"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (errors.Interrupted(2), "KILLED"),
     ],
@@ -621,7 +622,7 @@ def test_the_view_of_children_filters_sorts_and_shows_what_varies_with_pictures_
     ],
 )
 def test_names_of_runs_are_short_and_tell_settings_apart(settings, name):
-    assert report.short(settings) == name
+    assert provenance.short(settings) == name
 
 
 @pytest.mark.slow

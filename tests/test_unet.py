@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from trainer import export
 from trainer.config import Run
+from trainer.core.errors import DataError
+from trainer.core.rng import normal
 from trainer.dataset import Sample
-from trainer.dataset.view import View
-from trainer.errors import BadData
+from trainer.dataset.view import TransformedSample
 from trainer.export import Export, Format
 from trainer.method import Full, Lora, trained
 from trainer.model import Dtype, families
 from trainer.model.unet import Posterior, UNet
 from trainer.objective import Diffusion, Prediction, Schedule
 from trainer.precision import Precision
-from trainer.streams import normal
 
 HEIGHT, WIDTH = 32, 56
 CAPTIONS = ["make it night", "paint the photo"]
@@ -142,7 +142,7 @@ def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet
 
 
 def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path):
-    from trainer.files import Digests
+    from trainer.core.files import Digests
 
     other = tmp_path / "other"
     shutil.copytree(Path(family.path) / "vae", other)
@@ -169,7 +169,7 @@ def test_latents_that_overflow_are_refused_with_what_to_type(family: UNet, tmp_p
     tensors["encoder.conv_in.weight"] *= 1e6
     save_file(tensors, weights, {"format": "pt"})
     half = dataclasses.replace(family, vae=str(folder), vae_dtype=Dtype.float16)
-    with pytest.raises(BadData, match=r"target.* NaN or infinity in float16; type model.vae_dtype=float32"):
+    with pytest.raises(DataError, match=r"target.* NaN or infinity in float16; type model.vae_dtype=float32"):
         half.encoder(torch.device("cpu")).encode("latents", view("a photo", WIDTH, HEIGHT))
 
 
@@ -177,7 +177,7 @@ def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: 
     if "time_ids" not in family.spec(HEIGHT, WIDTH):
         pytest.skip("this model is told no sizes")
     seen = view("a photo", 100, 80)
-    cut = View(Sample("1", seen.sample.image, "a photo"), WIDTH, HEIGHT)
+    cut = TransformedSample(Sample("1", seen.sample.image, "a photo"), WIDTH, HEIGHT)
     sizes = family.encoder(torch.device("cpu")).encode("time_ids", cut)
     # 100 x 80 becomes 56 x 45 to cover 56 x 32: 6 or 7 rows are cut above.
     assert sizes.tolist() == [80.0, 100.0, 6.0, 0.0, 32.0, 56.0]

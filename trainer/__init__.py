@@ -1,6 +1,6 @@
 """Fine-tune image models, and decide by experiment how."""
 
-from trainer import libraries
+from trainer.core import libraries
 
 __version__ = "0.1.0"
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING
 
-from trainer import __version__, secret
-from trainer.errors import Ending, Followed, Interrupted, Storage, Usage
-from trainer.processes import rank_and_count, speaks
-from trainer.signals import Signals
+from trainer import __version__
+from trainer.core import redaction
+from trainer.core.errors import FollowerExit, Interrupted, StorageError, TrainerError, UsageError
+from trainer.core.signals import Signals
+from trainer.distributed.processes import owns_stderr, rank_and_world_size
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except Followed as ending:
+    except FollowerExit as ending:
         return ending.code
-    except (Ending, Interrupted) as ending:
+    except (TrainerError, Interrupted) as ending:
         complain(str(ending))
         return ending.code
     except OSError as error:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         if error.errno in FULL:
             complain(f"{error}: make room or choose another place with out=FOLDER, and type the same command again")
-            return Storage.code
+            return StorageError.code
         return unexpected(error)
     except Exception as error:
         return unexpected(error)
@@ -58,7 +59,8 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from trainer import command_line, config
+    from trainer import config
+    from trainer.config import command_line
 
     config.register()
     # Otherwise Hydra prints and exits by itself.
@@ -69,13 +71,14 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
     code: int | str | None = None
 
     def job(composed: DictConfig) -> float | None:
-        from trainer import place, run
+        from trainer import run
+        from trainer.training import run_folder
 
         # As they were typed: what ${...} stands for is a matter of the setting it is in.
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         try:
             with command_line.explained(asked):
-                typed = config.typed(composed, overrides, place.find)
+                typed = config.typed(composed, overrides, run_folder.find)
             begin()
             return run.execute(typed, signals, overrides)
         except Exception as error:
@@ -89,8 +92,8 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0
     asked = command_line.read(arguments)
-    if asked.multirun and rank_and_count()[1] > 1:
-        raise Usage("A sweep starts its members itself: type python -m trainer --multirun without accelerate launch.")
+    if asked.multirun and rank_and_world_size()[1] > 1:
+        raise UsageError("A sweep starts its members itself: type python -m trainer --multirun without accelerate launch.")
     with command_line.explained(asked):
         if asked.help:
             print(command_line.manual(asked))
@@ -110,7 +113,7 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
     if failures:
         raise failures[0]
     # Hydra exits where it has said itself what is wrong.
-    return Usage.code if code else 0
+    return UsageError.code if code else 0
 
 
 def unexpected(error: Exception) -> int:
@@ -123,7 +126,7 @@ def unexpected(error: Exception) -> int:
     if log is None:
         try:
             with tempfile.NamedTemporaryFile("w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace") as file:
-                file.write(secret.redacted("".join(traceback.format_exception(error))))
+                file.write(redaction.redacted("".join(traceback.format_exception(error))))
             where = f"the traceback is in {file.name}"
         except OSError as reason:
             where = f"its traceback could not be written ({reason})"
@@ -133,10 +136,10 @@ def unexpected(error: Exception) -> int:
 
 def complain(text: str) -> None:
     """Say why the run ends; of several processes one does."""
-    if speaks():
-        rank, count = rank_and_count()
+    if owns_stderr():
+        rank, count = rank_and_world_size()
         speaker = f"process {rank} of 0 to {count - 1}: " if rank else ""
-        print(secret.redacted(f"{speaker}{text}"), file=sys.stderr, flush=True)
+        print(redaction.redacted(f"{speaker}{text}"), file=sys.stderr, flush=True)
 
 
 def reader_left() -> bool:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import streams
+from trainer.core import rng
+from trainer.core.errors import DataError, UsageError
 from trainer.dataset.sample import Sample, Source, Split, Task
-from trainer.errors import BadData, Usage
 
 if TYPE_CHECKING:
+    from trainer.core.files import Digests
     from trainer.dataset.reading import Listing
-    from trainer.dataset.view import Framing
-    from trainer.files import Digests
+    from trainer.dataset.view import Transform
 
 Progress = Callable[[Sequence[Source]], Iterable[Source]]
 """Hands on what it is given, and may show how far it is."""
@@ -55,38 +55,42 @@ class Dataset:
         self.size()
         _parsed("control_resolution", self.control_resolution)
         if not isinstance(self.buckets, bool | list) or self.buckets == []:
-            raise Usage(f"dataset.buckets={self.buckets} is unknown: type true, false, or a list of sizes such as [1024x1024,832x1216].")
+            raise UsageError(
+                f"dataset.buckets={self.buckets} is unknown: type true, false, or a list of sizes such as [1024x1024,832x1216]."
+            )
         for size in self.buckets if isinstance(self.buckets, list) else ():
             _parsed("buckets", size)
         if self.bucket_ratio < 1:
-            raise Usage(f"dataset.bucket_ratio={self.bucket_ratio:g} is no longer side over the shorter: type 1 or more.")
+            raise UsageError(f"dataset.bucket_ratio={self.bucket_ratio:g} is no longer side over the shorter: type 1 or more.")
         if self.max_upscale is not None and self.max_upscale < 1:
-            raise Usage(f"dataset.max_upscale={self.max_upscale:g} is less than the picture itself: type 1 or more, or null for no bound.")
+            raise UsageError(
+                f"dataset.max_upscale={self.max_upscale:g} is less than the picture itself: type 1 or more, or null for no bound."
+            )
         if not 0 <= self.validation_fraction < 1:
-            raise Usage(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
+            raise UsageError(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
         for name in ("caption_dropout", "control_dropout", "mask_floor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise Usage(f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1.")
+                raise UsageError(f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1.")
         if self.on_fault not in ("stop", "skip"):
-            raise Usage(f"dataset.on_fault={self.on_fault} is unknown: type stop or skip.")
+            raise UsageError(f"dataset.on_fault={self.on_fault} is unknown: type stop or skip.")
         if self.limit is not None and self.limit < 1:
-            raise Usage(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
+            raise UsageError(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
 
     def size(self) -> tuple[int, int] | None:
-        """(width, height) in pixels that was asked for; None: the model's own. Raises errors.Usage."""
+        """(width, height) in pixels that was asked for; None: the model's own. Raises errors.UsageError."""
         return _parsed("resolution", self.resolution)
 
     def folder(self) -> Path:
-        """The data set's folder. Raises errors.Usage where none was named, errors.BadData where it does not exist."""
+        """The data set's folder. Raises errors.UsageError where none was named, errors.DataError where it does not exist."""
         if not self.path:
-            raise Usage("This data set needs a folder: type dataset.path=FOLDER.")
+            raise UsageError("This data set needs a folder: type dataset.path=FOLDER.")
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            raise BadData(f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one.")
+            raise DataError(f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one.")
         return folder
 
     def read(self, digests: Digests) -> Listing:
-        """All samples in any order, and all faults. Raises errors.BadData where the folder is no data set of this layout."""
+        """All samples in any order, and all faults. Raises errors.DataError where the folder is no data set of this layout."""
         raise NotImplementedError
 
 
@@ -130,7 +134,7 @@ class Csv(Table):
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
         if self.delimiter is not None and len(self.delimiter) != 1:
-            raise Usage(f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'")
+            raise UsageError(f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'")
 
     def read(self, digests: Digests) -> Listing:
         from trainer.dataset import csv
@@ -190,13 +194,13 @@ class Concepts(Dataset):
         Dataset.__post_init__(self)
         for name, word in self.triggers.items():
             if not word.strip():
-                raise Usage(f"dataset.triggers: that of {name} is empty; leave it out for captions as they are")
+                raise UsageError(f"dataset.triggers: that of {name} is empty; leave it out for captions as they are")
         for name, weight in self.weights.items():
             if not 0 < weight < math.inf:
-                raise Usage(f"dataset.weights: {weight:g} for {name} is no weight of a loss; type a number above 0")
+                raise UsageError(f"dataset.weights: {weight:g} for {name} is no weight of a loss; type a number above 0")
         for name, count in self.repeats.items():
             if count < 1:
-                raise Usage(f"dataset.repeats: {count} for {name} visits nothing; type 1 or more")
+                raise UsageError(f"dataset.repeats: {count} for {name} visits nothing; type 1 or more")
 
     def read(self, digests: Digests) -> Listing:
         from trainer.dataset import concepts
@@ -241,12 +245,12 @@ class Demo(Dataset):
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
         if self.path is not None:
-            raise Usage(
+            raise UsageError(
                 f"dataset=demo draws its own pictures; type dataset=pairs, dataset=imagefolder or another layout beside dataset.path={self.path}."
             )
         for name, value in (("pairs", self.pairs), ("held_out", self.held_out)):
             if value < 1:
-                raise Usage(f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more.")
+                raise UsageError(f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more.")
 
     def read(self, digests: Digests) -> Listing:
         from trainer.dataset import demo
@@ -254,7 +258,9 @@ class Demo(Dataset):
 
         unknown = [edit for edit in self.edits if edit not in demo.EDITS]
         if unknown or not self.edits:
-            raise Usage(f"dataset.edits={self.edits}: the demo world draws {', '.join(demo.EDITS)}; type for example dataset.edits=[night]")
+            raise UsageError(
+                f"dataset.edits={self.edits}: the demo world draws {', '.join(demo.EDITS)}; type for example dataset.edits=[night]"
+            )
         return Listing(demo.read(self, max(self.size())), found=self.pairs + self.held_out)
 
 
@@ -279,17 +285,17 @@ def where(settings: Dataset) -> str:
 def read(settings: Dataset, digests: Digests) -> list[Sample]:
     """The samples of a data set in the order of their ids, `settings.limit` applied; of pictures only headers are read.
 
-    Raises errors.Usage without a path, and one errors.BadData that lists every fault.
+    Raises errors.UsageError without a path, and one errors.DataError that lists every fault.
     """
     listing = settings.read(digests)
     listing.refuse(where(settings))
     return limited(listing.samples, settings.limit)
 
 
-def surveyed(settings: Dataset, digests: Digests, framing: Framing, progress: Progress) -> Listing:
+def surveyed(settings: Dataset, digests: Digests, framing: Transform, progress: Progress) -> Listing:
     """The data set with every picture decoded once: those samples, ordered and limited, of which all can be used, and all faults.
 
-    Raises errors.Usage without a path, errors.BadData where the folder is no data set of this layout.
+    Raises errors.UsageError without a path, errors.DataError where the folder is no data set of this layout.
     """
     from trainer.dataset import buckets, survey
 
@@ -319,24 +325,24 @@ def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     return sorted((sample for group in groups.values() for sample in group[:limit]), key=lambda sample: sample.id)
 
 
-def framing(settings: Dataset, multiple: int) -> Framing:
-    """The sizes of a data set's pictures for a model that takes sides divisible by `multiple`. Raises errors.Usage."""
+def framing(settings: Dataset, multiple: int) -> Transform:
+    """The sizes of a data set's pictures for a model that takes sides divisible by `multiple`. Raises errors.UsageError."""
     from trainer.dataset import buckets
-    from trainer.dataset.view import Framing
+    from trainer.dataset.view import Transform
 
     def checked(key: str, text: object) -> tuple[int, int]:
         size = _parsed(key, text)
         if any(side % multiple for side in size):
             nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
             typed = f"[...,{nearest}]" if key == "buckets" else nearest
-            raise Usage(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}")
+            raise UsageError(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}")
         return size
 
     control = (checked("control_resolution", settings.control_resolution),) if settings.control_resolution is not None else ()
     if isinstance(settings.buckets, list):
-        return Framing(tuple(dict.fromkeys(checked("buckets", text) for text in settings.buckets)), control)
+        return Transform(tuple(dict.fromkeys(checked("buckets", text) for text in settings.buckets)), control)
     size = checked("resolution", settings.resolution)
-    return Framing(buckets.made(*size, multiple, settings.bucket_ratio) if settings.buckets else (size,), control)
+    return Transform(buckets.made(*size, multiple, settings.bucket_ratio) if settings.buckets else (size,), control)
 
 
 def _parsed(key: str, text: object) -> tuple[int, int] | None:
@@ -345,7 +351,7 @@ def _parsed(key: str, text: object) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(text))
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not width or not height:
-        raise Usage(f"dataset.{key}={text} is no size: type 1024 for a square, or width x height like 832x576.")
+        raise UsageError(f"dataset.{key}={text} is no size: type 1024 for a square, or width x height like 832x576.")
     return width, height
 
 
@@ -353,11 +359,11 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
     """Divide samples: as the layout says, else by a threshold on a hash of the id, so that added samples move no others.
 
     Where few samples would all fall on one side the nearest to the threshold goes to the other. `where` names the data set in messages. Raises
-    errors.BadData where there is nothing to train on, or nothing to hold out.
+    errors.DataError where there is nothing to train on, or nothing to hold out.
     """
     sides = Split([], [])
-    free = sorted((sample for sample in samples if sample.split is None), key=lambda sample: streams.fraction("split", sample.id))
-    held_out = sum(streams.fraction("split", sample.id) < fraction for sample in free)
+    free = sorted((sample for sample in samples if sample.split is None), key=lambda sample: rng.uniform("split", sample.id))
+    held_out = sum(rng.uniform("split", sample.id) < fraction for sample in free)
     if fraction > 0 and len(free) == len(samples) > 1:
         held_out = min(max(held_out, 1), len(free) - 1)
     chosen = {sample.id for sample in free[:held_out]}
@@ -367,9 +373,9 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
     counts = f"{where}: of {len(samples)} samples {len(sides.train)} are for training and {len(sides.validation)} for validation"
     if not sides.train:
         remedy = "type a smaller dataset.validation_fraction or a larger dataset.limit" if samples else "is this the right folder?"
-        raise BadData(f"{counts}. There is nothing to train on: {remedy}")
+        raise DataError(f"{counts}. There is nothing to train on: {remedy}")
     if fraction > 0 and not sides.validation:
-        raise BadData(
+        raise DataError(
             f"{counts}, at dataset.validation_fraction={fraction:g}. Add samples, or type dataset.validation_fraction=0 to train without validation."
         )
     return sides

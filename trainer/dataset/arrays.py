@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, storage
 from trainer.dataset.picture import judge
 from trainer.dataset.reading import VALIDATION, Listing, Reading, roles
 from trainer.dataset.sample import Sample, caption, inside
-from trainer.errors import BadData
-from trainer.files import Digests, storage
 
 if TYPE_CHECKING:
     from trainer.dataset import Arrays
@@ -55,13 +55,13 @@ class Slice:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The array in a file, which the system reads as it is asked for. Nothing pickled is read. Raises errors.BadData."""
+    """The array in a file, which the system reads as it is asked for. Nothing pickled is read. Raises errors.DataError."""
     _refuse_objects(path)
     with storage("read", path):
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise BadData(f"{path}: cannot be read as an array ({error})") from None
+            raise DataError(f"{path}: cannot be read as an array ({error})") from None
 
 
 def _refuse_objects(path: Path) -> None:
@@ -72,10 +72,10 @@ def _refuse_objects(path: Path) -> None:
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             dtype = header(file)[2]
         except ValueError as error:
-            raise BadData(f"{path}: is not a .npy file ({error})") from None
+            raise DataError(f"{path}: is not a .npy file ({error})") from None
     if dtype.hasobject:
         command = f"import numpy as np; np.save('{path}', np.load('{path}', allow_pickle=True).astype(str))"
-        raise BadData(
+        raise DataError(
             f"{path}: holds Python objects (dtype {dtype}), which loading would execute. If you trust the file, convert it once:\n"
             f'  python -c "{command}"'
         )
@@ -84,12 +84,12 @@ def _refuse_objects(path: Path) -> None:
 def read(settings: Arrays, digests: Digests) -> Listing:
     """One sample an entry; where there is a test_ (or validation_, val_) array it is what the run is judged by, and nothing else is held out.
 
-    Raises errors.BadData where an array is missing or is not what it should be.
+    Raises errors.DataError where an array is missing or is not what it should be.
     """
     reading = Reading(settings.folder(), digests)
     there = [name for name in ("train", *VALIDATION) if (reading.root / f"{name}_{IMAGES}.npy").exists()]
     if "train" not in there:
-        raise BadData(
+        raise DataError(
             f"dataset.path={settings.path}: there is no train_{IMAGES}.npy in it, uint8 (N, H, W, 3), with train_{TEXTS}.npy (N,)."
         )
     for name, split in roles(reading, there).items():
@@ -101,19 +101,19 @@ def _side(reading: Reading, name: str, split: str | None) -> None:
     paths = [reading.root / f"{name}_{part}.npy" for part in (IMAGES, TEXTS)]
     for path in paths:
         if not inside(reading.root, path):
-            raise BadData(f"{path}: is a link out of the data set's folder; put the file itself there")
+            raise DataError(f"{path}: is a link out of the data set's folder; put the file itself there")
     images, texts = (_mapped(path) for path in paths)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise BadData(f"{paths[0]}: is {images.dtype} {images.shape}, where pictures are uint8 (N, height, width, 3)")
+        raise DataError(f"{paths[0]}: is {images.dtype} {images.shape}, where pictures are uint8 (N, height, width, 3)")
     if texts.ndim != 1 or texts.dtype.kind not in "US":
-        raise BadData(f"{paths[1]}: is {texts.dtype} {texts.shape}, where descriptions are text (N,)")
+        raise DataError(f"{paths[1]}: is {texts.dtype} {texts.shape}, where descriptions are text (N,)")
     if len(images) != len(texts):
-        raise BadData(f"{paths[0].name} has {len(images)} pictures and {paths[1].name} {len(texts)} descriptions; each picture needs one")
+        raise DataError(f"{paths[0].name} has {len(images)} pictures and {paths[1].name} {len(texts)} descriptions; each picture needs one")
     shape = images.shape[2], images.shape[1]
     try:
         judge(shape)
     except ValueError as error:
-        raise BadData(f"{paths[0]}: {error}") from None
+        raise DataError(f"{paths[0]}: {error}") from None
     for index in range(len(images)):
         reading.found += 1
         text = reading.tried(f"{paths[1].name}[{index}]", lambda index=index: caption(_text(texts[index])))

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, storage
 from trainer.dataset.picture import SUFFIXES
 from trainer.dataset.reading import Listing, Reading, by_name, sides
 from trainer.dataset.table import Row, collect, unique
-from trainer.errors import BadData
-from trainer.files import Digests, storage
 
 if TYPE_CHECKING:
     from trainer.dataset import CaptionsJson
@@ -23,12 +23,12 @@ def read(settings: CaptionsJson, digests: Digests) -> Listing:
     """One sample an entry; FOLDER itself, or FOLDER/train and FOLDER/validation (or val/, test/).
 
     In place of a caption an entry may be an object with `dataset.caption_column` and others; in place of the whole a list of such objects.
-    Raises errors.BadData where there is no table, or none that can be read.
+    Raises errors.DataError where there is no table, or none that can be read.
     """
     reading = Reading(settings.folder(), digests)
     parts = sides(reading, lambda folder: (folder / TABLE).is_file())
     if not parts:
-        raise BadData(
+        raise DataError(
             f'dataset.path={settings.path}: there is no {TABLE} in it, with {{"NAME.jpg": "what it shows", ...}} for the pictures in images/.'
         )
     for folder, split in parts:
@@ -43,9 +43,9 @@ def _rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row | Valu
     try:
         entries = json.loads(data.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise BadData(f"{table} is not the JSON file it claims to be: {error}. Mend it.") from None
+        raise DataError(f"{table} is not the JSON file it claims to be: {error}. Mend it.") from None
     if not isinstance(entries, list):
-        raise BadData(f"{table} holds neither an object (file name -> caption) nor a list of objects. Mend it.")
+        raise DataError(f"{table} holds neither an object (file name -> caption) nor a list of objects. Mend it.")
     for number, entry in enumerate(entries, 1):
         # An object came as its (name, value) pairs, so that a name that stands twice is not lost.
         if isinstance(entry, tuple):

@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import Digests
 from trainer.dataset.picture import SUFFIXES
 from trainer.dataset.reading import Listing, Reading, beside, by_name, text_of
 from trainer.dataset.sample import Sample, caption, identify, inside
-from trainer.errors import BadData, Usage
-from trainer.files import Digests
 
 if TYPE_CHECKING:
     from trainer.dataset import Concepts
 
 
 def read(settings: Concepts, digests: Digests) -> Listing:
-    """One sample a picture. Raises errors.Usage where a setting names a concept that is not there, errors.BadData where there is none."""
+    """One sample a picture. Raises errors.UsageError where a setting names a concept that is not there, errors.DataError where there is none."""
     reading = Reading(settings.folder(), digests)
     folders = [path for path in sorted(reading.root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     concepts = {path.name: path for path in folders if inside(reading.root, path)}
@@ -25,13 +25,13 @@ def read(settings: Concepts, digests: Digests) -> Listing:
         if path.name not in concepts:
             reading.fault(f"{path.name}: is a link out of the data set's folder; put the folder itself there")
     if not concepts:
-        raise BadData(
+        raise DataError(
             f"dataset.path={settings.path}: there is no folder in it. Each concept is one: NAME/images/*.jpg, with a .txt beside each."
         )
     for key in ("triggers", "weights", "repeats"):
         unknown = [name for name in getattr(settings, key) if name not in concepts]
         if unknown:
-            raise Usage(f"dataset.{key} names {', '.join(unknown)}; the concepts in {settings.path} are {', '.join(concepts)}")
+            raise UsageError(f"dataset.{key} names {', '.join(unknown)}; the concepts in {settings.path} are {', '.join(concepts)}")
     for name, folder in concepts.items():
         _concept(reading, settings, name, folder)
     return reading.listing()
@@ -58,7 +58,7 @@ def _concept(reading: Reading, settings: Concepts, concept: str, folder: Path) -
         place = reading.name(paths[0])
         for path in paths[1:]:
             reading.fault(f"{reading.name(path)}: is the same sample as {place}")
-        reading.claim(id, place)
+        reading.acquire(id, place)
         image = reading.tried("", lambda paths=paths: reading.picture(paths[0]))
         text = reading.tried(f"{id}.txt", lambda id=id: _caption(settings, concept, texts, id))
         mask = reading.tried(place, lambda paths=paths: beside(reading, folder / "masks", paths[0].stem))

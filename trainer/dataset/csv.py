@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, storage
 from trainer.dataset.reading import Listing, Reading, roles
 from trainer.dataset.table import Row, collect
-from trainer.errors import BadData
-from trainer.files import Digests, storage
 
 if TYPE_CHECKING:
     from trainer.dataset import Csv
@@ -22,7 +22,7 @@ SUFFIXES = {".csv": ",", ".tsv": "\t"}
 def read(settings: Csv, digests: Digests) -> Listing:
     """One sample a row. `dataset.path` is the table, or a folder with one table, or with train.csv, validation.csv (or val) and test.csv.
 
-    Raises errors.BadData where there is no table or several others.
+    Raises errors.DataError where there is no table or several others.
     """
     path = Path(settings.path or "").expanduser()
     if settings.path and path.is_file():
@@ -44,9 +44,11 @@ def _tables(settings: Csv, reading: Reading) -> list[tuple[Path, str | None]]:
         return [(path, None) for path in there.values()]
     if there:
         names = ", ".join(path.name for path in there.values())
-        raise BadData(f"dataset.path={settings.path}: it has several tables ({names}); type dataset.path={settings.path}/NAME.csv for one.")
+        raise DataError(
+            f"dataset.path={settings.path}: it has several tables ({names}); type dataset.path={settings.path}/NAME.csv for one."
+        )
     header = f"{settings.image_column},{settings.caption_column}"
-    raise BadData(f"dataset.path={settings.path}: there is no .csv in it, with a header line such as {header}")
+    raise DataError(f"dataset.path={settings.path}: there is no .csv in it, with a header line such as {header}")
 
 
 def _rows(settings: Csv, table: Path, reading: Reading) -> Iterator[tuple[str, Row | ValueError]]:
@@ -55,7 +57,7 @@ def _rows(settings: Csv, table: Path, reading: Reading) -> Iterator[tuple[str, R
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadData(f"{table}: {error}; save it as UTF-8") from None
+        raise DataError(f"{table}: {error}; save it as UTF-8") from None
     delimiter = settings.delimiter or SUFFIXES.get(table.suffix.lower(), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -73,7 +75,7 @@ def _rows(settings: Csv, table: Path, reading: Reading) -> Iterator[tuple[str, R
         if not header:
             header = [cell.strip() for cell in cells]
             if len({*header}) < len(header):
-                raise BadData(f"{place}: has the same column twice ({', '.join(header)}). Mend the header line.")
+                raise DataError(f"{place}: has the same column twice ({', '.join(header)}). Mend the header line.")
         elif len(cells) == len(header):
             yield place, dict(zip(header, (cell.strip() for cell in cells), strict=True))
         else:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+from trainer.core.rng import generator
 from trainer.dataset.sample import Sample, Task
-from trainer.streams import draws
 
 if TYPE_CHECKING:
     from trainer.dataset import Demo
@@ -196,14 +196,14 @@ def described(picture: Scene) -> str:
 @lru_cache(maxsize=64)
 def pair(kind: str, split: str, index: int, side: int) -> tuple[Image.Image, str, Image.Image]:
     """Control picture, instruction and target picture of one sample. The scene does not depend on the kind of edit."""
-    before = scene(draws("demo scene", split, index))
+    before = scene(generator("demo scene", split, index))
     control = draw(before, side)
     if kind == DESCRIBE:
         return control, described(before), control
     if kind in PICTURE_EDITS:
         instruction, edit = PICTURE_EDITS[kind]
         return control, instruction, edit(control)
-    instruction, after = SCENE_EDITS[kind](before, draws("demo edit", kind, split, index))
+    instruction, after = SCENE_EDITS[kind](before, generator("demo edit", kind, split, index))
     return control, instruction, draw(after, side)
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from trainer.core.errors import DataError, UsageError, WeightsError
+from trainer.core.files import Digests
 from trainer.dataset.picture import decode, opened, upright_size
 from trainer.dataset.reading import Listing, Reading, roles
 from trainer.dataset.sample import Sample, Source, caption, inside
 from trainer.dataset.table import cell, others
-from trainer.errors import BadData, NoWeights, Usage
-from trainer.files import Digests
 
 if TYPE_CHECKING:
     import datasets
@@ -66,9 +66,9 @@ class Cell:
 
 
 def read(settings: Hub, digests: Digests) -> Listing:
-    """One sample a row. Raises errors.BadData for a folder that is no data set, errors.NoWeights where the hub has none to give."""
+    """One sample a row. Raises errors.DataError for a folder that is no data set, errors.WeightsError where the hub has none to give."""
     if not settings.path:
-        raise Usage("This data set needs a name: type dataset.path=OWNER/NAME (of the hub), or dataset.path=FOLDER.")
+        raise UsageError("This data set needs a name: type dataset.path=OWNER/NAME (of the hub), or dataset.path=FOLDER.")
     folder = Path(settings.path).expanduser()
     if folder.is_dir():
         reading = Reading(folder, digests)
@@ -78,7 +78,7 @@ def read(settings: Hub, digests: Digests) -> Listing:
         # Where the library keeps what it downloads: a picture that is a file must lie there.
         reading = Reading(_downloads(), digests)
     else:
-        raise BadData(
+        raise DataError(
             f"dataset.path={settings.path}: there is no such folder (looked for {folder.absolute()}), and it is no name on the hub."
         )
     for name, split in _splits(settings, reading, list(parts)).items():
@@ -95,14 +95,14 @@ def _local(settings: Hub, folder: Path, digests: Digests) -> datasets.DatasetDic
     state = [(path.relative_to(folder).as_posix(), digests.of(path)) for path in files if inside(folder, path)]
     digests.flush()
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-    with _quiet(), _told(settings, BadData):
+    with _quiet(), _told(settings, DataError):
         builder = datasets.load_dataset_builder(str(folder), settings.subset, cache_dir=str(digests.path.parent / "tables" / name))
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in BUILDERS:
-            raise BadData(f"dataset.path={settings.path}: this layout reads {', '.join(sorted(BUILDERS))}, and the folder is {kind}")
+            raise DataError(f"dataset.path={settings.path}: this layout reads {', '.join(sorted(BUILDERS))}, and the folder is {kind}")
         outside = [file for files in (builder.config.data_files or {}).values() for file in files if not inside(folder, Path(file))]
         if outside:
-            raise BadData(
+            raise DataError(
                 f"dataset.path={settings.path}: it refers to {outside[0]}, which lies outside the folder; put the file itself there"
             )
         builder.download_and_prepare()
@@ -112,7 +112,7 @@ def _local(settings: Hub, folder: Path, digests: Digests) -> datasets.DatasetDic
 def _from_hub(settings: Hub) -> datasets.DatasetDict:
     import datasets
 
-    with _told(settings, NoWeights):
+    with _told(settings, WeightsError):
         return datasets.load_dataset(settings.path, settings.subset, revision=settings.revision)
 
 
@@ -136,29 +136,29 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told(settings: Hub, kind: type[BadData] | type[NoWeights]) -> Iterator[None]:
+def _told(settings: Hub, kind: type[DataError] | type[WeightsError]) -> Iterator[None]:
     """The library's errors, of many kinds, as one that says what to do."""
     try:
         yield
-    except (BadData, MemoryError):
+    except (DataError, MemoryError):
         raise
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        if kind is BadData:
-            raise BadData(f"dataset.path={settings.path}: cannot be read as a data set ({reason})") from error
-        raise NoWeights(
+        if kind is DataError:
+            raise DataError(f"dataset.path={settings.path}: cannot be read as a data set ({reason})") from error
+        raise WeightsError(
             f"dataset.path={settings.path}: the data set is not to be had from the hub ({reason}). Type dataset.path=FOLDER for a copy on this "
             "machine, or log in (`hf auth login`) where it is gated"
         ) from error
 
 
 def _splits(settings: Hub, reading: Reading, there: list[str]) -> dict[str, str | None]:
-    """The parts to be used, and the split each is. Raises errors.Usage."""
+    """The parts to be used, and the split each is. Raises errors.UsageError."""
     for key in ("train_split", "validation_split"):
         name = getattr(settings, key)
         if name is not None and name not in there:
-            raise Usage(f"dataset.{key}={name}: the data set has {', '.join(there)}; type dataset.{key}=NAME for one of them")
+            raise UsageError(f"dataset.{key}={name}: the data set has {', '.join(there)}; type dataset.{key}=NAME for one of them")
     return roles(reading, there, settings.train_split, settings.validation_split)
 
 
@@ -197,7 +197,7 @@ def _pictures(reading: Reading, rows: datasets.Dataset, file: Path, column: str,
 
 
 def _opened(value: Any, column: str = "cell") -> Source:
-    """The picture of a cell, judged by its header. Raises ValueError, errors.BadData."""
+    """The picture of a cell, judged by its header. Raises ValueError, errors.DataError."""
     if not callable(value):
         raise ValueError(f"its {column} is {value!r:.60}, not a picture; name another column")
     source = value()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, storage
 from trainer.dataset.reading import Listing, Reading, sides
 from trainer.dataset.table import Row, collect, lines, unique
-from trainer.errors import BadData
-from trainer.files import Digests, storage
 
 if TYPE_CHECKING:
     from trainer.dataset import ImageFolder
@@ -19,12 +19,12 @@ TABLE = "metadata.jsonl"
 
 
 def read(settings: ImageFolder, digests: Digests) -> Listing:
-    """One sample a line; FOLDER itself, or FOLDER/train and FOLDER/validation. Raises errors.BadData where there is no table."""
+    """One sample a line; FOLDER itself, or FOLDER/train and FOLDER/validation. Raises errors.DataError where there is no table."""
     reading = Reading(settings.folder(), digests)
     parts = sides(reading, lambda folder: (folder / TABLE).is_file())
     if not parts:
         example = json.dumps({settings.image_column: "NAME.jpg", settings.caption_column: "what it shows"})
-        raise BadData(f"dataset.path={settings.path}: there is no {TABLE} in it, with a line like {example} for each picture.")
+        raise DataError(f"dataset.path={settings.path}: there is no {TABLE} in it, with a line like {example} for each picture.")
     for folder, split in parts:
         collect(reading, settings, _rows(folder / TABLE, reading), folder, split)
     return reading.listing()

@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests
 from trainer.dataset.picture import SUFFIXES, FileSource
 from trainer.dataset.reading import Listing, Reading, by_name, sides, text_of
 from trainer.dataset.sample import Sample, identify
-from trainer.errors import BadData
-from trainer.files import Digests
 
 if TYPE_CHECKING:
     from trainer.dataset import Pairs
@@ -25,12 +25,12 @@ MASKS = "masks"
 
 
 def read(settings: Pairs, digests: Digests) -> Listing:
-    """One sample a name; FOLDER itself, or FOLDER/train and FOLDER/validation. Raises errors.BadData where a folder is missing."""
+    """One sample a name; FOLDER itself, or FOLDER/train and FOLDER/validation. Raises errors.DataError where a folder is missing."""
     reading = Reading(settings.folder(), digests)
     parts = sides(reading, lambda folder: (folder / CONTROLS).is_dir() and (folder / TARGETS).is_dir())
     if not parts:
         missing = [f"{name}/" for name in (CONTROLS, TARGETS) if not (reading.root / name).is_dir()]
-        raise BadData(
+        raise DataError(
             f"dataset.path={settings.path}: there is no {' and no '.join(missing)} in it. Control pictures belong in {CONTROLS}/, "
             f"pictures of the same names and their .txt in {TARGETS}/."
         )
@@ -77,7 +77,7 @@ class _Part:
             for found in (self.targets, *self.controls, self.masks):
                 for path in found.get(name, [])[1:]:
                     reading.fault(f"{reading.name(path)}: is the same sample as {reading.name(found[name][0])}")
-            if not reading.claim(prefix + name, reading.name(self.targets[name][0]) if name in self.targets else name):
+            if not reading.acquire(prefix + name, reading.name(self.targets[name][0]) if name in self.targets else name):
                 continue
             if len(reading.faults) == before:
                 reading.add(Sample(prefix + name, target, text, tuple(controls), split, mask), f"{TARGETS}/{name}")

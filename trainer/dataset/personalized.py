@@ -6,23 +6,23 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, read_json
 from trainer.dataset.picture import FileSource
 from trainer.dataset.reading import VALIDATION, Listing, Reading, roles
 from trainer.dataset.sample import Sample, caption, inside, relative
-from trainer.dataset.template import filled
-from trainer.errors import BadData
-from trainer.files import Digests, read_json
+from trainer.dataset.template import load_weights
 
 if TYPE_CHECKING:
     from trainer.dataset import Personalized
 
 
 def read(settings: Personalized, digests: Digests) -> Listing:
-    """One sample a record, whose caption is `settings.template` filled in. Raises errors.BadData where there is no train.json."""
+    """One sample a record, whose caption is `settings.template` filled in. Raises errors.DataError where there is no train.json."""
     reading = Reading(settings.folder(), digests)
     there = [name for name in ("train", *VALIDATION) if (reading.root / f"{name}.json").is_file()]
     if "train" not in there:
-        raise BadData(
+        raise DataError(
             f"dataset.path={settings.path}: there is no train.json in it, a list of records with history_items_info and target_item_info."
         )
     styles = _styles(reading)
@@ -30,7 +30,7 @@ def read(settings: Personalized, digests: Digests) -> Listing:
         path = reading.root / f"{name}.json"
         records = read_json(path)
         if not isinstance(records, list):
-            raise BadData(f"{path} is no list of records. Mend it.")
+            raise DataError(f"{path} is no list of records. Mend it.")
         for number, record in enumerate(records):
             reading.found += 1
             _Record(reading, settings, record, f"{name}.json record {number}", styles).read(name, split)
@@ -73,10 +73,10 @@ class _Record:
             "target": target[0],
             "user": user,
         }
-        text = reading.tried(self.place, lambda: caption(filled(self.settings.template, values)))
+        text = reading.tried(self.place, lambda: caption(load_weights(self.settings.template, values)))
         # A window of the same history may come with several targets, and a target with several histories.
         id = f"{name}/{user or 'user'}/{record.get('window_position', self.place.rpartition(' ')[2])}/{record.get('target_item_id', 'target')}"
-        if reading.claim(id, self.place) and text:
+        if reading.acquire(id, self.place) and text:
             reading.add(Sample(id, target[1], text, split=split), self.place)
 
     def _history(self) -> list[tuple[str, FileSource]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from trainer.errors import BadData
-from trainer.files import Digests
+from trainer.core.errors import DataError
+from trainer.core.files import Digests
 
 # Named, for Pillow would also hand a file to Ghostscript (EPS) or HDF5 if its first bytes ask for that.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
@@ -59,7 +59,7 @@ class FileSource:
 
 @contextmanager
 def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
-    """A picture whose header has been judged. Raises one errors.BadData that calls it `name`, also for what is raised in the block."""
+    """A picture whose header has been judged. Raises one errors.DataError that calls it `name`, also for what is raised in the block."""
     try:
         if not (os.path.getsize(file) if isinstance(file, Path) else file.getbuffer().nbytes):
             raise ValueError("the file is empty")
@@ -72,11 +72,11 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise BadData(f"{name}: {_what_else(file)}") from None
+        raise DataError(f"{name}: {_what_else(file)}") from None
     except ValueError as error:
-        raise BadData(f"{name}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
     except Exception as error:  # Pillow's readers raise whatever they stumble over: OSError, SyntaxError, struct.error, KeyError, ...
-        raise BadData(f"{name}: cannot be decoded ({error})") from error
+        raise DataError(f"{name}: cannot be decoded ({error})") from error
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

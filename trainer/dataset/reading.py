@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from trainer.core.errors import DataError
+from trainer.core.files import Digests, storage
 from trainer.dataset.picture import SUFFIXES, FileSource
 from trainer.dataset.sample import FAULTS_LISTED, Sample, Source, caption, inside
 from trainer.dataset.survey import Facts
-from trainer.errors import BadData
-from trainer.files import Digests, storage
 
 T = TypeVar("T")
 
@@ -35,9 +35,9 @@ class Listing:
     facts: dict[Source, Facts] = field(default_factory=dict)
 
     def refuse(self, where: str, at_most: int | None = FAULTS_LISTED) -> None:
-        """End with one errors.BadData that counts all faults and lists the first; nothing happens where there are none."""
+        """End with one errors.DataError that counts all faults and lists the first; nothing happens where there are none."""
         if self.faults:
-            raise BadData(
+            raise DataError(
                 f"{self.counted(where)}. Mend or remove these, or type dataset.on_fault=skip to go on without:\n{self.listed(at_most)}"
             )
 
@@ -71,22 +71,22 @@ class Reading:
         self.faults.append(text)
 
     def tried(self, place: str, make: Callable[[], T]) -> T | None:
-        """What `make` gives; None, and a fault of `place`, where it raises ValueError or errors.BadData."""
+        """What `make` gives; None, and a fault of `place`, where it raises ValueError or errors.DataError."""
         try:
             return make()
-        except (ValueError, BadData) as error:
+        except (ValueError, DataError) as error:
             self.faults.append(f"{place}: {error}" if place else str(error))
             return None
 
     def picture(self, path: Path) -> FileSource:
-        """A picture that lies below the root, judged by its header. Raises ValueError, errors.BadData."""
+        """A picture that lies below the root, judged by its header. Raises ValueError, errors.DataError."""
         if not inside(self.root, path):
             raise ValueError(f"{self.name(path)} is a link out of the data set's folder; put the file itself there")
         source = FileSource(path, self.digests)
         source.size()
         return source
 
-    def claim(self, id: str, place: str) -> bool:
+    def acquire(self, id: str, place: str) -> bool:
         """Whether the id is new; a fault where it is not, or differs from another in case only."""
         if id.casefold() not in self._places:
             self._places[id.casefold()] = (id, place)
@@ -176,7 +176,7 @@ def by_name(reading: Reading, folder: Path, suffixes: tuple[str, ...], name_of: 
 
 
 def beside(reading: Reading, folder: Path, stem: str) -> FileSource | None:
-    """The picture of this name in a folder of masks, None where there is none. Raises ValueError, errors.BadData."""
+    """The picture of this name in a folder of masks, None where there is none. Raises ValueError, errors.DataError."""
     found = [path for suffix in SUFFIXES if os.path.isfile(path := folder / f"{stem}{suffix}")]
     if found[1:]:
         raise ValueError(f"has several masks: {', '.join(reading.name(path) for path in found)}")
@@ -184,7 +184,7 @@ def beside(reading: Reading, folder: Path, stem: str) -> FileSource | None:
 
 
 def text_of(path: Path) -> str:
-    """The caption in a text file. Raises ValueError, errors.Storage."""
+    """The caption in a text file. Raises ValueError, errors.StorageError."""
     with storage("read", path):
         data = path.read_bytes()
     return caption(data.decode("utf-8-sig"))

@@ -41,10 +41,10 @@ class Source(Protocol):
         """`make()`, which tells something of the picture's content, asked for once as long as the content stays as it is."""
 
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels as `open` gives them, from the header alone. Raises errors.BadData."""
+        """(width, height) in pixels as `open` gives them, from the header alone. Raises errors.DataError."""
 
     def open(self) -> Image:
-        """The picture decoded: 8-bit sRGB, upright, alpha laid over white. Raises errors.BadData."""
+        """The picture decoded: 8-bit sRGB, upright, alpha laid over white. Raises errors.DataError."""
 
 
 @dataclass(slots=True, frozen=True)

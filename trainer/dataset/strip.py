@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer import files
+from trainer.core import files
 
 SMALLEST = 192
 """Pixels a side; smaller pictures are enlarged by whole factors, without smoothing, so that their pixels can be seen."""

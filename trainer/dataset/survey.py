@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.core.errors import DataError
 from trainer.dataset.sample import Sample, Source
-from trainer.errors import BadData
 
 VERSION = 1
 """To be raised when pictures are decoded or fingerprinted in another way: all are then looked at again."""
@@ -39,7 +39,7 @@ def inspect(source: Source) -> Facts:
 def _look(source: Source) -> list:
     try:
         image = source.open()
-    except BadData as error:
+    except DataError as error:
         # Without the name, which is no part of the content.
         return [str(error).removeprefix(f"{source.name}: ")]
     from PIL import Image

@@ -29,7 +29,7 @@ def collect(reading: Reading, settings: Table, rows: Iterable[tuple[str, Row | V
         image = path and reading.tried(place, lambda path=path: reading.picture(path))
         id = path and identify(path.relative_to(reading.root))
         if path:
-            reading.claim(id, where)
+            reading.acquire(id, where)
         text = reading.tried(place, lambda row=row: caption(cell(row, settings.caption_column, "caption_column")))
 
         def picture(value: object) -> Source:

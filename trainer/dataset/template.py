@@ -5,23 +5,23 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 FIELDS = ("history", "style", "target", "user")
 
 
 def check(template: str) -> None:
-    """Raises errors.Usage where a template asks for what a sample does not have."""
+    """Raises errors.UsageError where a template asks for what a sample does not have."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise Usage(f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it") from None
+        raise UsageError(f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it") from None
     known = ", ".join(f"{{{name}}}" for name in FIELDS)
     for _, name, form, conversion in parts:
         if name is not None and (name not in FIELDS or form or conversion):
-            raise Usage(f"dataset.template has {{{name}}}, and a sample has only {known}")
+            raise UsageError(f"dataset.template has {{{name}}}, and a sample has only {known}")
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
+def load_weights(template: str, values: Mapping[str, str]) -> str:
     """The template with the values of its fields."""
     return template.format_map(values)

@@ -16,7 +16,7 @@ GREY = 127
 
 
 @dataclass(slots=True, frozen=True)
-class View:
+class TransformedSample:
     """A sample as the model sees it. `control_sizes` are those of its control pictures; empty: the target's.
 
     Its pictures have names: `image` (the target), `mask`, and `control`, `control_2`, `control_3` ...
@@ -49,7 +49,7 @@ class View:
         return sizes.get(name, (self.width, self.height))
 
     def picture(self, name: str) -> np.ndarray:
-        """The picture of this name, (height, width, 3) uint8. Raises errors.BadData."""
+        """The picture of this name, (height, width, 3) uint8. Raises errors.DataError."""
         from trainer.dataset.picture import fit
 
         width, height = self.size(name)
@@ -60,11 +60,11 @@ class View:
         return fit(self.source(name).open(), width, height, self.flip)
 
     def pixels(self) -> np.ndarray:
-        """The target, (height, width, 3) uint8. Raises errors.BadData."""
+        """The target, (height, width, 3) uint8. Raises errors.DataError."""
         return self.picture("image")
 
     def control_pixels(self) -> list[np.ndarray]:
-        """The controls, (height, width, 3) uint8 each. Raises errors.BadData."""
+        """The controls, (height, width, 3) uint8 each. Raises errors.DataError."""
         return [self.picture(name) for name in self.controls]
 
     def geometry(self) -> tuple[int, int, int, int, int, int]:
@@ -106,7 +106,7 @@ class View:
 
 
 @dataclass(slots=True, frozen=True)
-class Framing:
+class Transform:
     """The sizes to which pictures may be brought: each takes the one whose aspect ratio is nearest to its own.
 
     Of `control_sizes` (empty: controls take their target's size) controls choose by their own ratio.
@@ -116,9 +116,9 @@ class Framing:
     control_sizes: tuple[Size, ...] = ()
     _known: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
 
-    def view(self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False) -> View:
+    def view(self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False) -> TransformedSample:
         own = tuple(self._nearest(source, self.control_sizes) for source in sample.controls) if self.control_sizes else ()
-        return View(sample, *self._nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own)
+        return TransformedSample(sample, *self._nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own)
 
     def _nearest(self, source: Source, sizes: tuple[Size, ...]) -> Size:
         if len(sizes) == 1:

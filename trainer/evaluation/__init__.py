@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
-from trainer.rows import Row, chunks, collate, conditions
-from trainer.streams import normal
+from trainer.core.batch import Example, chunks, collate, conditions
+from trainer.core.errors import UsageError
+from trainer.core.rng import normal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,13 +39,13 @@ class Evaluation:
         for name, least in (("every", 1), ("samples", 1), ("images", 0), ("shown", 0), ("images_per_prompt", 1), ("patience", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise Usage(f"evaluation.{name}={value} is too small; type {least} or more")
+                raise UsageError(f"evaluation.{name}={value} is too small; type {least} or more")
 
 
 def held_out_loss(
     family: Family,
     predict: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
-    rows: list[tuple[str, Row]],
+    rows: list[tuple[str, Example]],
     device: torch.device,
     at_once: int,
 ) -> dict[str, float]:

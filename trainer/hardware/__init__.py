@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise Usage(f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null to leave it to the program")
+            raise UsageError(f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null to leave it to the program")
         if self.workers < 0:
-            raise Usage(f"hardware.workers={self.workers} is no number of processes; type 0 to load in the main process, or more")
+            raise UsageError(f"hardware.workers={self.workers} is no number of processes; type 0 to load in the main process, or more")
 
     def open(self) -> torch.device:
         """The device of the run; a device asked for by name that is not there is refused."""
@@ -66,7 +66,7 @@ class Hardware:
         if name == "auto":
             name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
         if not there[name]:
-            raise Usage(
+            raise UsageError(
                 f"hardware.device={name}: this machine has no such device that torch {torch.__version__} can use; type hardware.device=auto"
             )
         return torch.device(name)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
-from trainer.shards import is_part
-from trainer.streams import number
+from trainer.core.errors import UsageError
+from trainer.core.rng import seed_for
+from trainer.distributed.sharding import is_part
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,11 @@ class Adapter(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise Usage(f"method.rank={self.rank} adapts nothing; type a rank of 1 or more, such as method.rank=16")
+            raise UsageError(f"method.rank={self.rank} adapts nothing; type a rank of 1 or more, such as method.rank=16")
         for name in ("dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, name, 0.0)
             if not 0 <= value < 1:
-                raise Usage(f"method.{name}={value:g} is no probability below 1; type a number such as method.{name}=0.1")
+                raise UsageError(f"method.{name}={value:g} is no probability below 1; type a number such as method.{name}=0.1")
 
     def configuration(self, targets: list[str]) -> PeftConfig:
         """peft's settings of this adapter."""
@@ -97,11 +97,13 @@ class Adapter(Method):
         from peft import inject_adapter_in_model
 
         network.requires_grad_(False)
-        torch.manual_seed(number(seed, "adapter"))
+        torch.manual_seed(seed_for(seed, "adapter"))
         try:
             inject_adapter_in_model(self.configuration(list(self.targets or targets)), network)
         except ValueError as error:
-            raise Usage(f"method.targets={self.targets} name no layer of this model ({error}); the default is {list(targets)}") from error
+            raise UsageError(
+                f"method.targets={self.targets} name no layer of this model ({error}); the default is {list(targets)}"
+            ) from error
         keep_trained_in_float32(network)
 
 
@@ -139,10 +141,10 @@ class Dora(Lora):
         return configuration
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
-        from trainer.method.adapter import begin_at_own_lengths
+        from trainer.method.adapter import init_magnitudes
 
         Lora.attach(self, network, targets, seed)
-        begin_at_own_lengths(network)
+        init_magnitudes(network)
 
 
 @dataclass(slots=True)
@@ -178,7 +180,7 @@ class Lokr(Loha):
     def __post_init__(self) -> None:
         Loha.__post_init__(self)
         if self.decompose_factor < 1 and self.decompose_factor != -1:
-            raise Usage(
+            raise UsageError(
                 f"method.decompose_factor={self.decompose_factor} divides no side; type 2 or more, or -1 for one near the square root"
             )
 
@@ -216,11 +218,11 @@ class SoftPrompt(Method):
 
     def __post_init__(self) -> None:
         if self.num_image_prompt < 1:
-            raise Usage(f"method.num_image_prompt={self.num_image_prompt} leaves nothing to draw from; type 1 or more, such as 2")
+            raise UsageError(f"method.num_image_prompt={self.num_image_prompt} leaves nothing to draw from; type 1 or more, such as 2")
         if self.num_prefix_prompt < 0:
-            raise Usage(f"method.num_prefix_prompt={self.num_prefix_prompt} is no number of positions; type 0 for none, or 2")
+            raise UsageError(f"method.num_prefix_prompt={self.num_prefix_prompt} is no number of positions; type 0 for none, or 2")
         if self.prefix_width < 1:
-            raise Usage(f"method.prefix_width={self.prefix_width} is no width of a layer; type 64 or another number from 1")
+            raise UsageError(f"method.prefix_width={self.prefix_width} is no width of a layer; type 64 or another number from 1")
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         network.requires_grad_(False)
@@ -233,7 +235,7 @@ class SoftPrompt(Method):
         from trainer.method.soft_prompt import Reader, SoftPrompt
 
         device = next(network.parameters()).device
-        torch.manual_seed(number(seed, "adapter"))
+        torch.manual_seed(seed_for(seed, "adapter"))
         reader, width = Reader(**network.prompt_sizes), self.prefix_width if self.prefix_projection else None
         return SoftPrompt(reader, self.num_image_prompt, self.num_prefix_prompt, width).to(device)
 

@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trainer import files
-from trainer.errors import Usage
-from trainer.streams import normal
+from trainer.core import files
+from trainer.core.errors import UsageError
+from trainer.core.rng import normal
 
 KINDS = {"lora_magnitude_vector": "dora", "lora_": "lora", "hada_": "loha", "lokr_": "lokr"}
 """How the tensors of a method begin, in a layer."""
@@ -95,7 +95,7 @@ def load_adapter(network: torch.nn.Module, folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(network, str(folder), torch_device="cpu", low_cpu_mem_usage=True).get_base_model()
 
 
-def spelled(found: dict[str, Part], export_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
+def to_comfyui(found: dict[str, Part], export_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
     """An adapter as ComfyUI reads it, which asks no metadata: alpha lies beside each layer's tensors."""
     tensors = {}
     for name, part in found.items():
@@ -108,7 +108,7 @@ def spelled(found: dict[str, Part], export_name: Callable[[str], str]) -> dict[s
     return {export_name(key): tensor for key, tensor in tensors.items()}
 
 
-def read_spelled(tensors: dict[str, torch.Tensor], known: list[str], export_name: Callable[[str], str]) -> dict[str, Part]:
+def from_comfyui(tensors: dict[str, torch.Tensor], known: list[str], export_name: Callable[[str], str]) -> dict[str, Part]:
     """An adapter in the names of ComfyUI, kohya's scripts or LyCORIS, with alpha beside each layer's tensors, -> its parts. `known` are the
     layers of the network; one that is not known keeps the name it has in the file."""
     real = {}
@@ -132,12 +132,12 @@ def read_spelled(tensors: dict[str, torch.Tensor], known: list[str], export_name
 
 
 def put(found: dict[str, Part], network: torch.nn.Module, source: object) -> None:
-    """Begin the attached adapter with another, so that it does what that one does. Raises errors.Usage where it is of another method, rank, or
+    """Begin the attached adapter with another, so that it does what that one does. Raises errors.UsageError where it is of another method, rank, or
     for other layers, with what to type."""
     own = parts(network)
     kinds, wanted = {part.kind() for part in found.values()}, next(iter(own.values())).kind()
     if kinds != {wanted}:
-        raise Usage(
+        raise UsageError(
             f"method.init_from={source} holds {' and '.join(sorted(kinds)) or 'no adapter'}; type method={min(kinds, default='full')}"
         )
     if others := sorted(found.keys() ^ own.keys()):
@@ -145,7 +145,7 @@ def put(found: dict[str, Part], network: torch.nn.Module, source: object) -> Non
         said = [
             f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in ((lacking, "it lacks"), (unknown, "it has more")) if names
         ]
-        raise Usage(
+        raise UsageError(
             f"method.init_from={source} adapts other layers than method.targets, {len(others)} in all: {'; '.join(said)}. "
             f"Type method.targets=[{','.join(_endings(found, network))}]"
         )
@@ -159,7 +159,7 @@ def put(found: dict[str, Part], network: torch.nn.Module, source: object) -> Non
         ranks = sorted({part.rank() for part in found.values()} - {None})
         remedy = f"type method.rank={ranks[0]}" if len(ranks) == 1 else "one rank for all layers is what this program trains"
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in found[wrong[0]].tensors.items()}
-        raise Usage(
+        raise UsageError(
             f"method.init_from={source} has {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks)) or 'none'} and other shapes than "
             f"method.rank={own[wrong[0]].rank()} gives {len(wrong)} of {len(own)} layers (of {wrong[0]} {shapes}); {remedy}"
         )
@@ -187,7 +187,7 @@ def lengths(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.norm(weight.float().flatten(1), dim=1)
 
 
-def begin_at_own_lengths(network: torch.nn.Module) -> None:
+def init_magnitudes(network: torch.nn.Module) -> None:
     """Begin DoRA's lengths at those of the frozen weights in float32. peft computes them in the weights' own type: in bfloat16 the network
     would not begin as it was."""
     for _, layer, active in layers(network):
@@ -195,16 +195,16 @@ def begin_at_own_lengths(network: torch.nn.Module) -> None:
         magnitude.data = lengths(layer.get_base_layer().weight).reshape(magnitude.shape)
 
 
-def is_idle(network: torch.nn.Module) -> bool:
+def is_noop(network: torch.nn.Module) -> bool:
     """Whether the attached adapter changes nothing."""
-    for name, effect in effects(network).items():
+    for name, effect in probe_outputs(network).items():
         start = lengths(network.get_submodule(name.removesuffix(LENGTHS)).get_base_layer().weight) if name.endswith(LENGTHS) else 0.0
         if not torch.allclose(effect, effect.new_zeros(()) + start, rtol=1e-6, atol=0):
             return False
     return True
 
 
-def effects(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+def probe_outputs(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What the attached adapter adds to each adapted layer's output for a fixed random input: layer -> (rows, out) in float32; of DoRA before
     the rows of the sum take their lengths, which are there too, (out,).
 

@@ -19,15 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainer import files
-from trainer.errors import BadData, NoWeights, Usage
-from trainer.libraries import bitsandbytes
+from trainer.core import files
+from trainer.core.errors import DataError, UsageError, WeightsError
+from trainer.core.libraries import bitsandbytes
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.dataset.view import View
-    from trainer.files import Digests
+    from trainer.core.files import Digests
+    from trainer.dataset.view import TransformedSample
 
 PACKAGE = "package:"
 KINDS = {".safetensors", ".json", ".txt", ".model"}
@@ -66,7 +66,7 @@ class Suggested:
 class Encoder(Protocol):
     """The frozen parts that make what is cached, and turn latents into pictures; each is loaded when first used."""
 
-    def encode(self, part: str, view: View) -> torch.Tensor:
+    def encode(self, part: str, view: TransformedSample) -> torch.Tensor:
         """One part of one sample as it is seen by `view`."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -101,9 +101,9 @@ class Family:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise Usage("model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name")
+            raise UsageError("model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name")
 
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
         """What is cached of one sample with this many controls, given the digest of each component."""
         raise NotImplementedError
 
@@ -118,7 +118,7 @@ class Family:
     def encoder(self, device: torch.device) -> Encoder:
         raise NotImplementedError
 
-    def skeleton(self) -> torch.nn.Module:
+    def meta_model(self) -> torch.nn.Module:
         """Everything live in a step without its weights, built inside `weightless`: the denoiser, with its own names."""
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ class Family:
     def network(self, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None) -> torch.nn.Module:
         """The skeleton with its weights; see `filled`."""
         quiet_libraries()
-        return filled(self.skeleton(), self.weights(), dtype, device, stored)
+        return load_weights(self.meta_model(), self.weights(), dtype, device, stored)
 
     def predict(
         self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
@@ -203,12 +203,12 @@ class Family:
 
 def located(key: str, path: str, revision: str | None, wanted: list[str]) -> Path:
     """The folder that the setting `model.<key>` names: one of this machine, or that of a hub id, of which the files `wanted` (glob patterns) are
-    downloaded or found in the hub's cache. Raises errors.NoWeights."""
+    downloaded or found in the hub's cache. Raises errors.WeightsError."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise NoWeights(
+        raise WeightsError(
             f"model.{key}={path}: there is no such folder, and it is no hub id (owner/name); type the path of a diffusers folder"
         )
     from huggingface_hub import snapshot_download
@@ -218,14 +218,14 @@ def located(key: str, path: str, revision: str | None, wanted: list[str]) -> Pat
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=VARIANTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise NoWeights(
+        raise WeightsError(
             f"model.{key}={path}: the weights are not to be had from the hub ({reason}). Type model.{key}=FOLDER for a copy on this "
             f"machine, or log in (`hf auth login`) after accepting the model's terms on its page"
         ) from error
 
 
 @dataclass(slots=True, frozen=True)
-class Made:
+class Recipe:
     """What a cached part is made from: fields of the sample (see `View.content`: "image", "control", "caption", ...), and the digest of what
     makes it."""
 
@@ -238,20 +238,20 @@ def control_names(count: int) -> tuple[str, ...]:
     return tuple("control" if i == 1 else f"control_{i}" for i in range(1, count + 1))
 
 
-def made_by(*ingredients: object) -> str:
+def recipe_digest(*ingredients: object) -> str:
     """One digest over all that makes a part, on the family's side."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def _folder_digest(folder: Path, digests: Digests) -> str:
     if not folder.is_dir():
-        raise NoWeights(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
+        raise WeightsError(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in KINDS)
     for path in found:
         if path.suffix == ".safetensors":
             # Here, since every library that reads one has its own words for what is wrong, and few name the file.
             files.check_safetensors(path)
-    return made_by([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in found])
+    return recipe_digest([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in found])
 
 
 def _file_digest(path: Path, digests: Digests) -> str:
@@ -263,7 +263,7 @@ def _file_digest(path: Path, digests: Digests) -> str:
 
 
 @contextmanager
-def weightless() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """What is built inside has its parameters on the meta device: shapes and names that take no memory. Buffers are made as ever."""
     from accelerate import init_empty_weights
 
@@ -272,7 +272,7 @@ def weightless() -> Iterator[None]:
 
 
 class Weights:
-    """The tensors in the files of a component's `folder`, each read from the disk when it is asked for by name. Raises errors.BadData."""
+    """The tensors in the files of a component's `folder`, each read from the disk when it is asked for by name. Raises errors.DataError."""
 
     def __init__(self, folder: Path, name: str = SHARDS):
         index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
@@ -289,7 +289,7 @@ class Weights:
             with safetensors.safe_open(path, "pt") as file:
                 return file.get_tensor(name)
         except (OSError, safetensors.SafetensorError) as error:
-            raise BadData(f"{path} does not hold {name} ({error})") from error
+            raise DataError(f"{path} does not hold {name} ({error})") from error
 
     def types(self) -> dict[str, str]:
         """What safetensors calls the type of each tensor ("F32", "BF16", "F8_E4M3", ...) by name, told from the files' headers."""
@@ -301,7 +301,7 @@ class Weights:
                 with safetensors.safe_open(path, "pt") as file:
                     found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             except (OSError, safetensors.SafetensorError) as error:
-                raise BadData(f"{path} cannot be read as weights ({error})") from error
+                raise DataError(f"{path} cannot be read as weights ({error})") from error
         return found
 
 
@@ -309,49 +309,51 @@ Stored = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "to
 """(name, layer without weights, a function that reads tensors by name) -> another layer that has its weights, or None."""
 
 
-def filled(
-    skeleton: torch.nn.Module, read: Weights, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None
+def load_weights(
+    meta_model: torch.nn.Module, read: Weights, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None
 ) -> torch.nn.Module:
     """The skeleton with its weights, read tensor by tensor, each of which is on `device` in `dtype` before the next is read: no more than the
     network itself and one tensor are ever in memory. `stored`, where given, is asked first whether it has another layer for a layer.
     """
     import torch
 
-    for name, layer in list(skeleton.named_modules()):
+    for name, layer in list(meta_model.named_modules()):
         if stored is not None and any(p.is_meta for p in layer.parameters(recurse=False)) and (other := stored(name, layer, read)):
-            skeleton.set_submodule(name, other)
+            meta_model.set_submodule(name, other)
             continue
         for leaf, parameter in list(layer.named_parameters(recurse=False)):
             if parameter.is_meta:
                 path = f"{name}.{leaf}" if name else leaf
                 tensor = read(path)
                 if tensor.shape != parameter.shape:
-                    raise BadData(f"the weights' {path} has shape {tuple(tensor.shape)}, and the config says {tuple(parameter.shape)}")
+                    raise DataError(f"the weights' {path} has shape {tuple(tensor.shape)}, and the config says {tuple(parameter.shape)}")
                 setattr(layer, leaf, torch.nn.Parameter(tensor.to(device, dtype)))
     # Buffers, and what has no weights in the files, from where they were made.
-    return skeleton.to(device).eval()
+    return meta_model.to(device).eval()
 
 
-def hollow(skeleton: torch.nn.Module) -> torch.nn.Module:
+def empty_model(meta_model: torch.nn.Module) -> torch.nn.Module:
     """A network on the meta device, moved to the CPU without taking memory: every weight is one zero, however large its shape.
 
     Loaders put adapters where the weights lie, and on the meta device they would be lost.
     """
     import torch
 
-    for module in skeleton.modules():
+    for module in meta_model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
-    return skeleton
+    return meta_model
 
 
 def read_config(folder: Path) -> dict:
-    """The json that describes a component of a diffusers folder. Raises errors.BadData."""
+    """The json that describes a component of a diffusers folder. Raises errors.DataError."""
     path = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read ({error}), so its folder is no checkpoint of this model; type another model.path") from error
+        raise DataError(
+            f"{path} cannot be read ({error}), so its folder is no checkpoint of this model; type another model.path"
+        ) from error
 
 
 def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, name: str = SHARDS) -> None:

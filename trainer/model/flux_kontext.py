@@ -12,16 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
-from trainer.errors import Usage
-from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, text_model, weightless
+from trainer.core import files
+from trainer.core.errors import UsageError
+from trainer.model import Family, Recipe, control_names, empty_model, on_meta_device, quiet_libraries, recipe_digest, text_model
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from trainer.dataset.view import View
+    from trainer.dataset.view import TransformedSample
 
 PATCH = 2
 """Latent pixels a token side."""
@@ -48,17 +48,17 @@ class FluxKontext(Family):
     def __post_init__(self) -> None:
         Family.__post_init__(self)
         if self.text_length < 1:
-            raise Usage(f"model.text_length={self.text_length} leaves no token for the prompt; type 512 for FLUX")
+            raise UsageError(f"model.text_length={self.text_length} leaves no token for the prompt; type 512 for FLUX")
 
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
         dtype = self.encoder_dtype.value
-        picture = made_by(components["vae"], dtype)
+        picture = recipe_digest(components["vae"], dtype)
         parts = {
-            "latents": Made(("image",), picture),
-            "prompt": Made(("caption",), made_by(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype)),
-            "pooled": Made(("caption",), made_by(components["text_encoder"], components["tokenizer"], dtype)),
+            "latents": Recipe(("image",), picture),
+            "prompt": Recipe(("caption",), recipe_digest(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype)),
+            "pooled": Recipe(("caption",), recipe_digest(components["text_encoder"], components["tokenizer"], dtype)),
         }
-        return parts | {name: Made((name,), picture) for name in control_names(controls)}
+        return parts | {name: Recipe((name,), picture) for name in control_names(controls)}
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
         scale, transformer = self._scale(), self.config("transformer")
@@ -83,10 +83,10 @@ class FluxKontext(Family):
         quiet_libraries()
         return FluxEncoder(self.folder(), device, self.encoder_dtype.value, self.text_length)
 
-    def skeleton(self) -> torch.nn.Module:
+    def meta_model(self) -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        with weightless():
+        with on_meta_device():
             return FluxTransformer2DModel.from_config(self.config("transformer"))
 
     def predict(
@@ -137,7 +137,7 @@ class FluxKontext(Family):
         from diffusers import FluxKontextPipeline
 
         quiet_libraries()
-        network = hollow(self.skeleton())
+        network = empty_model(self.meta_model())
         weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
             path.parent, weight_name=path.name, return_alphas=True, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
@@ -232,7 +232,7 @@ class FluxEncoder:
         self.folder, self.device, self.text_length = folder, device, text_length
         self.dtype = getattr(torch, dtype)
 
-    def encode(self, part: str, view: View) -> torch.Tensor:
+    def encode(self, part: str, view: TransformedSample) -> torch.Tensor:
         import torch
 
         with torch.no_grad():

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import BadData, Usage
-from trainer.model import KINDS, Weights, located, made_by
+from trainer.core.errors import DataError, UsageError
+from trainer.model import KINDS, Weights, located, recipe_digest
 from trainer.model.unet import UNet
 
 if TYPE_CHECKING:
@@ -34,25 +34,25 @@ class PMG(UNet):
     def __post_init__(self) -> None:
         UNet.__post_init__(self)
         if not self.llm:
-            raise Usage("model.llm is not set; type model.llm=FOLDER of a causal language model, or a hub id such as owner/name")
+            raise UsageError("model.llm is not set; type model.llm=FOLDER of a causal language model, or a hub id such as owner/name")
         if self.max_sequence_length < 2:
-            raise Usage(f"model.max_sequence_length={self.max_sequence_length} leaves no history to read; type 600")
+            raise UsageError(f"model.max_sequence_length={self.max_sequence_length} leaves no history to read; type 600")
         if self.train_text_encoder:
-            raise Usage("model.train_text_encoder: the language model stays frozen here; leave it out")
+            raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
 
     def component(self, name: str) -> Path:
         if name == "llm":
             return located("llm", self.llm, self.llm_revision, [f"*{kind}" for kind in sorted(KINDS)])
         return UNet.component(self, name)
 
-    def skeleton(self) -> torch.nn.Module:
+    def meta_model(self) -> torch.nn.Module:
         from transformers import AutoModel
 
-        from trainer.model import weightless
+        from trainer.model import on_meta_device
         from trainer.model.prompted import Prompted
 
-        unet = UNet.skeleton(self)
-        with weightless():
+        unet = UNet.meta_model(self)
+        with on_meta_device():
             return Prompted(AutoModel.from_config(self._llm_config()), unet)
 
     def weights(self, folder: Path | None = None) -> PromptedWeights:
@@ -76,7 +76,7 @@ class PMG(UNet):
         return ("tokens", "tokens_mask")
 
     def _word_maker(self, part: str, components: dict[str, str]) -> str:
-        return made_by(components["llm"], self.max_sequence_length)
+        return recipe_digest(components["llm"], self.max_sequence_length)
 
     def _word_shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(self._word_parts(), (self.max_sequence_length,))
@@ -115,7 +115,7 @@ class PromptedWeights:
             return self.unet(own)
         try:
             return self.llm(f"{self.prefix}.{own}")
-        except BadData:
+        except DataError:
             return self.llm(own)
 
     def types(self) -> dict[str, str]:

@@ -14,9 +14,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
-from trainer.errors import BadData, Usage
-from trainer.model import Family, Made, control_names, hollow, made_by, quiet_libraries, text_model, weightless
+from trainer.core import files
+from trainer.core.errors import DataError, UsageError
+from trainer.model import Family, Recipe, control_names, empty_model, on_meta_device, quiet_libraries, recipe_digest, text_model
 from trainer.model.flux_kontext import PATCH, pack, resolution_shift, unpack
 from trainer.objective import Flow
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Qwen2VLImageProcessorPil
 
-    from trainer.dataset.view import View
+    from trainer.dataset.view import TransformedSample
 
 SYSTEM = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
@@ -60,9 +60,9 @@ class QwenImageEdit(Family):
     def __post_init__(self) -> None:
         Family.__post_init__(self)
         if self.text_length < 1:
-            raise Usage(f"model.text_length={self.text_length} leaves no token for the prompt; type model.text_length=512")
+            raise UsageError(f"model.text_length={self.text_length} leaves no token for the prompt; type model.text_length=512")
         if self.vision_area is not None and self.vision_area < VISION_MULTIPLE**2:
-            raise Usage(f"model.vision_area={self.vision_area} is no picture; type 147456 for 384 x 384 pixels, or null")
+            raise UsageError(f"model.vision_area={self.vision_area} is no picture; type 147456 for 384 x 384 pixels, or null")
 
     @property
     def controls(self) -> range:
@@ -72,14 +72,14 @@ class QwenImageEdit(Family):
     def multiple(self) -> int:
         return PATCH * self._scale()
 
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
         dtype = self.encoder_dtype.value
-        picture = made_by(components["vae"], dtype)
+        picture = recipe_digest(components["vae"], dtype)
         text = [components[name] for name in ("text_encoder", "tokenizer", "processor")]
-        prompt = Made(("caption", "controls"), made_by(*text, SYSTEM, ANSWER, self.numbered, self.vision_area, dtype))
+        prompt = Recipe(("caption", "controls"), recipe_digest(*text, SYSTEM, ANSWER, self.numbered, self.vision_area, dtype))
         # The mask says which states of a micro-batch are no padding.
-        parts = {"latents": Made(("image",), picture), "prompt": prompt, "prompt_mask": prompt}
-        return parts | {name: Made((name,), picture) for name in control_names(controls)}
+        parts = {"latents": Recipe(("image",), picture), "prompt": prompt, "prompt_mask": prompt}
+        return parts | {name: Recipe((name,), picture) for name in control_names(controls)}
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
         scale, transformer = self._scale(), self.config("transformer")
@@ -101,12 +101,12 @@ class QwenImageEdit(Family):
         quiet_libraries()
         return QwenEncoder(self, device)
 
-    def skeleton(self) -> torch.nn.Module:
+    def meta_model(self) -> torch.nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
         # The published config has entries of no use, which are told of.
         quiet_libraries()
-        with weightless():
+        with on_meta_device():
             return QwenImageTransformer2DModel.from_config(self.config("transformer"))
 
     def predict(
@@ -154,7 +154,7 @@ class QwenImageEdit(Family):
         from diffusers import QwenImageEditPipeline
 
         quiet_libraries()
-        network = hollow(self.skeleton())
+        network = empty_model(self.meta_model())
         weights, metadata = QwenImageEditPipeline.lora_state_dict(
             path.parent, weight_name=path.name, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
@@ -245,7 +245,7 @@ def _processor(folder: Path) -> Qwen2VLImageProcessorPil:
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise BadData(f"{folder} cannot be read ({error}), so it is no checkpoint of this model; type another model.path") from error
+        raise DataError(f"{folder} cannot be read ({error}), so it is no checkpoint of this model; type another model.path") from error
 
 
 class QwenEncoder:
@@ -257,7 +257,7 @@ class QwenEncoder:
         self.family, self.folder, self.device = family, family.folder(), device
         self.dtype = getattr(torch, family.encoder_dtype.value)
 
-    def encode(self, part: str, view: View) -> torch.Tensor:
+    def encode(self, part: str, view: TransformedSample) -> torch.Tensor:
         import torch
 
         with torch.no_grad():
@@ -275,8 +275,8 @@ class QwenEncoder:
             images = self._vae.decode(latents[:, :, None].to(self.device, self.dtype) * std + mean).sample[:, :, 0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def inputs(self, view: View) -> dict[str, torch.Tensor]:
-        """What the language model is given: the template with the instruction, and the control pictures in it. Raises errors.BadData."""
+    def inputs(self, view: TransformedSample) -> dict[str, torch.Tensor]:
+        """What the language model is given: the template with the instruction, and the control pictures in it. Raises errors.DataError."""
         tokenizer, processor = self._tokenizer, _processor(self.folder / "processor")
         pictures = processor(
             [self._seen(picture) for picture in view.control_pixels()], input_data_format="channels_last", return_tensors="pt"
@@ -289,7 +289,7 @@ class QwenEncoder:
         tokens = tokenizer(prompt + view.caption + ANSWER, return_tensors="pt")
         length = tokens.input_ids.shape[1] - DROPPED - sum(counts)
         if length > self.family.text_length:
-            raise BadData(
+            raise DataError(
                 f"sample {view.sample.id}: its instruction has {length} tokens (with the template), and at most {self.family.text_length} "
                 f"are read; shorten it, or type model.text_length={length}"
             )
@@ -308,7 +308,7 @@ class QwenEncoder:
         pictures, (width, height) = VaeImageProcessor(), vision_size(*picture.shape[:2], self.family.vision_area)
         return np.asarray(pictures.resize(pictures.numpy_to_pil(picture / 255)[0], height, width))
 
-    def _prompt(self, view: View) -> torch.Tensor:
+    def _prompt(self, view: TransformedSample) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in self.inputs(view).items()}
         return self._language(**inputs).last_hidden_state[0, DROPPED:]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
-from trainer.model import Made, made_by
+from trainer.core import files
+from trainer.model import Recipe, recipe_digest
 from trainer.model.unet import UNet
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ class SDXL(UNet):
     texts = ("", "_2")
     words = ("prompt", "pooled")
 
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
-        return UNet.parts(self, components, controls) | {"time_ids": Made(("geometry",), made_by("sizes"))}
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
+        return UNet.parts(self, components, controls) | {"time_ids": Recipe(("geometry",), recipe_digest("sizes"))}
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
         return UNet.spec(self, height, width, controls) | {"time_ids": (6,)}
@@ -57,10 +57,10 @@ class SDXL(UNet):
 
     def _word_maker(self, part: str, components: dict[str, str]) -> str:
         if part == "pooled":
-            made = made_by(components["text_encoder_2"], components["tokenizer_2"], self.encoder_dtype.value)
+            made = recipe_digest(components["text_encoder_2"], components["tokenizer_2"], self.encoder_dtype.value)
         else:
             made = UNet._word_maker(self, part, components)
-        return made_by(made, self._zeros_for_no_caption())
+        return recipe_digest(made, self._zeros_for_no_caption())
 
     def _word_shapes(self) -> dict[str, tuple[int, ...]]:
         return UNet._word_shapes(self) | {"pooled": (self.config("text_encoder_2")["projection_dim"],)}

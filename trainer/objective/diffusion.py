@@ -10,7 +10,7 @@ from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -51,23 +51,23 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:
-            raise Usage(
+            raise UsageError(
                 f"model.objective.timesteps={self.timesteps} leaves no way from noise to picture; type 1000, or another number from 2"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise Usage(
+            raise UsageError(
                 f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} are no variances that grow within 0 and 1; "
                 "type for example beta_start=0.00085 and beta_end=0.012"
             )
         if self.min_snr is not None and not self.min_snr > 0:
-            raise Usage(
+            raise UsageError(
                 f"model.objective.min_snr={self.min_snr:g} weighs everything away; type a number above 0 such as 5, or null for none"
             )
 
     def check(self, sample_steps: int) -> None:
-        """Raise errors.Usage for more steps of drawing than there are timesteps."""
+        """Raise errors.UsageError for more steps of drawing than there are timesteps."""
         if sample_steps > self.timesteps:
-            raise Usage(
+            raise UsageError(
                 f"sample.steps={sample_steps}: the model knows {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer"
             )
 

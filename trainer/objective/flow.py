@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +37,11 @@ class Flow:
 
     def __post_init__(self) -> None:
         if not 0 <= self.terminal < 1:
-            raise Usage(
+            raise UsageError(
                 f"model.objective.terminal={self.terminal:g} is no time before noise; type a number from 0 to below 1, such as 0.02"
             )
         if self.std <= 0:
-            raise Usage(f"model.objective.std={self.std:g} is no spread; type a number above 0, such as 1")
+            raise UsageError(f"model.objective.std={self.std:g} is no spread; type a number above 0, such as 1")
 
     def check(self, sample_steps: int) -> None:
         """Any number of steps draws."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
-from trainer.libraries import bitsandbytes
+from trainer.core.errors import UsageError
+from trainer.core.libraries import bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +32,9 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
-            raise Usage(f"optimizer.lr={self.lr:g} trains nothing; type a learning rate above 0, such as 1e-4")
+            raise UsageError(f"optimizer.lr={self.lr:g} trains nothing; type a learning rate above 0, such as 1e-4")
         if self.weight_decay < 0:
-            raise Usage(f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01")
+            raise UsageError(f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """torch's optimizer of these parameters, in one group, whose `lr` the loop sets before each step."""
@@ -64,9 +64,11 @@ class Adam(Optimizer):
     def __post_init__(self) -> None:
         Optimizer.__post_init__(self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise Usage(f"optimizer.betas={self.betas} are not two numbers from 0 to below 1; type for example optimizer.betas=[0.9,0.999]")
+            raise UsageError(
+                f"optimizer.betas={self.betas} are not two numbers from 0 to below 1; type for example optimizer.betas=[0.9,0.999]"
+            )
         if not self.eps > 0:
-            raise Usage(f"optimizer.eps={self.eps:g} may divide by zero; type a number above 0, such as 1e-8")
+            raise UsageError(f"optimizer.eps={self.eps:g} may divide by zero; type a number above 0, such as 1e-8")
 
 
 @dataclass(slots=True)
@@ -132,13 +134,17 @@ class Prodigy(Adam):
     def __post_init__(self) -> None:
         Adam.__post_init__(self)
         if self.beta3 is not None and not 0 <= self.beta3 < 1:
-            raise Usage(f"optimizer.beta3={self.beta3:g} is no number from 0 to 1; type optimizer.beta3=null for the square root of beta 2")
+            raise UsageError(
+                f"optimizer.beta3={self.beta3:g} is no number from 0 to 1; type optimizer.beta3=null for the square root of beta 2"
+            )
         if not self.d0 > 0 or not self.d_coef > 0:
-            raise Usage(f"optimizer.d0={self.d0:g} and d_coef={self.d_coef:g} must be above 0; type optimizer.d0=1e-6 optimizer.d_coef=1")
+            raise UsageError(
+                f"optimizer.d0={self.d0:g} and d_coef={self.d_coef:g} must be above 0; type optimizer.d0=1e-6 optimizer.d_coef=1"
+            )
         if self.growth_rate is not None and self.growth_rate <= 1:
-            raise Usage(f"optimizer.growth_rate={self.growth_rate:g} keeps d at d0; type a number above 1, or null for no bound")
+            raise UsageError(f"optimizer.growth_rate={self.growth_rate:g} keeps d at d0; type a number above 1, or null for no bound")
         if self.slice_p < 1:
-            raise Usage(f"optimizer.slice_p={self.slice_p} looks at no entry; type 1 for all, or 11 for each eleventh")
+            raise UsageError(f"optimizer.slice_p={self.slice_p} looks at no entry; type 1 for all, or 11 for each eleventh")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         import prodigyopt
@@ -182,9 +188,9 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         Optimizer.__post_init__(self)
         if not 0 <= self.momentum < 1:
-            raise Usage(f"optimizer.momentum={self.momentum:g} never forgets; type a number from 0 to below 1, such as 0.9")
+            raise UsageError(f"optimizer.momentum={self.momentum:g} never forgets; type a number from 0 to below 1, such as 0.9")
         if self.nesterov and not self.momentum:
-            raise Usage("optimizer.nesterov=true needs momentum; type optimizer.momentum=0.9")
+            raise UsageError("optimizer.nesterov=true needs momentum; type optimizer.momentum=0.9")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         import torch

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.streams import number
+from trainer.core.rng import seed_for
 
 AT_ONCE = 2**26
 """Entries that are in float32 at a time, which takes half a GiB with their gradients."""
@@ -56,7 +56,7 @@ class Rounded:
             self.inner.step()
             for i in turn:
                 parameter, shadow = self.parameters[i], self.shadows[i]
-                generator = torch.Generator(parameter.device).manual_seed(number(self.seed, "rounding", self.steps, i))
+                generator = torch.Generator(parameter.device).manual_seed(seed_for(self.seed, "rounding", self.steps, i))
                 parameter.copy_(rounded(shadow.data, generator))
                 shadow.data, shadow.grad = _empty(parameter), None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -58,21 +58,21 @@ class Precision:
         return getattr(torch, self.compute.value if self.storage.quantised else self.storage.value)
 
     def check_types(self, types: dict[str, str]) -> None:
-        """Raise errors.Usage, with what to type, where a checkpoint whose tensors are of these types (safetensors' names) cannot be stored so."""
+        """Raise errors.UsageError, with what to type, where a checkpoint whose tensors are of these types (safetensors' names) cannot be stored so."""
         kinds = set(kinds_of(types).values())
         others = sorted(types[name] for name in types if name.endswith(".weight") and types[name] not in PLAIN | FLOAT8)
         if len(others) > sum(kind in ("int8", "4-bit") for kind in kinds_of(types).values()):
-            raise Usage(
+            raise UsageError(
                 f"the checkpoint's weights are quantised ({', '.join(sorted(set(others)))}) in a way that is not known here: float8, and "
                 "bitsandbytes' 4-bit and 8-bit layers are; type another model.path"
             )
         if kinds and self.storage is not Storage.native:
-            raise Usage(
+            raise UsageError(
                 f"precision={self.storage.name}: the checkpoint's weights are quantised already ({', '.join(sorted(kinds))}), and would lose "
                 "once more; type precision=native, or the model.path of the weights they were made of"
             )
         if not kinds and self.storage is Storage.native:
-            raise Usage(
+            raise UsageError(
                 "precision=native takes weights that are quantised already, and this checkpoint's are not; type precision=fp8 or nf4"
             )
 

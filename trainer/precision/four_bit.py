@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import torch
 
-from trainer.libraries import bitsandbytes
+from trainer.core.libraries import bitsandbytes
 from trainer.precision.linear import Decode
 
 BLOCK = 64

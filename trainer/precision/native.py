@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from trainer.errors import Usage
-from trainer.libraries import bitsandbytes
+from trainer.core.errors import UsageError
+from trainer.core.libraries import bitsandbytes
 from trainer.precision import kinds_of
 from trainer.precision.eight_bit import decode_fp8, decode_int8
 from trainer.precision.four_bit import taken_apart
@@ -22,7 +22,7 @@ def maker(types: dict[str, str], dtype: torch.dtype, device: torch.device) -> Ca
     linear layer that is quantised there."""
     kinds = kinds_of(types)
     if device.type == "mps" and "4-bit" in kinds.values():
-        raise Usage(
+        raise UsageError(
             "precision=native: the checkpoint's weights are read by bitsandbytes, which does not run on Apple GPUs; type hardware=cpu"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from trainer.errors import Usage
+from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     from trainer.tracking.journal import Journal
@@ -29,7 +29,7 @@ class Tracking:
 class MLflow(Tracking):
     """MLflow at `uri`: a database (`sqlite:///file.db`, `postgresql://...`) or a server (`http://host:5000`).
 
-    Null is `sqlite:///<out>/mlflow.db`, made at need. Raises errors.Usage for an address that MLflow could not use or that holds a password.
+    Null is `sqlite:///<out>/mlflow.db`, made at need. Raises errors.UsageError for an address that MLflow could not use or that holds a password.
     """
 
     uri: str | None = None
@@ -154,11 +154,11 @@ def _check(uri: str) -> None:
     try:
         parts = urlsplit(uri)
     except ValueError as error:
-        raise Usage(f"tracking.uri is no address: {error}; {example}.") from None
+        raise UsageError(f"tracking.uri is no address: {error}; {example}.") from None
     secret = parts.password is not None or (parts.username and parts.scheme in ("http", "https"))
     if secret or re.search(r"(password|token|secret)=", parts.query, re.IGNORECASE):
         # The address itself is left out of the message, which ends up in logs.
-        raise Usage(
+        raise UsageError(
             "tracking.uri holds a password, which would end up in logs and run folders. Leave it out and set the environment variables "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) for a server, PGPASSWORD for PostgreSQL."
         )
@@ -169,4 +169,4 @@ def _check(uri: str) -> None:
     else:
         known = uri == "databricks" or re.match(r"(databricks|(postgresql|mysql|mssql)(\+\w+)?)://", uri)
     if not known:
-        raise Usage(f"tracking.uri={uri} is no MLflow database or server (a folder such as ./mlruns no longer is one); {example}.")
+        raise UsageError(f"tracking.uri={uri} is no MLflow database or server (a folder such as ./mlruns no longer is one); {example}.")

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import files
+from trainer.core import files
 from trainer.tracking import journal
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def series(folder: Path) -> dict[str, Series]:
 
 
 def write_metrics_csv(folder: Path) -> Path:
-    """Write metrics.csv: a row a step, a column a metric, sorted; empty where it was not measured. Raises errors.Storage."""
+    """Write metrics.csv: a row a step, a column a metric, sorted; empty where it was not measured. Raises errors.StorageError."""
     metrics = series(folder)
     rows = {step: number for number, step in enumerate(sorted(set().union(*(steps for steps, _ in metrics.values()))))}
     columns = []
@@ -57,7 +57,7 @@ def write_metrics_csv(folder: Path) -> Path:
 def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
     """Write summary.json: `steps`, `seconds` (of all attempts), `attempts`, the `final` value of each metric, the `best` of losses and PSNRs.
 
-    `extra` is added, and wins over what is worked out here. Values that are not finite are written as text. Raises errors.Storage.
+    `extra` is added, and wins over what is worked out here. Values that are not finite are written as text. Raises errors.StorageError.
     """
     metrics = series(folder)
     seconds, attempts = _time(folder)
@@ -81,7 +81,7 @@ def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
 
 
 def draw_curves(folder: Path, title: str = "") -> Path:
-    """Draw training_curves.png: losses above; learning rate, gradient norm, speed and memory below. Raises errors.Storage."""
+    """Draw training_curves.png: losses above; learning rate, gradient norm, speed and memory below. Raises errors.StorageError."""
     # No pyplot: it keeps figures and a backend for the whole process, and drawing belongs to this run alone.
     from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def draw_heat_map(
 ) -> Path:
     """Draw `values`, a row for each value of `down` and a column for each of `across`, as a table in colours; NaN stays empty.
 
-    The smallest is framed. Raises errors.Storage.
+    The smallest is framed. Raises errors.StorageError.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

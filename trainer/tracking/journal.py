@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from trainer import files
+from trainer.core import files
 
 FILE_NAME = "journal.jsonl"
 METRICS = "metrics"
@@ -55,7 +55,7 @@ class Journal:
     """The journal of the run in `folder`, open for appending by one thread of the one process that owns the folder.
 
     A resumed run walks again over steps that it had journaled but not saved; what is known of them is not written again.
-    `counts` is how many records of each kind there are. Raises errors.Storage where the file cannot be opened or written; a full disk only
+    `counts` is how many records of each kind there are. Raises errors.StorageError where the file cannot be opened or written; a full disk only
     delays: what did not fit is kept in memory and written with a later record, at the latest by `close`.
     """
 
@@ -106,7 +106,7 @@ class Journal:
         return (record for _, record in read(self.path, start_offset))
 
     def close(self) -> None:
-        """Wait until all is on the disk, and close; a second call does nothing. Raises errors.Storage where something could not be written."""
+        """Wait until all is on the disk, and close; a second call does nothing. Raises errors.StorageError where something could not be written."""
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1

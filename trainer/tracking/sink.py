@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote
 
-from trainer import errors, files
+from trainer.core import errors, files
 from trainer.tracking import MLflow, Sink, view
 from trainer.tracking import journal as journals
 from trainer.tracking.journal import Journal, read
@@ -219,7 +219,7 @@ class MLflowSink(Sink):
         client.update_run(run.info.run_id, status="RUNNING")
 
     def _keep_note(self, **more: Any) -> None:
-        with contextlib.suppress(errors.Storage):
+        with contextlib.suppress(errors.StorageError):
             files.write_json(self._folder / NOTE, {"uri": self.uri, "experiment_id": self.experiment_id, "run_id": self.run_id, **more})
 
     def _give_up(self) -> None:
@@ -228,7 +228,7 @@ class MLflowSink(Sink):
             "MLflow at %s does not answer: it lacks the end of this run. %s has all; the same command sends it.", self.uri, self._journal
         )
         # So that whoever finds the run still RUNNING in MLflow knows how it ended.
-        with contextlib.suppress(errors.Storage):
+        with contextlib.suppress(errors.StorageError):
             files.write_json(self._folder / NOTE, {**_read_note(self._folder), "status": self._ending, "sent": None})
 
 

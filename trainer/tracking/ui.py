@@ -53,19 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=PORT, help=f"the first port to try (default: {PORT})")
     options = parser.parse_args(arguments)
 
-    from trainer import errors
+    from trainer.core import errors
     from trainer.tracking import MLflow, sink
 
     try:
         settings = MLflow(experiment=options.experiment, uri=options.uri)
         uri = sink.address(settings.uri, options.out)
         _, experiment_id = sink.connect(uri, settings.experiment)
-    except errors.Ending as ending:
+    except errors.TrainerError as ending:
         print(ending, file=sys.stderr)
         return ending.code
     except Exception as error:  # MLflow's and SQLAlchemy's errors have no common class; the user needs the line
         print(f"The MLflow store at {uri} could not be opened: {error}", file=sys.stderr)
-        return errors.Storage.code
+        return errors.StorageError.code
     if uri.startswith("http"):
         print(f"MLflow UI: {runs_link(uri, experiment_id)}")
         return 0
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = server.wait()
         output.seek(0)
         print(f"The MLflow server ended by itself:\n{output.read()[-4000:].decode(errors='replace')}", file=sys.stderr)
-        return code or errors.Storage.code
+        return code or errors.StorageError.code
     return 0
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from trainer.core.rng import generator, seed_for
 from trainer.dataset import demo
 from trainer.model.mini_kontext.build import SEED, save_folder
-from trainer.streams import draws, number
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -56,7 +56,7 @@ def pictures(split: str, start: int, count: int) -> torch.Tensor:
     """`count` pictures of the demo world, of all kinds, as (count, 3, SIDE, SIDE) in [-1, 1]."""
     images = []
     for index in range(start, start + count):
-        rng = draws("vae pictures", split, index)
+        rng = generator("vae pictures", split, index)
         kind = str(rng.choice(demo.EDITS)) if rng.random() < 0.7 else None
         control, _, target = demo.pair(kind or "mirror", f"vae {split}", index, SIDE)
         images.append(np.asarray(target if kind else control))
@@ -67,7 +67,7 @@ def trained_vae(steps: int, decoder_steps: int) -> AutoencoderKL:
     """A VAE in float32, with the scaling that makes its latents unit normal: trained whole, then its decoder alone."""
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(number(SEED, "vae"))
+    torch.manual_seed(seed_for(SEED, "vae"))
     vae = AutoencoderKL(
         block_out_channels=(16, 24, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -117,7 +117,7 @@ def untrained_transformer() -> torch.nn.Module:
     (Peebles & Xie 2023, adaLN-Zero)."""
     from diffusers import FluxTransformer2DModel
 
-    torch.manual_seed(number(SEED, "transformer"))
+    torch.manual_seed(seed_for(SEED, "transformer"))
     network = FluxTransformer2DModel(**TRANSFORMER)
     for name, parameter in network.named_parameters():
         if (".norm" in name and ".linear." in name) or name.startswith(("norm_out.linear", "proj_out")):

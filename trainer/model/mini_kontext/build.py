@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.core.rng import seed_for
 from trainer.model import quiet_libraries
-from trainer.streams import number
 
 SEED = 1
 
@@ -69,7 +69,7 @@ def save_text_encoders(folder: Path, clip_words: int, t5_words: int, length: int
     """Frozen random CLIP and T5 encoders; large initial weights keep different words far apart."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    torch.manual_seed(number(SEED, "text encoders"))
+    torch.manual_seed(seed_for(SEED, "text encoders"))
     shape = {"hidden_size": width, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     clip = CLIPTextConfig(
         vocab_size=clip_words,

@@ -13,9 +13,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
-from trainer.errors import BadData
-from trainer.model import Dtype, Family, Made, Weights, hollow, located, made_by, quiet_libraries, read_config, save_shards, weightless
+from trainer.core import files
+from trainer.core.errors import DataError
+from trainer.model import (
+    Dtype,
+    Family,
+    Recipe,
+    Weights,
+    empty_model,
+    located,
+    on_meta_device,
+    quiet_libraries,
+    read_config,
+    recipe_digest,
+    save_shards,
+)
 from trainer.objective import Diffusion
 
 if TYPE_CHECKING:
@@ -74,10 +86,10 @@ class UNet(Family):
         prefix = "unet." if self.train_text_encoder else ""
         return tuple(f"{prefix}{name}" for name in ("time_embedding", "add_embedding", "*.time_emb_proj"))
 
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Made]:
-        picture = Made(("image",), made_by(components["vae"], self.vae_dtype.value))
+    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
+        picture = Recipe(("image",), recipe_digest(components["vae"], self.vae_dtype.value))
         return dict.fromkeys(self._latent_parts(), picture) | {
-            part: Made(("caption",), self._word_maker(part, components)) for part in self._word_parts()
+            part: Recipe(("caption",), self._word_maker(part, components)) for part in self._word_parts()
         }
 
     def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
@@ -91,17 +103,17 @@ class UNet(Family):
         quiet_libraries()
         return UNetEncoder(self, device)
 
-    def skeleton(self) -> torch.nn.Module:
+    def meta_model(self) -> torch.nn.Module:
         from diffusers import UNet2DConditionModel
 
-        with weightless():
+        with on_meta_device():
             unet = UNet2DConditionModel.from_config(self.config("unet"))
             if not self.train_text_encoder:
                 return unet
-            from trainer.model.unet.live import Live
+            from trainer.model.unet.live import TrainableUNet
 
             kinds = {f"text_encoder{text}": self.text_class(text) for text in self.texts}
-            return Live(unet, {name: kind(kind.config_class(**self.config(name))) for name, kind in kinds.items()})
+            return TrainableUNet(unet, {name: kind(kind.config_class(**self.config(name))) for name, kind in kinds.items()})
 
     def weights(self, folder: Path | None = None) -> Weights:
         unet = Family.weights(self, folder)
@@ -156,8 +168,8 @@ class UNet(Family):
     def _word_maker(self, part: str, components: dict[str, str]) -> str:
         """The digest of all that makes this part of a caption."""
         if self.train_text_encoder:
-            return made_by(components[part.replace("tokens", "tokenizer")])
-        return made_by(
+            return recipe_digest(components[part.replace("tokens", "tokenizer")])
+        return recipe_digest(
             [components[f"{what}{text}"] for what in ("text_encoder", "tokenizer") for text in self.texts], self.encoder_dtype.value
         )
 
@@ -231,7 +243,7 @@ class UNet(Family):
 
     def load_adapter(self, path: Path) -> torch.nn.Module:
         quiet_libraries()
-        network, pipeline = hollow(self.skeleton()), self.pipeline()
+        network, pipeline = empty_model(self.meta_model()), self.pipeline()
         encoders = dict(network.named_children()) if self.train_text_encoder else {}
         unet = encoders.pop("unet", network)
         weights, alphas, metadata = pipeline.lora_state_dict(
@@ -285,7 +297,7 @@ class LiveWeights:
         part, _, own = name.partition(".")
         try:
             return self.parts[part](own if part == "unet" else _published(own))
-        except BadData:
+        except DataError:
             return self.parts[part](own)
 
     def types(self) -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.errors import BadData
+from trainer.core.errors import DataError
 
 if TYPE_CHECKING:
-    from trainer.dataset.view import View
+    from trainer.dataset.view import TransformedSample
     from trainer.model.unet import UNet
 
 
@@ -20,7 +20,7 @@ class UNetEncoder:
         self.dtype, self.vae_dtype = (getattr(torch, kind.value) for kind in (family.encoder_dtype, family.vae_dtype))
 
     @torch.no_grad()
-    def encode(self, part: str, view: View) -> torch.Tensor:
+    def encode(self, part: str, view: TransformedSample) -> torch.Tensor:
         if part in ("latents", "latents_std"):
             return self._latents(part, view).cpu()
         if part.startswith("tokens"):
@@ -35,7 +35,7 @@ class UNetEncoder:
         images = self._vae.decode(latents.to(self.device, self.vae_dtype) / self._vae.config.scaling_factor).sample
         return (self._finite(images, "A picture").float() / 2 + 0.5).clamp(0, 1)
 
-    def _latents(self, part: str, view: View) -> torch.Tensor:
+    def _latents(self, part: str, view: TransformedSample) -> torch.Tensor:
         pixels = torch.from_numpy(view.pixels()).to(self.device).permute(2, 0, 1)[None].to(self.vae_dtype) / 127.5 - 1
         posterior = self._vae.encode(pixels).latent_dist
         found = posterior.mean if part == "latents" else posterior.std
@@ -45,7 +45,7 @@ class UNetEncoder:
         if not torch.isfinite(tensor).all():
             # The published VAE of the larger model overflows in float16.
             remedy = "" if self.vae_dtype is torch.float32 else "; type model.vae_dtype=float32"
-            raise BadData(f"{name} came out of the VAE as NaN or infinity in {str(self.vae_dtype).removeprefix('torch.')}{remedy}")
+            raise DataError(f"{name} came out of the VAE as NaN or infinity in {str(self.vae_dtype).removeprefix('torch.')}{remedy}")
         return tensor
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class Live(torch.nn.Module):
+class TrainableUNet(torch.nn.Module):
     """Holds the UNet first, then the text encoders, each under its component's name."""
 
     def __init__(self, unet: torch.nn.Module, text_encoders: dict[str, torch.nn.Module]):

@@ -1,0 +1,1 @@
+"""What `stage=` can be: one file each."""

@@ -1,0 +1,1 @@
+"""One attempt at a run: its folder, data, network, loop, checkpoints and evaluations."""

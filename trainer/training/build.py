@@ -1,0 +1,136 @@
+"""The network as it trains: built in the one right order, and filled with weights that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import config
+from trainer.config import Run
+from trainer.core import files
+from trainer.core.errors import DataError, UsageError
+from trainer.distributed.sharding import part
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.provenance import print_line
+from trainer.training.run_folder import CHECKPOINTS, find
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.method.adapter import Part
+    from trainer.model import Family
+
+ADAPTER = "adapter_config.json"
+"""What a folder of peft's has."""
+
+
+def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], None] | None = None) -> torch.nn.Module:
+    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached.
+
+    `divide`, where given, moves this process's part of it to the device, which need not have room for more.
+    """
+    import torch
+
+    there = torch.device("cpu") if divide else device
+    types = run.model.weights().types()
+    run.precision.check_types(types)
+    stored = run.precision.stored(run.model.keep_high, there, types)
+    network = run.model.network(run.method.dtype(run.precision.dtype()), there, stored)
+    run.method.attach(network, run.model.targets, run.seed)
+    if run.hardware.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if run.hardware.compile:
+        network.compile_repeated_blocks()
+    if divide:
+        divide(network)
+    return network
+
+
+def foresee(run: Run, begins: bool = True) -> None:
+    """Raise errors.UsageError for what would be refused when the network is built, as far as the headers of files tell; `begins`: whether the run has
+    no weights of its own yet."""
+    run.precision.check_types(run.model.weights().types())
+    if begins and run.method.init_from is not None and not _is_adapter(Path(run.method.init_from).expanduser()):
+        find(run.method.init_from, run.out)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is of a file, or of a folder that peft wrote, and so of no run."""
+    return path.is_file() or (path / ADAPTER).is_file()
+
+
+def begin_from(run: Run, network: torch.nn.Module) -> None:
+    """Give what trains the weights that `method.init_from` names: those to use of a run, or of a file or folder that this program, diffusers,
+    peft, ComfyUI or kohya's scripts wrote. An adapter begins by doing what that one does, whatever alpha either has. Raises errors.UsageError where
+    they do not fit."""
+    from trainer.method import trained
+
+    path, method = Path(run.method.init_from).expanduser(), run.method
+    if not method.is_adapter:
+        weights = files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
+        fill(trained(network), weights, path)
+        return
+    from trainer.method.adapter import of_trained, put
+
+    if _is_adapter(path):
+        found = adapter_in(path, run.model, method.alpha / method.rank)
+    else:
+        folder = find(method.init_from, run.out)
+        theirs = config.from_yaml(folder / "config.yaml").method
+        found = of_trained(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
+    put(found, network, method.init_from)
+
+
+def adapter_in(path: Path, family: Family, scale: float = 1.0) -> dict[str, Part]:
+    """What a peft folder or a file of adapter weights attaches to each layer; `scale` is that of a file with this program's own names, which
+    has none. Raises errors.UsageError where it holds no adapter of this model."""
+    from trainer.method.adapter import from_comfyui, load_adapter, of_trained, parts
+    from trainer.model import empty_model
+
+    if path.is_dir():
+        return parts(load_adapter(empty_model(family.meta_model()), path))
+    tensors = files.load_tensors(path)
+    if own := of_trained(tensors, scale):
+        return own
+    known = {name for name, _ in family.meta_model().named_modules()}
+    found = from_comfyui(tensors, sorted(known), family.export_name)
+    # A LoRA whose alpha does not lie beside it has it in metadata, and some name layers that they have joined: what diffusers is for.
+    if all(".lokr_" in name or ".hada_" in name or name.endswith(".alpha") for name in tensors):
+        return found
+    if found.keys() <= known and sum(name.endswith(".alpha") for name in tensors) == len(found):
+        return found
+    try:
+        return parts(family.load_adapter(path))
+    except (ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"{path} holds no LoRA that diffusers can read for this model ({reason[0]}); type another method.init_from"
+        ) from error
+
+
+def weights_of(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The weights to use of a run and their step: the best by held-out loss, else the last; averaged where an average was kept."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, 1, print_line)
+    loaded = checkpoints.best() or checkpoints.newest(set_aside=False)
+    if loaded is None:
+        raise DataError(f"{folder} has no checkpoint yet; let it train to its first one")
+    return loaded.step, loaded.ema or loaded.weights
+
+
+def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Put weights into parameters of the same names and shapes; raises errors.UsageError where they differ."""
+    import torch
+
+    wrong = [f"{name} is missing" for name in parameters if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in parameters]
+    for name in parameters.keys() & weights.keys():
+        if weights[name].shape != parameters[name].shape:
+            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameters[name].shape)}")
+    if wrong:
+        raise UsageError(
+            f"the weights in {source} do not fit ({len(wrong)} tensors: {'; '.join(sorted(wrong)[:3])}); type the method they were trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(part(weights[name], parameter))
