@@ -28,7 +28,11 @@ def train(folder: Path, tensors: Path, batch: int, steps: int, lr: float = 2e-3)
     count, _, height, width = latents.shape
     latents, control = pack(latents), pack(control)
     tokens = latents.shape[1]
-    grid = torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1).view(-1, 2).float()
+    grid = (
+        torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1)
+        .view(-1, 2)
+        .float()
+    )
     image_ids = torch.cat([torch.cat([grid.new_full((tokens, 1), picture), grid], 1) for picture in (0, 1)])
     text_ids = torch.zeros(prompt.shape[1], 3)
     network = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)

@@ -57,7 +57,9 @@ def drawings(folder: Path, step: int, count: int) -> list[tuple[TransformedSampl
     """The first held-out samples of a run and what it drew of them at this step."""
     run = config.from_yaml(folder / "config.yaml")
     views = [view for view, _ in drawn(run, prepare(run))[:count]]
-    return [(view, strip.load(folder / "pictures" / f"step-{step:08d}" / f"{i}.png")) for i, view in enumerate(views, 1)]
+    return [
+        (view, strip.load(folder / "pictures" / f"step-{step:08d}" / f"{i}.png")) for i, view in enumerate(views, 1)
+    ]
 
 
 def grid(path: Path, columns: dict[str, list[np.ndarray]], rows: list[str] | None = None) -> None:
@@ -66,7 +68,9 @@ def grid(path: Path, columns: dict[str, list[np.ndarray]], rows: list[str] | Non
     figure = Figure(figsize=(1.75 * len(columns) + 0.4 * bool(rows), 1.72 * tall + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    for column, (title, pictures) in zip(figure.subplots(tall, len(columns), squeeze=False).T, columns.items(), strict=True):
+    for column, (title, pictures) in zip(
+        figure.subplots(tall, len(columns), squeeze=False).T, columns.items(), strict=True
+    ):
         column[0].set_title(title, fontsize=9.5)
         for axes, picture in zip(column, pictures, strict=True):
             axes.imshow(picture, interpolation="nearest")
@@ -103,7 +107,15 @@ def curves(path: Path, folders: dict[str, Path]) -> None:
             # Names of lines that end at the same height are moved apart.
             below = sorted(ends)[i - 1][0] if i else -np.inf
             offset = 11 if i and abs(value - below) < 0.03 * np.ptp(axes.get_ylim()) else 0
-            axes.annotate(text, (steps[-1], value), (6, offset), textcoords="offset points", va="center", fontsize=9, color=COLOURS[run])
+            axes.annotate(
+                text,
+                (steps[-1], value),
+                (6, offset),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=COLOURS[run],
+            )
     figure.savefig(path)
 
 
@@ -140,7 +152,10 @@ def main() -> None:
     out = parser.parse_args().out
     DOCS.mkdir(exist_ok=True)
     figures = {"base": base(out)}
-    folders = {name: trained(out, f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides) for name, overrides in RUNS.items()}
+    folders = {
+        name: trained(out, f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides)
+        for name, overrides in RUNS.items()
+    }
     steps, before = held_out(folders[DEFAULT], "psnr")
     views = [view for view, _ in drawings(folders[DEFAULT], 0, SCENES)]
     columns = {"control": [view.control_pixels()[0] for view in views]}
@@ -151,7 +166,9 @@ def main() -> None:
     grid(DOCS / "default_run.png", columns | {"target": [view.pixels() for view in views]})
     curves(DOCS / "rank_and_rate.png", folders)
     figures["before training"] = {name: held_out(folders[DEFAULT], name)[1][0] for name in ("loss", "psnr")}
-    figures |= {run: {name: held_out(folder, name)[1][-1] for name in ("loss", "psnr")} for run, folder in folders.items()}
+    figures |= {
+        run: {name: held_out(folder, name)[1][-1] for name in ("loss", "psnr")} for run, folder in folders.items()
+    }
     print(json.dumps(figures, indent=2))
 
 

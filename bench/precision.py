@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROWS = [(storage, checkpointing) for checkpointing in (False, True) for storage in ("bf16", "fp8", "int8", "nf4", "fp4")]
+ROWS = [
+    (storage, checkpointing) for checkpointing in (False, True) for storage in ("bf16", "fp8", "int8", "nf4", "fp4")
+]
 SIZE = {
     "in_channels": 64,
     "num_layers": 2,
@@ -107,7 +109,11 @@ def measured(folder: Path, storage: str, checkpointing: bool) -> dict[str, float
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     x, control = (torch.randn(1, 16, 16, 16, generator=generator) for _ in range(2))
-    cond = {"control": control, "prompt": torch.randn(1, 32, 256, generator=generator), "pooled": torch.randn(1, 64, generator=generator)}
+    cond = {
+        "control": control,
+        "prompt": torch.randn(1, 32, 256, generator=generator),
+        "pooled": torch.randn(1, 64, generator=generator),
+    }
     for _ in range(2):
         # The first step is not measured: libraries set themselves up in it.
         gc.collect()
@@ -136,7 +142,11 @@ def exactness() -> None:
         found = [weight.to(torch.float8_e4m3fn).float()]
         for kind in kinds:
             layer = torch.nn.Linear(2048, 2048, bias=False, device="meta")
-            found.append(Precision(Storage[kind]).stored((), torch.device("cpu"))("", layer, lambda name, weight=weight: weight).weight)
+            found.append(
+                Precision(Storage[kind])
+                .stored((), torch.device("cpu"))("", layer, lambda name, weight=weight: weight)
+                .weight
+            )
         errors = " | ".join(f"{((each - weight).norm() / weight.norm()).item():.4f}" for each in found)
         print(f"| normal, {deviation}{', a thousandth of them ten times as large' if outliers else ''} | {errors} |")
 

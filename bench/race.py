@@ -36,7 +36,9 @@ class Over(BaseException):
     """Unwinds a contender that has run its turns."""
 
 
-def race(contenders: dict[str, Callable[[Lap], Any]], steps: int, turns: int, gated: str | None = None) -> dict[str, list[Turn]]:
+def race(
+    contenders: dict[str, Callable[[Lap], Any]], steps: int, turns: int, gated: str | None = None
+) -> dict[str, list[Turn]]:
     """What each turn of `steps` steps took. Each contender calls its `Lap` after every step; while one runs the others wait.
 
     `gated` names the one that MLflow follows: MLflow's thread works in its turns only, and what it has begun is finished on its time.

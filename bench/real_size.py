@@ -29,13 +29,22 @@ STORAGES = ("bf16", "fp8", "int8", "nf4", "fp4")
 LENGTH = 512
 WARM_UP = 3
 """Steps that do not count."""
-QUIET = ["tracking=none", "log.every=1", "evaluation.images=0", "evaluation.samples=1", "evaluation.every=1000", "save.every=1000"]
+QUIET = [
+    "tracking=none",
+    "log.every=1",
+    "evaluation.images=0",
+    "evaluation.samples=1",
+    "evaluation.every=1000",
+    "save.every=1000",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("storages", nargs="*", choices=[[], *STORAGES], help="all where none is named")
-    parser.add_argument("--blocks", nargs=2, type=int, default=(19, 38), metavar=("DOUBLE", "SINGLE"), help="of the transformer")
+    parser.add_argument(
+        "--blocks", nargs=2, type=int, default=(19, 38), metavar=("DOUBLE", "SINGLE"), help="of the transformer"
+    )
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default="cuda")
@@ -43,13 +52,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         print(
-            f"{date.today().isoformat()}, {machine(asked.device)}; `{' '.join(['python -m bench.real_size', *sys.argv[1:]])}`\n", flush=True
+            f"{date.today().isoformat()}, {machine(asked.device)}; `{' '.join(['python -m bench.real_size', *sys.argv[1:]])}`\n",
+            flush=True,
         )
         print(resumed(place / "resumed", asked.device), flush=True)
         began = time.perf_counter()
         count = make(place / "model", *asked.blocks, torch.device(asked.device))
         print(f"made {count / 1e9:.2f} billion random weights in {time.perf_counter() - began:.0f} s\n", flush=True)
-        print("| frozen weights | checkpointing | s / step | device memory at its highest, GiB | seconds to the first step | loss |")
+        print(
+            "| frozen weights | checkpointing | s / step | device memory at its highest, GiB | seconds to the first step | loss |"
+        )
         print("|---|---|---|---|---|---|", flush=True)
         for storage in asked.storages or STORAGES:
             for checkpointing in (False, True):
@@ -71,7 +83,10 @@ def make(folder: Path, double: int, single: int, device: torch.device) -> int:
         network = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
     network.save_config(folder / "transformer")
     torch.manual_seed(0)
-    save_shards(((name, weight(name, parameter.shape, device)) for name, parameter in network.named_parameters()), folder / "transformer")
+    save_shards(
+        ((name, weight(name, parameter.shape, device)) for name, parameter in network.named_parameters()),
+        folder / "transformer",
+    )
     AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -84,7 +99,10 @@ def make(folder: Path, double: int, single: int, device: torch.device) -> int:
         shift_factor=0.1159,
     ).to(torch.bfloat16).save_pretrained(folder / "vae")
     words = save_tokenizers(folder, ("make", "it", "night"), LENGTH)
-    for width, encoder in ((network.config.joint_attention_dim, "text_encoder_2"), (network.config.pooled_projection_dim, "text_encoder")):
+    for width, encoder in (
+        (network.config.joint_attention_dim, "text_encoder_2"),
+        (network.config.pooled_projection_dim, "text_encoder"),
+    ):
         save_text_encoders(folder / str(width), *words, LENGTH, width)
         (folder / str(width) / encoder).rename(folder / encoder)
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
@@ -127,9 +145,18 @@ def measured(place: Path, storage: str, checkpointing: bool, asked: argparse.Nam
 
 def resumed(place: Path, device: str) -> str:
     """Whether the mini model, killed after eight of twelve steps and run again, ends with the weights of a run that was never stopped."""
-    settings = [f"model.path={MINI}", "steps=12", "save.every=4", f"hardware.device={device}", f"cache.path={place / 'cache'}", *QUIET[:-1]]
+    settings = [
+        f"model.path={MINI}",
+        "steps=12",
+        "save.every=4",
+        f"hardware.device={device}",
+        f"cache.path={place / 'cache'}",
+        *QUIET[:-1],
+    ]
     run(*settings, f"out={place / 'whole'}")
-    killed = subprocess.Popen(command(*settings, f"out={place / 'killed'}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        command(*settings, f"out={place / 'killed'}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while killed.poll() is None and not any((place / "killed").glob("*/checkpoints/step-00000008")):
         time.sleep(0.002)
     killed.kill()

@@ -104,7 +104,12 @@ def loops(place: Path) -> Iterator[Row]:
     )
     sys.stderr = sys.__stderr__
     yield raced(
-        found, "bare", "default", steps, f"trainer's speed over the bare loop's, {count(MINI):.1f} M parameters, batch 8", "at least 0.90"
+        found,
+        "bare",
+        "default",
+        steps,
+        f"trainer's speed over the bare loop's, {count(MINI):.1f} M parameters, batch 8",
+        "at least 0.90",
     )
     yield raced(found, "default", "none", steps, "a step with MLflow over one without", "at most 1.02")
     yield raced(found, "files", "none", steps, "an epoch from the cache's files over one from memory", "at most 1.10")
@@ -118,9 +123,16 @@ def large(place: Path) -> Iterator[Row]:
     settings = quick(place, model, "batch=1")
     tensors = cached_tensors(settings, place)
     sys.stderr = Terminal()
-    found = race({"bare": bare(model, tensors, 1), "default": trainer([*settings, "seed=1"])}, steps := 2, turns=60, gated="default")
+    found = race(
+        {"bare": bare(model, tensors, 1), "default": trainer([*settings, "seed=1"])},
+        steps := 2,
+        turns=60,
+        gated="default",
+    )
     sys.stderr = sys.__stderr__
-    yield raced(found, "bare", "default", steps, f"the same at {count(model):.0f} M parameters, batch 1", "at least 0.97")
+    yield raced(
+        found, "bare", "default", steps, f"the same at {count(model):.0f} M parameters, batch 1", "at least 0.97"
+    )
 
 
 def raced(found: dict, over: str, under: str, steps: int, what: str, goal: str) -> Row:
@@ -157,7 +169,10 @@ def memory(place: Path) -> Iterator[Row]:
 
 def startup(place: Path) -> Iterator[Row]:
     """Composing a command line over what every program that trains has to do first."""
-    pairs = [(run(trainer_command("--cfg", "job"), place), run([sys.executable, "-c", "import torch"], place)) for _ in range(10)]
+    pairs = [
+        (run(trainer_command("--cfg", "job"), place), run([sys.executable, "-c", "import torch"], place))
+        for _ in range(10)
+    ]
     yield side_by_side("`--cfg job` over `import torch`", *zip(*pairs, strict=True), "at most 0.4")
 
 
@@ -176,7 +191,9 @@ def resume(place: Path) -> Iterator[Row]:
             (size,) = (journal.stat().st_size for journal in copy.glob(JOURNAL))
             begun[step].append(until(partial(trained, copy, size), trainer_command(*settings, f"out={copy}")))
             shutil.rmtree(copy)
-    yield side_by_side(f"to the first step, resumed at step {FAR:,} over at step {NEAR}", begun[FAR], begun[NEAR], "at most 1.2")
+    yield side_by_side(
+        f"to the first step, resumed at step {FAR:,} over at step {NEAR}", begun[FAR], begun[NEAR], "at most 1.2"
+    )
 
 
 def pictures(place: Path) -> Iterator[Row]:
@@ -192,14 +209,17 @@ def pictures(place: Path) -> Iterator[Row]:
         for amount in begun:
             out = place / f"{amount} {i}"
             begun[amount].append(until(partial(trained, out), trainer_command(*settings[amount], f"out={out}")))
-    row = side_by_side(f"to the first step with {PICTURES:,} cached pictures over with {PICTURES // 100}", *begun.values(), "seconds")
+    row = side_by_side(
+        f"to the first step with {PICTURES:,} cached pictures over with {PICTURES // 100}", *begun.values(), "seconds"
+    )
     row.measured += f"; checking and encoding them before: {first[PICTURES].seconds:.0f} s"
     yield row
 
 
 def side_by_side(what: str, over: Sequence[Done], under: Sequence[Done], goal: str) -> Row:
     clock, processor = (
-        [getattr(a, kind) / getattr(b, kind) for a, b in zip(over, under, strict=True)] for kind in ("seconds", "processor")
+        [getattr(a, kind) / getattr(b, kind) for a, b in zip(over, under, strict=True)]
+        for kind in ("seconds", "processor")
     )
     times = " / ".join(f"{median(done.seconds for done in side):.1f}" for side in (over, under))
     return Row(what, clock, processor, f"{times} s", goal)
@@ -262,7 +282,15 @@ def trainer_command(*settings: str) -> list[str]:
 
 def quick(place: Path, model: Path, *more: str) -> list[str]:
     """Settings of a run that does nothing but train."""
-    return [f"out={place / 'race'}", f"model.path={model}", "steps=1000000", "save.every=1000000", "log.every=1", *SMALL, *more]
+    return [
+        f"out={place / 'race'}",
+        f"model.path={model}",
+        "steps=1000000",
+        "save.every=1000000",
+        "log.every=1",
+        *SMALL,
+        *more,
+    ]
 
 
 def cached_tensors(settings: list[str], place: Path) -> Path:
@@ -277,7 +305,7 @@ def cached_tensors(settings: list[str], place: Path) -> Path:
     run(trainer_command(*settings, "stage=cache"))
     config.register()
     material = prepare(config.typed(command_line.preview(command_line.read(settings), settings), settings))
-    rows = [material.cache.row(material.framing.view(sample)) for sample in material.split.train]
+    rows = [material.cache.row(material.transform.apply(sample)) for sample in material.split.train]
     path = place / "tensors.safetensors"
     save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, path)
     return path
@@ -344,7 +372,11 @@ def machine() -> str:
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        lines = (
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
         cpu = next((value.strip() for _, value in lines), cpu)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "mlflow", "hydra-core"))
     return (
@@ -358,7 +390,9 @@ PARTS = {part.__name__: part for part in (startup, loops, large, memory, resume,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure; all, and into the README, where none is named")
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], help="what to measure; all, and into the README, where none is named"
+    )
     asked = parser.parse_args().parts
     table = [machine(), "", HEAD]
     print("\n".join(table), flush=True)

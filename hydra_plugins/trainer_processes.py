@@ -46,7 +46,9 @@ class Processes(Launcher):
         folder = Path(self.config.hydra.sweep.dir)
         self.begin()
         members = sweep.Sweep(folder, Path(self.config.out), tracking, self.slots, sources)
-        done = members.run([[text for text in texts if not text.startswith("hydra")] for texts in job_overrides], initial_job_idx)
+        done = members.run(
+            [[text for text in texts if not text.startswith("hydra")] for texts in job_overrides], initial_job_idx
+        )
         return [self._result(member, members.verdict()) for member in done]
 
     def _result(self, member: Any, verdict: str) -> Result:

@@ -24,7 +24,9 @@ class Tiny:
 
     def family(self) -> model.Family:
         """The family with those of its settings that are its own."""
-        values = dict(setting.removeprefix("model.").split("=", 1) for setting in self.settings if setting.startswith("model."))
+        values = dict(
+            setting.removeprefix("model.").split("=", 1) for setting in self.settings if setting.startswith("model.")
+        )
         kind = model.families()[self.name]
         types = {field.name: field.type for field in dataclasses.fields(kind)}
         return kind(**{name: int(value) if types[name] == "int" else value for name, value in values.items()})

@@ -125,7 +125,9 @@ def start(arguments: list[str], output: Path, before: Action | None = None) -> S
 def command(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """`python -m trainer`, for what happens before or after `main`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "trainer", *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 def at(where: str, call: int, action: Action, after: bool = False) -> Action:
@@ -174,7 +176,9 @@ def dying_within(where: str, call: int, number: int) -> Action:
 
         # The death of a process loses nothing that was written, so that the waiting can be spared.
         os.fsync = operation
-        sys.addaudithook(lambda event, values: operation() if event in CHANGES or (event == "open" and values[2] & WRITING) else None)
+        sys.addaudithook(
+            lambda event, values: operation() if event in CHANGES or (event == "open" and values[2] & WRITING) else None
+        )
 
     def out_of_it() -> None:
         nonlocal number
@@ -311,7 +315,12 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> list[tuple[int, str, float]]:
     """Every loss in the journal, in the order of its lines."""
-    return [(r["step"], key, value) for r in records(folder, "metrics") for key, value in r["values"].items() if "loss" in key]
+    return [
+        (r["step"], key, value)
+        for r in records(folder, "metrics")
+        for key, value in r["values"].items()
+        if "loss" in key
+    ]
 
 
 def last_step(folder: Path) -> int:

@@ -17,7 +17,7 @@ from trainer import config
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
 FOUNDATIONS = {"errors", "files", "libraries", "processes", "rows", "secret", "shards", "signals", "streams"}
-ROOMS = {*config.ROOMS, "objective"}
+ROOMS = {*config.GROUPS, "objective"}
 MAY_ALSO_IMPORT = {
     **dict.fromkeys(FOUNDATIONS | ROOMS | {"cache", "checkpoint", "loop", "sample"}, frozenset()),
     "model": {"objective", "dataset"},
@@ -123,8 +123,8 @@ def test_each_outside_library_has_one_door():
 
 def test_every_group_of_conf_has_its_room_and_every_option_its_settings():
     groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
-    assert groups - {"experiment", "sweep", "hydra"} == set(config.ROOMS)
-    for room, options in config.ROOMS.items():
+    assert groups - {"experiment", "sweep", "hydra"} == set(config.GROUPS)
+    for room, options in config.GROUPS.items():
         shipped = {path.stem for path in (ROOT / "conf" / room).glob("*.yaml")}
         # A family may come in several sizes; elsewhere an option is a name in the room too.
         assert shipped if room == "model" else shipped == set(options), room
@@ -143,7 +143,9 @@ def test_no_familys_name_stands_outside_the_model_room():
 
 def test_no_file_names_a_folder_of_somebodys_machine():
     folders = [ROOT / name for name in ("trainer", "conf", "tests", "docs", "launch", "bench")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     files += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt"} or path.name == "Makefile"]
     wrong = []
     for path in files:
@@ -163,7 +165,11 @@ def test_composing_imports_nothing_heavy(flags: list[str], tmp_path: Path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert done.returncode == 0 and "max_grad_norm" in done.stdout
     assert {"hydra", "trainer"} <= imported
     assert imported & HEAVY == set()

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
-selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -c constraints.txt '.[browser]'")
+selenium = pytest.importorskip(
+    "selenium.webdriver", reason="selenium is not installed: pip install -c constraints.txt '.[browser]'"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -88,7 +90,9 @@ class Page:
 
     def scroll_to(self, text: str) -> None:
         self.wait(lambda: text in self.text, text)
-        self.script(f"[...document.querySelectorAll('*')].filter(e => e.textContent.trim() === '{text}').pop().scrollIntoView()")
+        self.script(
+            f"[...document.querySelectorAll('*')].filter(e => e.textContent.trim() === '{text}').pop().scrollIntoView()"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +153,9 @@ def test_the_link_of_make_ui_lands_on_the_runs_with_their_losses_and_what_was_se
     page.says("sweep lr=0.0001,0.03 rank=1,4", "val/loss", "val/psnr", "optimizer.lr", "method.rank", "5 matching runs")
 
 
-def test_the_summary_of_a_sweep_names_the_best_and_shows_map_pictures_and_members(page: Page, printed: dict[str, str], ranking: list[str]):
+def test_the_summary_of_a_sweep_names_the_best_and_shows_map_pictures_and_members(
+    page: Page, printed: dict[str, str], ranking: list[str]
+):
     page.open(printed["summary"])
     page.says(f"Best: {ranking[0]}", "Child runs", *ranking)
     (more,) = page.wait(lambda: [button for button in page.find("button") if button.text == "Show more"], "Show more")
@@ -172,7 +178,9 @@ def test_the_runs_of_a_sweep_stand_from_best_to_worst_with_curves_first_and_pict
     lines = "return document.querySelector('.js-plotly-plot').querySelectorAll('.scatterlayer .trace').length"
     page.wait(lambda: page.script(lines) >= 4, "four curves")
     headings = [page.text.index(f"\n{name}\n(") for name in ("val", "samples", "train")]
-    assert headings == sorted(headings) and page.text.index("\nval/loss\n") < page.text.index("\nval/psnr\n") < headings[1]
+    assert (
+        headings == sorted(headings) and page.text.index("\nval/loss\n") < page.text.index("\nval/psnr\n") < headings[1]
+    )
     page.scroll_to("samples")
     page.sees_pictures(4)
     assert "optimizer.weight_decay=" not in page.text  # the settings of a run do not stand in front of its picture
@@ -183,14 +191,20 @@ def test_the_table_of_a_sweep_shows_what_varies(page: Page, printed: dict[str, s
     page.says("4 matching runs", "val/loss", "val/psnr", "optimizer.lr", "method.rank")
 
 
-def test_the_comparison_of_a_sweep_has_its_runs_from_best_to_worst(page: Page, printed: dict[str, str], ranking: list[str]):
+def test_the_comparison_of_a_sweep_has_its_runs_from_best_to_worst(
+    page: Page, printed: dict[str, str], ranking: list[str]
+):
     page.open(printed["comparison"])
-    page.says("Comparing 4 Runs from 1 Experiment", "Show diff only", "optimizer.lr", "method.rank", "val/loss", *ranking)
+    page.says(
+        "Comparing 4 Runs from 1 Experiment", "Show diff only", "optimizer.lr", "method.rank", "val/loss", *ranking
+    )
     places = [page.text.index(name) for name in ranking]
     assert places == sorted(places)
 
 
-def test_a_run_has_its_curves_in_groups_and_its_pictures_with_a_step_slider(page: Page, printed: dict[str, str], ranking: list[str]):
+def test_a_run_has_its_curves_in_groups_and_its_pictures_with_a_step_slider(
+    page: Page, printed: dict[str, str], ranking: list[str]
+):
     page.open(printed["summary"])
     page.says(ranking[0])
     link = next(link for link in page.find("a") if link.text.startswith(ranking[0])).get_attribute("href")

@@ -18,8 +18,12 @@ from trainer.dataset.picture import FileSource
 from trainer.dataset.survey import inspect, near_duplicates
 
 
-@pytest.mark.parametrize(("side", "multiple", "ratio"), [(1024, 16, 2.0), (1024, 64, 4.0), (512, 8, 2.0), (64, 8, 1.5), (768, 32, 1.0)])
-def test_buckets_have_no_more_pixels_than_the_square_and_sides_that_the_model_takes(side: int, multiple: int, ratio: float):
+@pytest.mark.parametrize(
+    ("side", "multiple", "ratio"), [(1024, 16, 2.0), (1024, 64, 4.0), (512, 8, 2.0), (64, 8, 1.5), (768, 32, 1.0)]
+)
+def test_buckets_have_no_more_pixels_than_the_square_and_sides_that_the_model_takes(
+    side: int, multiple: int, ratio: float
+):
     sizes = made(side, side, multiple, ratio)
     assert (side, side) in sizes
     for width, height in sizes:
@@ -33,7 +37,9 @@ def test_buckets_have_no_more_pixels_than_the_square_and_sides_that_the_model_ta
 
 
 def test_the_buckets_of_a_thousand_pixels_are_those_that_are_known():
-    assert {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1152, 896), (1216, 832), (1344, 768)} <= set(made(1024, 1024, 16, 2.0))
+    assert {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1152, 896), (1216, 832), (1344, 768)} <= set(
+        made(1024, 1024, 16, 2.0)
+    )
     assert {(640, 1600), (1600, 640), (512, 2048)} <= set(made(1024, 1024, 16, 4.0))
     assert (832, 576) in made(832, 576, 16, 2.0)
     assert made(832, 576, 16, 1.0) == ((672, 672), (832, 576))
@@ -51,16 +57,27 @@ def test_a_picture_takes_the_nearest_shape_whatever_its_size():
 
 def test_buckets_are_made_or_named_and_must_suit_the_model(tmp_path: Path):
     digests = Digests(tmp_path / "d")
-    wide, square = (FileSource(save(tmp_path / f"{i}.png", i, size), digests) for i, size in enumerate(((80, 40), (50, 50))))
-    framing = dataset.framing(ImageFolder(resolution=64, buckets=True), 8)
-    views = [framing.view(Sample(str(i), source, "x")) for i, source in enumerate((wide, square))]
-    assert [(view.width, view.height) for view in views] == [nearest((80, 40), framing.sizes), (64, 64)]
+    wide, square = (
+        FileSource(save(tmp_path / f"{i}.png", i, size), digests) for i, size in enumerate(((80, 40), (50, 50)))
+    )
+    transform = dataset.transform(ImageFolder(resolution=64, buckets=True), 8)
+    views = [transform.apply(Sample(str(i), source, "x")) for i, source in enumerate((wide, square))]
+    assert [(view.width, view.height) for view in views] == [nearest((80, 40), transform.sizes), (64, 64)]
     assert views[0].pixels().shape == (views[0].height, views[0].width, 3)
-    assert dataset.framing(ImageFolder(resolution=64, buckets=["64x32", "32"]), 8).sizes == ((64, 32), (32, 32))
-    assert dataset.framing(ImageFolder(resolution=64), 8).sizes == ((64, 64),)
-    with pytest.raises(UsageError, match=r"dataset.buckets=60x32: .* divisible by 8; type dataset.buckets=\[...,64x32\]"):
-        dataset.framing(ImageFolder(resolution=64, buckets=["60x32"]), 8)
-    for wrong in ({"buckets": "x"}, {"buckets": ["1*2"]}, {"buckets": []}, {"bucket_ratio": 0.5}, {"max_upscale": 0.5}, {"on_fault": "go"}):
+    assert dataset.transform(ImageFolder(resolution=64, buckets=["64x32", "32"]), 8).sizes == ((64, 32), (32, 32))
+    assert dataset.transform(ImageFolder(resolution=64), 8).sizes == ((64, 64),)
+    with pytest.raises(
+        UsageError, match=r"dataset.buckets=60x32: .* divisible by 8; type dataset.buckets=\[...,64x32\]"
+    ):
+        dataset.transform(ImageFolder(resolution=64, buckets=["60x32"]), 8)
+    for wrong in (
+        {"buckets": "x"},
+        {"buckets": ["1*2"]},
+        {"buckets": []},
+        {"bucket_ratio": 0.5},
+        {"max_upscale": 0.5},
+        {"on_fault": "go"},
+    ):
         with pytest.raises(UsageError, match=f"dataset.{next(iter(wrong))}"):
             ImageFolder(**wrong)
 

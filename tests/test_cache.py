@@ -34,7 +34,9 @@ COUNT = 6
 def encode(part: str, view: TransformedSample) -> torch.Tensor:
     """A pure function of what the part is made from, as an encoder is."""
     if part == "prompt":
-        return torch.tensor([float(len(view.caption)), *[float(ord(letter)) for letter in view.caption[:7].ljust(7)]]).to(torch.bfloat16)
+        return torch.tensor(
+            [float(len(view.caption)), *[float(ord(letter)) for letter in view.caption[:7].ljust(7)]]
+        ).to(torch.bfloat16)
     pixels = view.pixels() if part == "latents" else np.stack(view.control_pixels())
     return torch.from_numpy(pixels.astype(np.float32)).sub(128).div(64)
 
@@ -64,7 +66,9 @@ def views(folder: Path, width: int = 16, height: int = 16, **changes: bool) -> l
     return [TransformedSample(sample, width, height, **changes) for sample in samples]
 
 
-def fill(cache: Cache, seen: list[TransformedSample], encode: Callable[[str, TransformedSample], torch.Tensor]) -> dict[str, int]:
+def fill(
+    cache: Cache, seen: list[TransformedSample], encode: Callable[[str, TransformedSample], torch.Tensor]
+) -> dict[str, int]:
     return cache.fill(cache.missing(seen), encode)
 
 
@@ -113,7 +117,9 @@ def test_an_edited_caption_costs_one_prompt_and_no_picture(tmp_path: Path, folde
 
 
 def test_a_picture_replaced_under_its_name_size_and_time_is_made_again(tmp_path: Path, folder: Path, monkeypatch):
-    monkeypatch.setattr(files.Digests, "_RACY", 0)  # else digests of files this young are not remembered, and nothing is shown
+    monkeypatch.setattr(
+        files.Digests, "_RACY", 0
+    )  # else digests of files this young are not remembered, and nothing is shown
     pictures = [*(folder / "control_images").iterdir(), *(folder / "training_images").glob("*.png")]
     for path in pictures:
         path.write_bytes(padded(path))
@@ -121,7 +127,9 @@ def test_a_picture_replaced_under_its_name_size_and_time_is_made_again(tmp_path:
     made(tmp_path / "cache", views(folder))
     read_whole = []
     real = files.hashlib.file_digest
-    monkeypatch.setattr(files.hashlib, "file_digest", lambda file, name: read_whole.append(file.name) or real(file, name))
+    monkeypatch.setattr(
+        files.hashlib, "file_digest", lambda file, name: read_whole.append(file.name) or real(file, name)
+    )
     for name, expected in (("training_images/1.png", counts(latents=1)), ("control_images/4.png", counts(control=1))):
         path = folder / name
         before = path.stat()
@@ -154,12 +162,16 @@ def test_another_size_or_flip_costs_pictures_and_no_prompt(tmp_path: Path, folde
 def test_a_dropped_caption_costs_one_empty_prompt_for_all_samples(tmp_path: Path, folder: Path):
     cache = Cache(tmp_path / "cache", PARTS)
     assert fill(cache, views(folder) + views(folder, drop_caption=True), encode) == counts(COUNT, COUNT, COUNT + 1)
-    assert torch.equal(cache.get(PARTS[2], views(folder, drop_caption=True)[3]), encode("prompt", views(folder, drop_caption=True)[0]))
+    assert torch.equal(
+        cache.get(PARTS[2], views(folder, drop_caption=True)[3]), encode("prompt", views(folder, drop_caption=True)[0])
+    )
 
 
 def test_an_encoder_that_sees_the_control_has_an_empty_prompt_for_each(tmp_path: Path, folder: Path):
     parts = (*PARTS[:2], WITH_PICTURE)
-    assert made(tmp_path / "cache", views(folder) + views(folder, drop_caption=True), parts) == counts(COUNT, COUNT, 2 * COUNT)
+    assert made(tmp_path / "cache", views(folder) + views(folder, drop_caption=True), parts) == counts(
+        COUNT, COUNT, 2 * COUNT
+    )
     assert made(tmp_path / "cache", views(folder, 32, 32, drop_caption=True), parts) == counts(COUNT, COUNT, COUNT)
 
 
@@ -343,7 +355,11 @@ def test_an_absurd_header_is_refused_without_the_memory(tmp_path: Path, folder: 
     root, seen = tmp_path / "cache", views(folder)
     made(root, seen)
     table = json.dumps({"value": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    for data in ((2**62).to_bytes(8, "little"), len(table).to_bytes(8, "little") + table, (1000).to_bytes(8, "little") + b"[" * 1000):
+    for data in (
+        (2**62).to_bytes(8, "little"),
+        len(table).to_bytes(8, "little") + table,
+        (1000).to_bytes(8, "little") + b"[" * 1000,
+    ):
         damage(root, seen[0], lambda _, data=data: data)
         with pytest.raises(DataError, match="is damaged"):
             Cache(root, PARTS).get(PARTS[0], seen[0])
@@ -368,7 +384,9 @@ def test_an_entry_is_checked_once_and_held_within_the_memory_given(tmp_path: Pat
     reads, checks = Counter(), Counter()
     real_read, real_check = Path.read_bytes, Cache._read.__globals__["_check"]
     monkeypatch.setattr(Path, "read_bytes", lambda self: reads.update([self.name]) or real_read(self))
-    monkeypatch.setattr("trainer.cache._check", lambda part, key, *rest: checks.update([key]) or real_check(part, key, *rest))
+    monkeypatch.setattr(
+        "trainer.cache._check", lambda part, key, *rest: checks.update([key]) or real_check(part, key, *rest)
+    )
     size = encode("latents", seen[0]).nbytes
     cache = Cache(root, PARTS[:1], memory=4 * size)
     for _ in range(3):
@@ -396,7 +414,9 @@ def test_what_an_encoder_makes_of_nothing_is_refused_with_the_sample_named(tmp_p
 def test_all_pictures_that_cannot_be_decoded_are_named_and_the_others_kept(tmp_path: Path, folder: Path):
     for number in (1, 4):
         path = folder / "training_images" / f"{number}.png"
-        Image.fromarray(np.random.Generator(np.random.Philox(number)).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        Image.fromarray(np.random.Generator(np.random.Philox(number)).integers(0, 256, (64, 64, 3), np.uint8)).save(
+            path
+        )
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="2 faults") as refusal:
         made(tmp_path / "cache", views(folder))

@@ -29,7 +29,10 @@ def save(checkpoints: Checkpoints, step: int, mark: float | None = None, **state
     return checkpoints.save(
         step,
         weights={"w": torch.full((4,), float(mark))},
-        optimizer={"state": {0: {"m": torch.full((16,), float(mark)), "step": mark}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        optimizer={
+            "state": {0: {"m": torch.full((16,), float(mark)), "step": mark}},
+            "param_groups": [{"lr": 0.1, "params": [0]}],
+        },
         ema={"w": torch.full((40,), float(mark))},
         state={"mark": mark, "patience": 3, "note": "." * 120, **state},
     )
@@ -48,7 +51,8 @@ def assert_holds(loaded: Loaded | None, step: int, mark: float | None = None) ->
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every path below with its time and bytes."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in folder.rglob("*")
     }
 
 
@@ -79,7 +83,9 @@ def dying_before(number: int, action: Callable[[], object]) -> Callable[[], None
 
         os.fsync = operation  # the death of a process loses nothing that was written, so the waiting can be spared
         # What Python itself announces of all that changes the disk. Torn writes have a test of their own.
-        sys.addaudithook(lambda event, values: operation() if event in CHANGES or (event == "open" and values[2] & WRITING) else None)
+        sys.addaudithook(
+            lambda event, values: operation() if event in CHANGES or (event == "open" and values[2] & WRITING) else None
+        )
         action()
 
     return run
@@ -120,7 +126,10 @@ def test_what_was_saved_comes_back_to_the_last_bit(tmp_path):
     for name, tensor in weights.items():
         back = loaded.weights[name]
         assert back.dtype == tensor.dtype and back.shape == tensor.shape
-        assert back.view(-1).contiguous().view(torch.uint8).tolist() == tensor.detach().contiguous().view(-1).view(torch.uint8).tolist()
+        assert (
+            back.view(-1).contiguous().view(torch.uint8).tolist()
+            == tensor.detach().contiguous().view(-1).view(torch.uint8).tolist()
+        )
     assert repr(loaded.optimizer) == repr(optimizer)
 
 
@@ -137,13 +146,17 @@ def make_optimizer(name: str, parameters: list) -> torch.optim.Optimizer:
     if name == "plain sgd":
         return torch.optim.SGD(parameters, lr=0.1)
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 1e-3}]
-    return torch.optim.AdamW(groups, lr=torch.tensor(1e-2) if name == "adamw with a tensor for lr" else 1e-2, amsgrad=True)
+    return torch.optim.AdamW(
+        groups, lr=torch.tensor(1e-2) if name == "adamw with a tensor for lr" else 1e-2, amsgrad=True
+    )
 
 
 def take_steps(parameters: list, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for index, parameter in enumerate(parameters):
-            parameter.grad = torch.from_numpy(rng.generator(0, "gradient", step, index).standard_normal(parameter.shape, "float32"))
+            parameter.grad = torch.from_numpy(
+                rng.generator(0, "gradient", step, index).standard_normal(parameter.shape, "float32")
+            )
         optimizer.step()
 
 
@@ -163,7 +176,9 @@ def assert_same(one: object, other: object) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw with a tensor for lr", "sgd", "plain sgd", "prodigy", "adamw8bit", "adam8bit"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw with a tensor for lr", "sgd", "plain sgd", "prodigy", "adamw8bit", "adam8bit"]
+)
 def test_an_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shapes = [(64, 80), (7,)]  # the first is large enough for an 8-bit state, the second is not
@@ -171,7 +186,9 @@ def test_an_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_p
     optimizer = make_optimizer(name, parameters)
     take_steps(parameters, optimizer, range(3))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(3, {str(index): parameter for index, parameter in enumerate(parameters)}, optimizer.state_dict(), None, {})
+    checkpoints.save(
+        3, {str(index): parameter for index, parameter in enumerate(parameters)}, optimizer.state_dict(), None, {}
+    )
 
     loaded = checkpoints.newest()
     assert_same(loaded.optimizer, optimizer.state_dict())
@@ -282,7 +299,9 @@ def test_a_truncated_file_is_set_aside_untouched_and_the_checkpoint_before_is_us
         assert_holds(two.newest(), 1)
         aside = two.folder.parent / "quarantine" / ("step-00000002" if number == 0 else f"step-00000002-{number + 1}")
         assert tree(aside) == expected and two.steps() == [1]
-        assert len(reports) == number + 1 and name in reports[-1] and str(aside) in reports[-1] and "\n" not in reports[-1]
+        assert (
+            len(reports) == number + 1 and name in reports[-1] and str(aside) in reports[-1] and "\n" not in reports[-1]
+        )
         save(two, 2)
 
 
@@ -315,7 +334,9 @@ def test_checkpoints_under_each_others_names_are_damage(two):
     assert_holds(two.newest(), 1)
 
 
-@pytest.mark.parametrize("there", ["a dead save", "an empty folder", "half a checkpoint", "the same checkpoint", "a file"])
+@pytest.mark.parametrize(
+    "there", ["a dead save", "an empty folder", "half a checkpoint", "the same checkpoint", "a file"]
+)
 def test_what_is_left_at_the_next_step_does_not_stop_its_save(two, there):
     """F05."""
     folder = two.folder / "step-00000003"
@@ -380,7 +401,9 @@ def test_when_every_checkpoint_is_damaged_all_are_left_where_they_are_and_the_ru
         two.newest()
     assert time.perf_counter() - start < 1
     message = str(caught.value)
-    assert str(two.folder) in message and "step-00000001" in message and "step-00000002" in message and "\n" not in message
+    assert (
+        str(two.folder) in message and "step-00000001" in message and "step-00000002" in message and "\n" not in message
+    )
     assert tree(two.folder.parent) == expected
 
 
@@ -398,7 +421,11 @@ def test_no_checkpoint_is_no_error_and_makes_no_folder(tmp_path):
 def test_a_tensor_that_is_not_finite_is_never_saved(two, place, value):
     """The last line of F16."""
     expected = tree(two.folder)
-    contents = {"weights": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"m": torch.ones(3)}}}, "ema": {"w": torch.ones(3)}}
+    contents = {
+        "weights": {"w": torch.ones(3)},
+        "optimizer": {"state": {0: {"m": torch.ones(3)}}},
+        "ema": {"w": torch.ones(3)},
+    }
     (contents[place]["state"][0]["m"] if place == "optimizer" else contents[place]["w"])[1] = value
     with pytest.raises(errors.NonFiniteError, match=f"Step 3 .*{place if place != 'ema' else 'ema.safetensors'}"):
         two.save(3, **contents, state={})

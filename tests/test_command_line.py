@@ -98,7 +98,9 @@ def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) 
         ("-sc", "install=bash"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line_that_says_what_to_type(line: str, answer: str, capfd: pytest.CaptureFixture[str]):
+def test_a_mistake_is_answered_in_one_line_that_says_what_to_type(
+    line: str, answer: str, capfd: pytest.CaptureFixture[str]
+):
     assert re.search(answer, refusal(line.split(), capfd))
 
 
@@ -110,7 +112,10 @@ def test_a_data_set_that_is_not_there_is_bad_data(capfd: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("# @package _global_\noptimizer: {lrr: 1}\n", r"experiment/mine\.yaml: optimizer\.lrr: .*did you mean optimizer\.lr\?"),
+        (
+            "# @package _global_\noptimizer: {lrr: 1}\n",
+            r"experiment/mine\.yaml: optimizer\.lrr: .*did you mean optimizer\.lr\?",
+        ),
         ("# @package _global_\noptimizer: {lr: fast}\n", r"experiment/mine\.yaml: optimizer\.lr takes a number"),
         ("optimizer: {lr: 1}\n", r"experiment/mine\.yaml: its first line must be # @package _global_"),
         ("# @package _global_\noptimizer: [\n", r"mine\.yaml.*line 3"),
@@ -118,7 +123,9 @@ def test_a_data_set_that_is_not_there_is_bad_data(capfd: pytest.CaptureFixture[s
         (f"# @package _global_\nname: {TOKEN}\n", "name holds an access token"),
     ],
 )
-def test_a_mistake_in_a_file_of_ones_own_is_answered_with_its_name(text: str, answer: str, capfd: pytest.CaptureFixture[str]):
+def test_a_mistake_in_a_file_of_ones_own_is_answered_with_its_name(
+    text: str, answer: str, capfd: pytest.CaptureFixture[str]
+):
     Path("experiment").mkdir()
     Path("experiment/mine.yaml").write_text(text)
     told = refusal(["--config-dir", ".", "experiment=mine"], capfd)
@@ -183,23 +190,48 @@ def test_files_of_ones_own_are_options_beside_those_that_come_with_the_program(c
     ],
     ids=" ".join,
 )
-def test_what_hydra_would_load_import_or_write_is_refused_before_it_can(line: list[str], capfd: pytest.CaptureFixture[str]):
+def test_what_hydra_would_load_import_or_write_is_refused_before_it_can(
+    line: list[str], capfd: pytest.CaptureFixture[str]
+):
     refusal(line, capfd)
 
 
 def test_a_sweep_may_choose_how_it_is_launched(capfd: pytest.CaptureFixture[str]):
-    assert main(["--multirun", "hydra/launcher=basic", "hydra/sweeper=basic", "hydra.sweep.dir=sweeps", "seed=1,2", "batch=0"]) == 64
+    assert (
+        main(
+            [
+                "--multirun",
+                "hydra/launcher=basic",
+                "hydra/sweeper=basic",
+                "hydra.sweep.dir=sweeps",
+                "seed=1,2",
+                "batch=0",
+            ]
+        )
+        == 64
+    )
     assert "type batch=1" in capfd.readouterr().err
 
 
-def test_an_access_token_is_refused_and_not_repeated(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_an_access_token_is_refused_and_not_repeated(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("SOMEBODYS_API_KEY", "of-no-known-form")
-    for text in (TOKEN, f"name={TOKEN}", f"--{TOKEN}", f"{TOKEN}=1", "tracking.uri=http://x/of-no-known-form", "name=ghp_" + "a" * 36):
+    for text in (
+        TOKEN,
+        f"name={TOKEN}",
+        f"--{TOKEN}",
+        f"{TOKEN}=1",
+        "tracking.uri=http://x/of-no-known-form",
+        "name=ghp_" + "a" * 36,
+    ):
         told = refusal([text], capfd)
         assert "HF_TOKEN" in told and TOKEN not in told and "of-no-known-form" not in told
 
 
-def test_what_the_environment_keeps_secret_stays_out_of_settings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_what_the_environment_keeps_secret_stays_out_of_settings(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
     told = refusal(["name=${oc.env:HF_TOKEN}"], capfd)
     assert "name holds an access token" in told and "of-no-known-form" not in told
@@ -244,7 +276,7 @@ def test_help_says_how_to_begin_and_lists_every_option_and_setting(capfd: pytest
     assert main(["--help", "method=full"]) == 0
     text = capfd.readouterr().out
     assert "python -m trainer stage=check" in text and "Hydra" not in text and "schema" not in text
-    for room, options in config.ROOMS.items():
+    for room, options in config.GROUPS.items():
         assert re.search(rf"^  {room} +.*{'|'.join(options)}", text, re.MULTILINE)
     assert "max_grad_norm: 1.0" in text and "init_from: null" in text and "rank:" not in text
 
@@ -265,7 +297,9 @@ def test_a_path_or_text_reaches_its_setting_as_it_was_typed(value: str, capfd: p
     assert yaml.safe_load(capfd.readouterr().out)["name"] == value
 
 
-def test_the_tab_key_completes_groups_options_and_settings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_tab_key_completes_groups_options_and_settings(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     def completed(line: str) -> list[str]:
         monkeypatch.setenv("COMP_LINE", line)
         monkeypatch.setenv("COMP_POINT", str(len(line)))
@@ -302,7 +336,8 @@ def test_a_reader_that_leaves_early_is_no_fault():
 
 
 @pytest.mark.skipif(
-    not (Path(sys.executable).parent / "trainer").exists() or not shutil.which("bash"), reason="the package is not installed"
+    not (Path(sys.executable).parent / "trainer").exists() or not shutil.which("bash"),
+    reason="the package is not installed",
 )
 def test_bash_completes_the_console_script():
     script = """
@@ -311,5 +346,7 @@ def test_bash_completes_the_console_script():
         hydra_bash_completion
         echo "${COMPREPLY[@]}"
     """
-    done = run(["bash", "-c", script], env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = run(
+        ["bash", "-c", script], env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    )
     assert done.stdout == "tracking=none\n"

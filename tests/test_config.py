@@ -23,8 +23,27 @@ from trainer.config import Run
 from trainer.config.command_line import CONF
 from trainer.core import errors
 
-OPTIONS = [(path.parent.name, path.stem) for room in (*config.ROOMS, "experiment") for path in sorted((CONF / room).glob("*.yaml"))]
-FREE = {"hardware", "evaluation", "tracking", "sample", "save", "export", "log", "cache", "stage", "run", "resume", "name", "out", "fresh"}
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for room in (*config.GROUPS, "experiment")
+    for path in sorted((CONF / room).glob("*.yaml"))
+]
+FREE = {
+    "hardware",
+    "evaluation",
+    "tracking",
+    "sample",
+    "save",
+    "export",
+    "log",
+    "cache",
+    "stage",
+    "run",
+    "resume",
+    "name",
+    "out",
+    "fresh",
+}
 FREE |= {"skip_nonfinite"}
 """Root settings that do not decide the path of the weights. Whether NaN is skipped decides whether there is a result, not which."""
 DECISIVE = """
@@ -50,11 +69,11 @@ def compose(*overrides: str) -> DictConfig:
     pairs = [text.partition("=") for text in overrides]
     result = copy.deepcopy(composed(*(text for text in overrides if text.startswith("experiment="))))
     for room, _, option in pairs:
-        if room in config.ROOMS:
+        if room in config.GROUPS:
             options = [name for group, name in OPTIONS if group == room]
             result[room] = copy.deepcopy(shelf(options.index(option))[room])
     for key, _, value in pairs:
-        if key not in config.ROOMS and key != "experiment":
+        if key not in config.GROUPS and key != "experiment":
             override = OverridesParser.create().parse_override(f"{key}={value}")
             OmegaConf.update(result, override.key_or_group, override.value(), force_add=override.is_add())
     return result
@@ -62,7 +81,7 @@ def compose(*overrides: str) -> DictConfig:
 
 def shelf(place: int) -> DictConfig:
     """The option at this place of every room, or its last."""
-    options = {room: [name for group, name in OPTIONS if group == room] for room in config.ROOMS}
+    options = {room: [name for group, name in OPTIONS if group == room] for room in config.GROUPS}
     return composed(*(f"{room}={names[min(place, len(names) - 1)]}" for room, names in options.items()))
 
 
@@ -74,9 +93,13 @@ def needed(group: str, option: str, folder: Path) -> list[str]:
     """The settings that a user must type beside an option."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     path = [f"{group}.path={folder}"] if values.get("path", "given") is None else []
-    families = config.ROOMS["model"]
+    families = config.GROUPS["model"]
     if group == "method":
-        fitting = next(name for name, kind in {"mini_kontext": families["flux_kontext"], **families}.items() if option in kind.methods)
+        fitting = next(
+            name
+            for name, kind in {"mini_kontext": families["flux_kontext"], **families}.items()
+            if option in kind.methods
+        )
         return [*path, f"model={fitting}"]
     return [*path, f"method={families[option].methods[0]}"] if group == "model" and option in families else path
 
@@ -109,7 +132,9 @@ def test_every_shipped_option_composes_keeps_the_rules_and_can_be_read_again(gro
 
 @pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
 @pytest.mark.parametrize("method", [option for group, option in OPTIONS if group == "method"])
-def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(model: str, method: str, tmp_path: Path):
+def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(
+    model: str, method: str, tmp_path: Path
+):
     choice = [f"model={model}", *needed("model", model, tmp_path), f"method={method}"]
     composed = compose(*choice)
     suggested = composed.model.suggested.learning_rate
@@ -128,7 +153,11 @@ def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(
 def test_what_no_room_can_know_alone_is_taken_from_the_model():
     run = run_of()
     suggested = run.model.suggested
-    assert (run.steps, run.batch, run.dataset.resolution) == (suggested.steps, suggested.batch, str(suggested.resolution))
+    assert (run.steps, run.batch, run.dataset.resolution) == (
+        suggested.steps,
+        suggested.batch,
+        str(suggested.resolution),
+    )
     assert (run.sample.steps, run.sample.guidance, run.evaluation.images) == (
         suggested.sample_steps,
         suggested.guidance,
@@ -136,9 +165,21 @@ def test_what_no_room_can_know_alone_is_taken_from_the_model():
     )
     assert run.method.targets == list(run.model.targets)
     typed = run_of(
-        "steps=7", "batch=3", "dataset.resolution=32x16", "sample.steps=2", "sample.guidance=5", "evaluation.images=1", "method.targets=[a]"
+        "steps=7",
+        "batch=3",
+        "dataset.resolution=32x16",
+        "sample.steps=2",
+        "sample.guidance=5",
+        "evaluation.images=1",
+        "method.targets=[a]",
     )
-    assert (typed.steps, typed.batch, typed.dataset.size(), typed.sample.steps, typed.sample.guidance) == (7, 3, (32, 16), 2, 5.0)
+    assert (typed.steps, typed.batch, typed.dataset.size(), typed.sample.steps, typed.sample.guidance) == (
+        7,
+        3,
+        (32, 16),
+        2,
+        5.0,
+    )
     assert (typed.evaluation.images, typed.method.targets) == (1, ["a"])
     assert run_of("epochs=2").steps is None
 
@@ -216,7 +257,7 @@ def test_a_setting_that_makes_no_sense_is_refused_with_what_to_type(overrides: s
     assert "abcdefghijklmnop" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("group", config.ROOMS)
+@pytest.mark.parametrize("group", config.GROUPS)
 def test_a_wrong_key_in_a_yaml_file_is_refused(group: str, tmp_path: Path):
     (tmp_path / group).mkdir()
     option = next(option for room, option in OPTIONS if room == group)
@@ -275,12 +316,18 @@ def test_what_decides_the_weights_changes_the_identity():
 
 def test_where_a_data_set_lies_does_not_change_the_identity():
     here, there = (run_of("dataset=imagefolder", f"dataset.path={path}") for path in ("here", "there"))
-    assert config.identity(here) == config.identity(there) != config.identity(run_of("dataset=pairs", "dataset.path=here"))
+    assert (
+        config.identity(here) == config.identity(there) != config.identity(run_of("dataset=pairs", "dataset.path=here"))
+    )
 
 
 def test_a_default_that_is_typed_gives_the_same_run():
     settings = config.flat(config.decisive(run_of()))
-    overrides = [f"{name}={typed_as(value)}" for name, value in settings.items() if value is not None and not name.endswith(".kind")]
+    overrides = [
+        f"{name}={typed_as(value)}"
+        for name, value in settings.items()
+        if value is not None and not name.endswith(".kind")
+    ]
     assert len(overrides) > 30
     assert config.identity(run_of(*overrides)) == config.identity(run_of())
     assert config.identity(run_of(*reversed(overrides))) == config.identity(run_of())
@@ -296,7 +343,12 @@ def test_the_identity_depends_on_neither_the_order_of_settings_nor_the_process(t
     assert config.identity(config.from_yaml(path)) == config.identity(run)
     script = f"from pathlib import Path; from trainer import config; print(config.identity(config.from_yaml(Path({str(path)!r}))))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=CONF.parent, env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=CONF.parent,
+        env={"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == config.identity(run)
 
@@ -330,8 +382,13 @@ def test_resume_means_the_settings_of_that_run_under_what_is_typed(tmp_path: Pat
     assert resumed().out == str(tmp_path) and resumed("out=elsewhere").out == "elsewhere"
     assert config.differences(config.decisive(own), config.decisive(resumed("steps=20"))) == ["steps: 9 -> 20"]
     assert config.differences(config.decisive(own), config.decisive(resumed("seed=4"))) == ["seed: 0 -> 4"]
-    assert config.differences(config.decisive(own), config.decisive(resumed("epochs=4"))) == ["epochs: None -> 4", "steps: 9 -> None"]
-    assert "method.kind: lora -> full" in config.differences(config.decisive(own), config.decisive(resumed("method=full")))
+    assert config.differences(config.decisive(own), config.decisive(resumed("epochs=4"))) == [
+        "epochs: None -> 4",
+        "steps: 9 -> None",
+    ]
+    assert "method.kind: lora -> full" in config.differences(
+        config.decisive(own), config.decisive(resumed("method=full"))
+    )
 
 
 def test_a_finished_run_is_used_with_its_own_settings_and_refuses_others(tmp_path: Path):

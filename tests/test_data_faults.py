@@ -86,8 +86,15 @@ def test_shapes_masks_weights_and_repeats_train_together(lab: Lab, folder: Path)
     assert records(run, "checkpoint")
     other = folder / "concepts"
     layouts.concepts(other, 2)
-    repeats = [f"dataset.path={other}", "dataset.repeats={toy: 3}", "dataset.weights.clock=0.5", "dataset.validation_fraction=0"]
-    run = lab.finish(lab.place(), "dataset=concepts", *repeats, "steps=null", "epochs=1", "batch=1", "evaluation.images=0")
+    repeats = [
+        f"dataset.path={other}",
+        "dataset.repeats={toy: 3}",
+        "dataset.weights.clock=0.5",
+        "dataset.validation_fraction=0",
+    ]
+    run = lab.finish(
+        lab.place(), "dataset=concepts", *repeats, "steps=null", "epochs=1", "batch=1", "evaluation.images=0"
+    )
     assert max(record["step"] for record in records(run, "metrics")) == 2 + 3 * 2
 
 
@@ -99,7 +106,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def spoil(folder: Path) -> dict[str, str]:
@@ -148,7 +157,12 @@ def test_every_bad_picture_is_listed_before_anything_is_loaded(lab: Lab, folder:
 def test_on_request_bad_samples_are_left_out_and_written_down(lab: Lab, folder: Path):
     layouts.imagefolder(folder, 16)
     said = spoil(folder)
-    settings = ["dataset=imagefolder", f"dataset.path={folder}", "dataset.on_fault=skip", "dataset.validation_fraction=0.3"]
+    settings = [
+        "dataset=imagefolder",
+        f"dataset.path={folder}",
+        "dataset.on_fault=skip",
+        "dataset.validation_fraction=0.3",
+    ]
     out = lab.place()
     run = lab.finish(out, *settings, *LITTLE.split())
     (left_out,) = records(run, "left_out")
@@ -187,7 +201,10 @@ def test_odd_pictures_are_read_right(lab: Lab, folder: Path):
     from trainer import dataset
     from trainer.core.files import Digests
 
-    pixels = {s.id: np.asarray(s.image.open(), int) for s in dataset.read(dataset.CaptionsJson(path=str(folder)), Digests(folder / "d"))}
+    pixels = {
+        s.id: np.asarray(s.image.open(), int)
+        for s in dataset.read(dataset.CaptionsJson(path=str(folder)), Digests(folder / "d"))
+    }
     for name in ("turned", "alpha"):
         assert np.array_equal(pixels[f"images/{name}"], pixels["images/plain"])
     assert np.abs(pixels["images/palette"] - pixels["images/plain"]).max() <= 8
@@ -333,7 +350,13 @@ def nan_for(part: str) -> Callable[[], None]:
 def test_a_nan_from_the_encoder_is_refused_with_its_picture_and_not_kept(lab: Lab, folder: Path, tmp_path: Path):
     layouts.pairs(folder, 4)
     cache = tmp_path / "cache"
-    settings = ["dataset=pairs", f"dataset.path={folder}", "dataset.validation_fraction=0", f"cache.path={cache}", "stage=cache"]
+    settings = [
+        "dataset=pairs",
+        f"dataset.path={folder}",
+        "dataset.validation_fraction=0",
+        f"cache.path={cache}",
+        "stage=cache",
+    ]
     ended = lab.run(lab.place(), *settings, before=nan_for("latents"))
     assert ended.code == 65
     assert f"{folder}/training_images/1.png: its latents came out of the encoder as NaN or infinity" in ended.text
@@ -346,7 +369,13 @@ def test_a_nan_planted_in_the_cache_is_refused_with_its_file(lab: Lab, folder: P
 
     layouts.pairs(folder, 6)
     cache = tmp_path / "cache"
-    settings = ["dataset=pairs", f"dataset.path={folder}", f"cache.path={cache}", "dataset.validation_fraction=0.3", *LITTLE.split()]
+    settings = [
+        "dataset=pairs",
+        f"dataset.path={folder}",
+        f"cache.path={cache}",
+        "dataset.validation_fraction=0.3",
+        *LITTLE.split(),
+    ]
     made(lab, folder, cache, "dataset.validation_fraction=0.3")
     for entry in (cache / "latents").rglob("*.safetensors"):
         data = entry.read_bytes()
@@ -385,7 +414,11 @@ def test_exactly_the_entries_concerned_are_made_again(lab: Lab, folder: Path, tm
         with open(path, "r+b") as file:
             file.write(data.ljust(length, b"\0"))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) == (length, status.st_mtime_ns, status.st_ino)
+        assert (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) == (
+            length,
+            status.st_mtime_ns,
+            status.st_ino,
+        )
         assert made(lab, folder, cache) == expected
 
     assert made(lab, folder, cache, "dataset.resolution=48") == counts(latents=5, control=5)
@@ -402,7 +435,9 @@ def test_exactly_the_entries_concerned_are_made_again(lab: Lab, folder: Path, tm
 def test_other_weights_or_tokenizers_make_their_parts_again(lab: Lab, folder: Path, tmp_path: Path):
     layouts.pairs(folder, 3)
     cache = tmp_path / "cache"
-    base = Path(next(setting for setting in lab.settings if setting.startswith("model.path=")).removeprefix("model.path="))
+    base = Path(
+        next(setting for setting in lab.settings if setting.startswith("model.path=")).removeprefix("model.path=")
+    )
     assert made(lab, folder, cache) == counts(3, 3, 3, 3)
     for component, expected in (
         ("vae", counts(latents=3, control=3)),
@@ -431,7 +466,13 @@ def test_a_killed_writer_and_two_at_once_leave_what_one_makes(lab: Lab, folder: 
     serial = entries(tmp_path / "serial")
     assert len(serial) == 16
     cache = tmp_path / "killed"
-    own = ["dataset=pairs", f"dataset.path={folder}", "dataset.validation_fraction=0", f"cache.path={cache}", f"out={tmp_path / 'out'}"]
+    own = [
+        "dataset=pairs",
+        f"dataset.path={folder}",
+        "dataset.validation_fraction=0",
+        f"cache.path={cache}",
+        f"out={tmp_path / 'out'}",
+    ]
     settings = [*lab.settings, *own, "stage=cache"]
     dies = at("trainer.cache:os.replace", 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert start(settings, tmp_path / "text", dies).wait().code == -signal.SIGKILL
@@ -448,7 +489,10 @@ def test_several_processes_encode_the_same_entries(lab: Lab, folder: Path, tmp_p
     save(folder / "masks" / "1.png", 5)
     one = made(lab, folder, tmp_path / "one")
     assert made(lab, folder, tmp_path / "two", "cache.workers=2") == one
-    trees = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*.safetensors")} for root in (tmp_path / "one", tmp_path / "two")]
+    trees = [
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*.safetensors")}
+        for root in (tmp_path / "one", tmp_path / "two")
+    ]
     assert trees[0] == trees[1] and len(trees[0]) == sum(one.values()) > 16
 
 
@@ -532,7 +576,12 @@ def test_pickles_are_never_executed_wherever_they_lie(lab: Lab, folder: Path, tm
     made(lab, folder / "pairs", cache)
     for entry in cache.rglob("*.safetensors"):
         entry.write_bytes(payload)
-    settings = ["dataset=pairs", f"dataset.path={folder / 'pairs'}", f"cache.path={cache}", "dataset.validation_fraction=0"]
+    settings = [
+        "dataset=pairs",
+        f"dataset.path={folder / 'pairs'}",
+        f"cache.path={cache}",
+        "dataset.validation_fraction=0",
+    ]
     ended = lab.run(lab.place(), *settings, *LITTLE.split())
     assert ended.code == 65 and "is damaged" in ended.text
     assert not marker.exists()

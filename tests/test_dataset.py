@@ -133,7 +133,10 @@ def test_pairs_are_read_by_name(tmp_path: Path, digests: Digests):
 
 
 def test_every_fault_of_pairs_is_listed_at_once(tmp_path: Path, digests: Digests):
-    folder = make_pairs(tmp_path / "set", ["good", "no_control", "no_target", "no_text", "empty", "latin", "long", "Case", "case", "twice"])
+    folder = make_pairs(
+        tmp_path / "set",
+        ["good", "no_control", "no_target", "no_text", "empty", "latin", "long", "Case", "case", "twice"],
+    )
     controls, targets = folder / "control_images", folder / "training_images"
     (controls / "no_control.jpg").unlink()
     (targets / "no_target.png").unlink()
@@ -180,7 +183,9 @@ def test_file_names_may_or_may_not_name_the_images_folder(tmp_path: Path, digest
 
 def test_columns_may_have_other_names_and_a_byte_order_mark_is_no_fault(tmp_path: Path, digests: Digests):
     folder = make_imagefolder(tmp_path / "set", [], ["a.png"])
-    (folder / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"picture": "a.png", "prompt": "line\xe2\x80\xa8separator"}\r\n\n')
+    (folder / "metadata.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"picture": "a.png", "prompt": "line\xe2\x80\xa8separator"}\r\n\n'
+    )
     settings = ImageFolder(path=str(folder), image_column="picture", caption_column="prompt")
     assert [sample.caption for sample in dataset.read(settings, digests)] == ["line\u2028separator"]
     assert "has no column 'text' (its columns: picture, prompt); type dataset.caption_column=NAME" in faults_of(
@@ -258,7 +263,9 @@ def test_of_many_faults_the_first_are_shown_and_all_are_counted(tmp_path: Path, 
         "images",
     ],
 )
-def test_a_file_name_that_climbs_out_is_refused_and_the_outside_file_never_opened(name, tmp_path: Path, digests: Digests, monkeypatch):
+def test_a_file_name_that_climbs_out_is_refused_and_the_outside_file_never_opened(
+    name, tmp_path: Path, digests: Digests, monkeypatch
+):
     folder = make_imagefolder(tmp_path / "set", [row("a.png"), row(name)], ["a.png", "images/a.png"])
     secret = tmp_path / "secret.png"
     drawing().save(secret)
@@ -268,7 +275,9 @@ def test_a_file_name_that_climbs_out_is_refused_and_the_outside_file_never_opene
     (folder / "loop.png").symlink_to("loop.png")
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, **options: opened.append(Path(os.path.realpath(path))) or real(path, **options))
+    monkeypatch.setattr(
+        Image, "open", lambda path, **options: opened.append(Path(os.path.realpath(path))) or real(path, **options)
+    )
     message = faults_of(ImageFolder(path=str(folder)), digests)
     assert "line 2" in message
     assert "1 fault in 2 samples" in message
@@ -305,9 +314,16 @@ def test_the_limit_counts_for_each_split_that_the_layout_has_itself(digests: Dig
     @dataclass(slots=True)
     class Layout(dataset.Dataset):
         def read(self, digests: Digests) -> Listing:
-            return Listing([sample(f"{split}-{number}", split) for split in ("validation", "train") for number in range(5)])
+            return Listing(
+                [sample(f"{split}-{number}", split) for split in ("validation", "train") for number in range(5)]
+            )
 
-    assert [found.id for found in dataset.read(Layout(limit=2), digests)] == ["train-0", "train-1", "validation-0", "validation-1"]
+    assert [found.id for found in dataset.read(Layout(limit=2), digests)] == [
+        "train-0",
+        "train-1",
+        "validation-0",
+        "validation-1",
+    ]
 
 
 # split
@@ -346,10 +362,15 @@ def test_of_few_samples_one_is_held_out_and_one_trained_on():
 
 
 def test_an_empty_side_is_refused_with_counts_and_what_to_type():
-    with pytest.raises(DataError, match=r"it: of 1 samples 1 are for training and 0 for validation.*type dataset\.validation_fraction=0"):
+    with pytest.raises(
+        DataError,
+        match=r"it: of 1 samples 1 are for training and 0 for validation.*type dataset\.validation_fraction=0",
+    ):
         dataset.split([sample("only")], 0.15, where="it")
     assert len(dataset.split([sample("only")], 0.0, where="it").train) == 1
-    with pytest.raises(DataError, match=r"0 are for training and 3 for validation.*smaller dataset\.validation_fraction"):
+    with pytest.raises(
+        DataError, match=r"0 are for training and 3 for validation.*smaller dataset\.validation_fraction"
+    ):
         dataset.split([sample(f"v{number}", "validation") for number in range(3)], 0.15, where="it")
     with pytest.raises(DataError, match="of 0 samples"):
         dataset.split([], 0.15, where="it")
@@ -381,20 +402,32 @@ def quarters(size: tuple[int, int] = (24, 16)) -> Image.Image:
 @pytest.mark.parametrize("ending", ["png", "webp", "tif", "bmp", "gif", "jpg", "avif"])
 def test_every_known_format_is_read(ending: str, tmp_path: Path, digests: Digests):
     path = tmp_path / f"picture.{ending}"
-    quarters().save(path, **({"lossless": True} if ending == "webp" else {"quality": 100} if ending in ("jpg", "avif") else {}))
+    quarters().save(
+        path, **({"lossless": True} if ending == "webp" else {"quality": 100} if ending in ("jpg", "avif") else {})
+    )
     np.testing.assert_allclose(corners(open_file(path, digests)), [RED, GREEN, BLUE, WHITE], atol=12)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(ending: str, orientation: int, tmp_path: Path, digests: Digests):
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    undo = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = quarters() if orientation == 1 else quarters().transpose(Image.Transpose[undo[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"picture.{ending}"
     stored.save(
-        path, exif=exif, **({"quality": 100, "subsampling": 0} if ending == "jpg" else {"lossless": True} if ending == "webp" else {})
+        path,
+        exif=exif,
+        **({"quality": 100, "subsampling": 0} if ending == "jpg" else {"lossless": True} if ending == "webp" else {}),
     )
     image = open_file(path, digests)
     assert image.size == (24, 16)
@@ -440,7 +473,13 @@ def test_alpha_lies_over_white(tmp_path: Path, digests: Digests):
     palette = half.quantize(4)
     grey = Image.new("LA", (16, 16), (0, 0))
     grey.paste((29, 255), (8, 0, 16, 16))
-    for name, image in {"rgba.png": half, "rgba.webp": half, "palette.png": palette, "palette.gif": half, "grey.png": grey}.items():
+    for name, image in {
+        "rgba.png": half,
+        "rgba.webp": half,
+        "palette.png": palette,
+        "palette.gif": half,
+        "grey.png": grey,
+    }.items():
         image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
         left, right, *_ = corners(open_file(tmp_path / name, digests))
         assert left == WHITE, name
@@ -460,9 +499,17 @@ def test_an_embedded_profile_is_brought_to_srgb_and_a_broken_one_ignored(tmp_pat
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     # The same profile with the red and the blue primary exchanged, under another name: what it calls red is blue.
     swapped = (
-        srgb.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ").replace("sRGB".encode("utf-16-be"), bytes(8))
+        srgb.replace(b"rXYZ", b"tmp_")
+        .replace(b"bXYZ", b"rXYZ")
+        .replace(b"tmp_", b"bXYZ")
+        .replace("sRGB".encode("utf-16-be"), bytes(8))
     )
-    for name, profile, expected in (("srgb", srgb, RED), ("swapped", swapped, BLUE), ("broken", b"nonsense", RED), ("none", None, RED)):
+    for name, profile, expected in (
+        ("srgb", srgb, RED),
+        ("swapped", swapped, BLUE),
+        ("broken", b"nonsense", RED),
+        ("none", None, RED),
+    ):
         path = tmp_path / f"{name}.png"
         Image.new("RGB", (16, 16), RED).save(path, icc_profile=profile)
         np.testing.assert_allclose(corners(open_file(path, digests))[0], expected, atol=2, err_msg=name)
@@ -514,7 +561,9 @@ def test_files_that_are_no_pictures_say_what_they_are(tmp_path: Path, digests: D
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "gif", "bmp"])
-def test_a_truncated_picture_is_refused_when_it_is_decoded_and_never_half_grey(ending: str, tmp_path: Path, digests: Digests):
+def test_a_truncated_picture_is_refused_when_it_is_decoded_and_never_half_grey(
+    ending: str, tmp_path: Path, digests: Digests
+):
     path = tmp_path / f"picture.{ending}"
     noise = np.random.Generator(np.random.Philox(1)).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
@@ -530,12 +579,16 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (13_378, 13_378)])
 @pytest.mark.parametrize("limit_of_pillow", [Image.MAX_IMAGE_PIXELS, None])
-def test_a_decompression_bomb_is_refused_from_its_header(size, limit_of_pillow, tmp_path: Path, digests: Digests, monkeypatch):
+def test_a_decompression_bomb_is_refused_from_its_header(
+    size, limit_of_pillow, tmp_path: Path, digests: Digests, monkeypatch
+):
     # Some formats draw when they are imported.
     Image.init()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit_of_pillow)

@@ -43,7 +43,9 @@ def test_noise_tables_are_those_of_the_ddpm_scheduler(schedule: Schedule, timest
     # Theirs is a product of a thousand float32 numbers.
     np.testing.assert_allclose(table, scheduler.alphas_cumprod.double().numpy(), rtol=1e-4, atol=1e-6)
     clean, noise = normal(SHAPE, "clean"), normal(SHAPE, "noise")
-    torch.testing.assert_close(settings.noised(clean, noise, TIMES), scheduler.add_noise(clean, noise, TIMES.long()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        settings.noised(clean, noise, TIMES), scheduler.add_noise(clean, noise, TIMES.long()), rtol=0, atol=1e-5
+    )
 
 
 @EVERY
@@ -52,7 +54,11 @@ def test_the_loss_is_the_squared_error_of_what_the_network_is_asked_for(predicti
 
     settings = Diffusion(prediction=prediction)
     clean, noise = normal(SHAPE, "clean"), normal(SHAPE, "noise")
-    wanted = noise if prediction is Prediction.epsilon else theirs(DDPMScheduler, settings).get_velocity(clean, noise, TIMES.long())
+    wanted = (
+        noise
+        if prediction is Prediction.epsilon
+        else theirs(DDPMScheduler, settings).get_velocity(clean, noise, TIMES.long())
+    )
     torch.testing.assert_close(settings.losses(wanted, clean, noise, TIMES), torch.zeros(6), rtol=0, atol=1e-9)
     torch.testing.assert_close(settings.losses(wanted + 2, clean, noise, TIMES), torch.full((6,), 4.0))
     left = torch.zeros(6, 1, 5, 3)
@@ -69,7 +75,9 @@ def test_min_snr_caps_the_weight_of_early_times(prediction: Prediction):
     clean, noise, out = (normal(SHAPE, name) for name in ("clean", "noise", "out"))
     snr = compute_snr(theirs(DDPMScheduler, plain), TIMES.long())
     weight = snr.clamp(max=5) / (snr if prediction is Prediction.epsilon else snr + 1)
-    torch.testing.assert_close(capped.losses(out, clean, noise, TIMES), weight * plain.losses(out, clean, noise, TIMES), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        capped.losses(out, clean, noise, TIMES), weight * plain.losses(out, clean, noise, TIMES), rtol=1e-4, atol=0
+    )
     assert capped.unweighted() == plain
     assert weight[0] < 0.01 or prediction is Prediction.v_prediction
 

@@ -82,7 +82,9 @@ images = [f.path for f in client.list_artifacts(run.info.run_id, "images")]
 print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.tags, run.data.metrics, history, images]))
 """
     status, name, params, tags, metrics, history, images = json.loads(
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[
+            -1
+        ]
     )
     assert status == "FINISHED"
     assert name.startswith("defaults")
@@ -97,7 +99,11 @@ print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.
 
 
 def test_the_same_command_says_that_the_run_is_finished(place: Path, folder: Path):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name not in ("lock", "log.txt")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("lock", "log.txt")
+    }
     again = program(cwd=place)
     assert again.returncode == 0
     assert "is finished" in again.stdout and "fresh=true" in again.stdout
@@ -110,7 +116,9 @@ def test_a_finished_run_can_be_evaluated_sampled_and_exported(place: Path, folde
     psnr = float(re.search(r"val/psnr ([\d.]+) at step", evaluated.stdout)[1])
     assert psnr == pytest.approx(max(values(folder, "val/psnr").values()), abs=0.5)
     control = next(folder.glob("pictures/step-00000000/1.png"))
-    drawn = program("stage=sample", f"run={folder.name}", "sample.prompts=[make it night]", f"sample.images=[{control}]", cwd=place)
+    drawn = program(
+        "stage=sample", f"run={folder.name}", "sample.prompts=[make it night]", f"sample.images=[{control}]", cwd=place
+    )
     assert drawn.returncode == 0, drawn.stderr
     assert len(list(folder.glob("samples/*/*.png"))) == 1
 

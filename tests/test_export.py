@@ -22,7 +22,7 @@ from trainer.method import Adapter, Dora, Full, Loha, Lokr, Lora, trained
 from trainer.method.adapter import frozen, load_adapter, merged, parts
 from trainer.model import Family
 from trainer.precision import Compute, Precision
-from trainer.precision import StorageError as Stored
+from trainer.precision import Storage as Stored
 
 CPU = torch.device("cpu")
 ADAPTERS = [Lora(rank=4, alpha=8.0), Dora(rank=4, alpha=8.0), Loha(rank=4, alpha=8.0), Lokr(rank=2, alpha=8.0)]
@@ -55,7 +55,9 @@ def network_of(run: Run, size: float = 0.3) -> torch.nn.Module:
 
 def write(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
     parameters = trained(network)
-    return export.write(run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder)
+    return export.write(
+        run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder
+    )
 
 
 def prediction(family: Family, network: torch.nn.Module) -> torch.Tensor:
@@ -75,7 +77,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @EACH_ADAPTER
-def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(family: Family, method: Adapter, tmp_path: Path):
+def test_merged_and_peft_exports_predict_what_the_trained_network_predicts(
+    family: Family, method: Adapter, tmp_path: Path
+):
     run = run_of(family, Format.pipeline, Format.peft, method=method)
     network = network_of(run)
     expected = prediction(family, network)
@@ -115,7 +119,12 @@ def as_comfyui_does(weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> t
 
 @pytest.mark.parametrize(
     "method",
-    [Loha(rank=3, alpha=2.0), Lokr(rank=1, alpha=0.5), Lokr(rank=1, alpha=0.5, decompose_both=True), Lokr(rank=64, alpha=16.0)],
+    [
+        Loha(rank=3, alpha=2.0),
+        Lokr(rank=1, alpha=0.5),
+        Lokr(rank=1, alpha=0.5, decompose_both=True),
+        Lokr(rank=64, alpha=16.0),
+    ],
     ids=["loha", "lokr", "lokr of low rank twice", "lokr with whole factors"],
 )
 def test_comfyui_makes_of_a_loha_or_lokr_the_weights_that_were_trained(family: Family, method: Adapter, tmp_path: Path):
@@ -127,12 +136,16 @@ def test_comfyui_makes_of_a_loha_or_lokr_the_weights_that_were_trained(family: F
         start = family.export_name(f"{name}.alpha").removesuffix("alpha")
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         weight = f"{name}.weight"
-        torch.testing.assert_close(as_comfyui_does(frozen(network, weight), own), merged(network, weight), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            as_comfyui_does(frozen(network, weight), own), merged(network, weight), rtol=0, atol=1e-5
+        )
     assert layers and not tensors
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(family: Family, compute: str, tmp_path: Path):
+def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
+    family: Family, compute: str, tmp_path: Path
+):
     precision = Precision(storage=Stored.fp8, compute=type(Precision().compute)[compute])
     run = run_of(family, Format.pipeline, precision=precision)
     network = network_of(run)
@@ -145,7 +158,9 @@ def test_an_adapter_on_quantised_weights_is_merged_into_what_their_products_saw(
     assert_alike(found, expected, 1e-4 if compute == "float32" else 0.3)
 
 
-def test_a_large_checkpoint_is_written_in_pieces_that_load_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_large_checkpoint_is_written_in_pieces_that_load_again(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(model, "SHARD", 20_000)
     run = run_of(family, Format.pipeline)
     network = network_of(run)
@@ -258,7 +273,8 @@ def swap_two(self: Family, tensors, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "answer"), [(Format.comfyui, {"export_name": confuse_layers}), (Format.pipeline, {"save_checkpoint": swap_two})]
+    ("format", "answer"),
+    [(Format.comfyui, {"export_name": confuse_layers}), (Format.pipeline, {"save_checkpoint": swap_two})],
 )
 def test_an_export_that_is_not_what_was_trained_is_refused_and_the_old_one_stays(
     family: Family, format: Format, answer: dict, tmp_path: Path

@@ -49,7 +49,9 @@ def network_of(family: Family, dtype: torch.dtype = torch.float32) -> torch.nn.M
     return network
 
 
-def prediction(family: Family, network, rows: list[dict[str, torch.Tensor]], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def prediction(
+    family: Family, network, rows: list[dict[str, torch.Tensor]], x: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
     return family.predict(network, x, t, conditions(collate(rows)))
 
 
@@ -59,7 +61,8 @@ def test_cached_tensors_have_the_shapes_that_the_family_announces(family: Family
         spec = family.spec(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * controls)
         # What is padded in a batch is announced at its longest.
         longest = {
-            name: (made[name].shape[0] if name.startswith(("prompt", "tokens")) else shape[0], *shape[1:]) for name, shape in spec.items()
+            name: (made[name].shape[0] if name.startswith(("prompt", "tokens")) else shape[0], *shape[1:])
+            for name, shape in spec.items()
         }
         assert {name: tuple(tensor.shape) for name, tensor in made.items()} == longest
         assert all(made[name].shape[0] <= shape[0] for name, shape in spec.items())
@@ -86,7 +89,9 @@ def test_a_prediction_has_the_shape_of_its_input_and_hears_time_caption_and_cont
         assert not torch.allclose(*prediction(family, network, [one, one], x, torch.tensor([0.3, 0.6])), atol=1e-4)
         for part in ("prompt", "pooled", "tokens", "control"):
             if part in one and one[part].shape == other[part].shape:
-                assert not torch.allclose(*prediction(family, network, [one, one | {part: other[part]}], x, t), atol=1e-5), part
+                assert not torch.allclose(
+                    *prediction(family, network, [one, one | {part: other[part]}], x, t), atol=1e-5
+                ), part
 
 
 def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
@@ -98,7 +103,10 @@ def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
         both = prediction(family, network, rows, x, t)
         for i in range(2):
             torch.testing.assert_close(
-                both[i : i + 1], prediction(family, network, rows[i : i + 1], x[i : i + 1], t[i : i + 1]), rtol=0, atol=1e-5
+                both[i : i + 1],
+                prediction(family, network, rows[i : i + 1], x[i : i + 1], t[i : i + 1]),
+                rtol=0,
+                atol=1e-5,
             )
 
 
@@ -167,18 +175,24 @@ def learned(family: Family, shuffled: bool) -> float:
                 rows.append(row | {"noise": normal(shape, "noise", step, i), "time": torch.tensor(time)})
             yield step, [collate(rows)]
 
-    def predict(x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None) -> torch.Tensor:
+    def predict(
+        x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
+    ) -> torch.Tensor:
         return family.predict(network, x, t, cond, guidance)
 
     def losses(row: dict[str, torch.Tensor]) -> torch.Tensor:
         clean, noise, time = row["latents"], row["noise"], row["time"]
-        return family.objective.losses(predict(family.objective.noised(clean, noise, time), time, conditions(row)), clean, noise, time)
+        return family.objective.losses(
+            predict(family.objective.noised(clean, noise, time), time, conditions(row)), clean, noise, time
+        )
 
     network = family.network(torch.float32).train()
     method_module.Full().attach(network, family.targets, seed=0)
     weights = list(trained(network).values())
     optimizer = AdamW(lr=RATE).build(weights)
-    for _ in fit(weights, losses, batches(), optimizer, lambda step: RATE, nullcontext, batch=BATCH, max_grad_norm=1.0, seed=0):
+    for _ in fit(
+        weights, losses, batches(), optimizer, lambda step: RATE, nullcontext, batch=BATCH, max_grad_norm=1.0, seed=0
+    ):
         pass
     held_out = [(f"{i}", sample(f"held out {i}", i % 2, i % 2)) for i in range(8)]
     return held_out_loss(family, predict, held_out, torch.device("cpu"), 32)["val/loss"]

@@ -164,7 +164,11 @@ FILES = (WEIGHTS, OPTIMIZER, STATE, MANIFEST, EMA)
 
 def with_average(lab: Lab, out: Path) -> Path:
     """The newest checkpoint of a stopped run, in which an average is kept too."""
-    return copied(lab.template("stopped", lambda place: stopped(lab, place, 5, AVERAGE)), out) / "checkpoints" / "step-00000004"
+    return (
+        copied(lab.template("stopped", lambda place: stopped(lab, place, 5, AVERAGE)), out)
+        / "checkpoints"
+        / "step-00000004"
+    )
 
 
 AVERAGE = "ema=0.9"
@@ -403,7 +407,11 @@ def told_to_stop_at_random(lab: Lab, out: Path, trial: int) -> None:
 def assert_stops(lab: Lab, out: Path, ended: Ended, number: int, *settings: str) -> None:
     # A signal that comes before the program has begun, or when it is over, finds the system's own handling.
     over = "training_curves.png" in ended.text
-    assert ended.code == 128 + number or (over and ended.code in (0, -number)) or (not ended.text and ended.code == -number), ended
+    assert (
+        ended.code == 128 + number
+        or (over and ended.code in (0, -number))
+        or (not ended.text and ended.code == -number)
+    ), ended
     assert ended.seconds < at_leisure(5)
     assert "Traceback" not in ended.text
     if list(out.glob("*/journal.jsonl")) and last_step(only_run(out)):
@@ -449,7 +457,9 @@ def sweep_told_to_stop(lab: Lab, out: Path, trial: int) -> None:
         ended = run.wait()
     assert ended.code == 143 and "Traceback" not in ended.text, ended
     finished = {
-        path: path.stat().st_mtime_ns for path in out.glob("*/summary.json") if json.loads(path.read_text())["status"] == "finished"
+        path: path.stat().st_mtime_ns
+        for path in out.glob("*/summary.json")
+        if json.loads(path.read_text())["status"] == "finished"
     }
     assert len(finished) == 1 and len(list(out.glob("*/run.json"))) == 2
     ended = lab.run(out, *many)
@@ -489,7 +499,9 @@ def member_fails(lab: Lab, out: Path, trial: int) -> None:
     ended = lab.run(out, *many)
     members = json.loads(note.read_text())["members"]
     assert [member["status"] for member in members] == ["finished", "failed" if trial == 0 else "finished", "finished"]
-    assert ended.code == (1 if trial == 0 else 0) and all(path.stat().st_mtime_ns == then for path, then in finished.items())
+    assert ended.code == (1 if trial == 0 else 0) and all(
+        path.stat().st_mtime_ns == then for path, then in finished.items()
+    )
 
 
 @fault("F15", "a loader worker is killed, or hangs", 2, [0])
@@ -609,14 +621,19 @@ def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
         folder = only_run(out)
         assert ended.code == 0 and "from now on 2 sample(s) a forward pass" in ended.text
         assert len(records(folder, "warning")) == 1
-        assert losses(folder) == [(step, key, pytest.approx(loss, abs=1e-6)) for step, key, loss in losses(lab.reference())]
+        assert losses(folder) == [
+            (step, key, pytest.approx(loss, abs=1e-6)) for step, key, loss in losses(lab.reference())
+        ]
         return
     nothing = at("trainer.training.build:build", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
     ended = lab.run(out, before=greedy(4 * GIB) if trial == 1 else nothing)
     assert ended.code == 71 and "Traceback" not in ended.text, ended
     # What costs nothing but time comes before what makes another run.
     assert (
-        0 < ended.text.index("gradient_checkpointing=true") < ended.text.index("precision=bf16") < ended.text.index("dataset.resolution=")
+        0
+        < ended.text.index("gradient_checkpointing=true")
+        < ended.text.index("precision=bf16")
+        < ended.text.index("dataset.resolution=")
     )
     (failed,) = records(only_run(out), "failed")
     assert "precision=bf16" in failed["reason"]
@@ -664,7 +681,9 @@ def eight_at_once(lab: Lab, out: Path, trial: int) -> None:
             # So slow a machine that one lost patience while another made the store; it has said what to type.
             assert lab.run(out, "tracking=mlflow", f"seed={seed}").code == 0
     with contextlib.closing(sqlite3.connect(out / "mlflow.db")) as database:
-        assert database.execute("SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'").fetchone() == (8, 8)
+        assert database.execute(
+            "SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'"
+        ).fetchone() == (8, 8)
         assert database.execute("SELECT count(*) FROM experiments WHERE name = 'trainer'").fetchone() == (1,)
     folders = [path.parent for path in out.glob("*/run.json")]
     assert points(out) == Counter(point for folder in folders for point in journaled(folder))
@@ -701,7 +720,9 @@ def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
             database.execute("BEGIN EXCLUSIVE")
         ended = lab.run(out, *settings, before=gone)
     assert ended.code == 0 and "Traceback" not in ended.text, ended
-    (folder,) = (path.parent for path in out.glob("*/run.json") if json.loads(path.read_text())["settings"]["seed"] == 0)
+    (folder,) = (
+        path.parent for path in out.glob("*/run.json") if json.loads(path.read_text())["settings"]["seed"] == 0
+    )
     assert fingerprint(folder) == fingerprint(lab.reference())
     with server(out, port) if trial < 2 else contextlib.nullcontext():
         ended = lab.run(out, *settings)
@@ -715,7 +736,10 @@ def code_in_a_model(lab: Lab, out: Path, trial: int) -> None:
     for path in sorted(model.glob("*/*config.json")):
         (path.parent / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
         config = json.loads(path.read_text())
-        config |= {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil"), "trust_remote_code": True}
+        config |= {
+            "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil"),
+            "trust_remote_code": True,
+        }
         if trial:
             config |= {"_class_name": "evil.Evil", "architectures": ["evil.Evil"], "tokenizer_class": "evil.Evil"}
         path.write_text(json.dumps(config))
@@ -757,13 +781,21 @@ ABSURD = [
     header("", 2**63 - 1),
     header("{}", 2**40),
     header('{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'),
-    header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}') + bytes(12),
+    header(
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
+    + bytes(12),
     header('{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'),
     header("[" * 100_000),
 ]
 
 
-@fault("F33", "absurd safetensors: of the denoiser, the VAE, a text encoder, what training begins with", 4 * len(ABSURD), [2, 9])
+@fault(
+    "F33",
+    "absurd safetensors: of the denoiser, the VAE, a text encoder, what training begins with",
+    4 * len(ABSURD),
+    [2, 9],
+)
 def absurd(lab: Lab, out: Path, trial: int) -> None:
     model = copied(lab.folder / "model", out)
     place = ("transformer", "vae", "text_encoder", None)[trial % 4]
@@ -834,7 +866,9 @@ ELSEWHERE = {
         "test_cache.py::test_two_processes_that_fill_one_cache_make_what_one_makes",
         "test_cache.py::test_a_killed_writer_leaves_no_torn_entry",
     ],
-    "F21": ["test_dataset.py -k truncated or html or cmyk or sixteen or alpha or exif or animation or thin or say_what_they_are"],
+    "F21": [
+        "test_dataset.py -k truncated or html or cmyk or sixteen or alpha or exif or animation or thin or say_what_they_are"
+    ],
     "F22": ["test_dataset.py::test_a_decompression_bomb_is_refused_from_its_header"],
     "F23": ["test_dataset.py -k climbs_out or links_out"],
     "F24": ["test_dataset.py -k every_fault or counted"],

@@ -84,7 +84,9 @@ except errors.StorageError as error:
     print(error)
 """
     files.write(tmp_path / "a", b"old")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a")], capture_output=True, text=True, check=True
+    )
     assert "too large" in done.stdout and str(tmp_path / "a") in done.stdout
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
@@ -104,14 +106,25 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved_as_they_look(
     from safetensors.torch import load_file
 
     base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"base": base, "same": base, "row": base[1], "columns": base.T, "empty": torch.zeros(0, 3), "number": torch.tensor(7)}
+    tensors = {
+        "base": base,
+        "same": base,
+        "row": base[1],
+        "columns": base.T,
+        "empty": torch.zeros(0, 3),
+        "number": torch.tensor(7),
+    }
     folder = tmp_path / "readable by all"
     folder.mkdir()
     files.save_tensors(folder / "a.safetensors", tensors)
     loaded = load_file(folder / "a.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
+        assert (
+            torch.equal(loaded[name], tensor)
+            and loaded[name].dtype == tensor.dtype
+            and loaded[name].shape == tensor.shape
+        )
     (folder / "plain").touch()
     assert (folder / "a.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
 
@@ -159,7 +172,9 @@ def test_a_file_written_just_now_is_not_remembered_since_it_may_change_within_th
     assert hashed == [2]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database at all", b"SQLite format 3\0" + bytes(84), "another table", "a folder"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a database at all", b"SQLite format 3\0" + bytes(84), "another table", "a folder"]
+)
 def test_a_broken_database_of_digests_only_means_hashing_again(old, tmp_path, content):
     database = tmp_path / "d.sqlite"
     if content == "another table":
@@ -189,7 +204,9 @@ for path in sys.argv[2:]:
 """
     paths = [old / str(number) for number in range(1, 8)]
     children = [
-        subprocess.Popen([sys.executable, "-c", script, str(database), *map(str, paths[number : number + 4])], stdin=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(database), *map(str, paths[number : number + 4])], stdin=subprocess.PIPE
+        )
         for number in range(4)
     ]
     for child in children:
@@ -202,7 +219,9 @@ def test_ten_thousand_known_files_are_looked_up_well_within_a_second(old, tmp_pa
     name, state = files._identity((old / "7").stat())
     with sqlite3.connect(tmp_path / "d.sqlite") as database:
         database.execute("CREATE TABLE digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
-        database.executemany("INSERT INTO digests VALUES (?, ?, ?)", [(f"1:{number}", state, "0" * 64) for number in range(10_000)])
+        database.executemany(
+            "INSERT INTO digests VALUES (?, ?, ?)", [(f"1:{number}", state, "0" * 64) for number in range(10_000)]
+        )
         database.execute("INSERT INTO digests VALUES (?, ?, ?)", (name, state, files.sha256(old / "7")))
     start = time.perf_counter()
     digests = files.Digests(tmp_path / "d.sqlite")

@@ -57,15 +57,19 @@ def noise(family: FluxKontext) -> torch.Tensor:
 def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, torch.Tensor]:
     """Of two samples with control pictures of this (width, height)."""
     encoder, target = family.encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
-    samples = [Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)]
-    views = [Transform(((WIDTH, HEIGHT),), (size,)).view(sample) for sample in samples]
+    samples = [
+        Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)
+    ]
+    views = [Transform(((WIDTH, HEIGHT),), (size,)).apply(sample) for sample in samples]
     row = collate([{part: encoder.encode(part, view) for part in ("control", "prompt", "pooled")} for view in views])
     return {part: tensor.to(DEVICE) for part, tensor in row.items()}
 
 
 def theirs(family: FluxKontext, pipe, steps: int = 3, size: tuple[int, int] = (WIDTH, HEIGHT)) -> np.ndarray:
     return pipe(
-        image=torch.stack([torch.from_numpy(image.pixels()).permute(2, 0, 1) / 255 for image in control_pictures(*size)]),
+        image=torch.stack(
+            [torch.from_numpy(image.pixels()).permute(2, 0, 1) / 255 for image in control_pictures(*size)]
+        ),
         prompt=CAPTIONS,
         height=HEIGHT,
         width=WIDTH,
@@ -132,9 +136,18 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
     watch(network, calls)
     encoder = family.encoder(DEVICE)
     sources = control_pictures(WIDTH, HEIGHT)
-    sample = Sample("id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64)))
-    view = Transform(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).view(sample)
-    row = collate([{part: encoder.encode(part, view).to(DEVICE) for part in family.parts(dict.fromkeys(family.components, ""), 2)}])
+    sample = Sample(
+        "id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64))
+    )
+    view = Transform(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).apply(sample)
+    row = collate(
+        [
+            {
+                part: encoder.encode(part, view).to(DEVICE)
+                for part in family.parts(dict.fromkeys(family.components, ""), 2)
+            }
+        ]
+    )
     x = noise(family)[:1]
     with torch.no_grad():
         found = family.predict(network, x, torch.tensor([0.5], device=DEVICE), conditions_of(row))
@@ -146,10 +159,14 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
     for number, one in enumerate(ids):
         one[:, 0] = number
     assert torch.equal(call["img_ids"], torch.cat(ids))
-    tokens = [pipe._pack_latents(part, 1, part.shape[1], *part.shape[2:]) for part in (x, row["control"], row["control_2"])]
+    tokens = [
+        pipe._pack_latents(part, 1, part.shape[1], *part.shape[2:]) for part in (x, row["control"], row["control_2"])
+    ]
     with torch.no_grad():
         expected = theirs(
-            network, **{name: value for name, value in call.items() if name != "result"} | {"hidden_states": torch.cat(tokens, 1)}
+            network,
+            **{name: value for name, value in call.items() if name != "result"}
+            | {"hidden_states": torch.cat(tokens, 1)},
         )[0]
     torch.testing.assert_close(pack(found), expected[:, : tokens[0].shape[1]], rtol=0, atol=1e-5)
 
@@ -163,7 +180,12 @@ def test_resolution_shift_has_the_published_values(family: FluxKontext):
 def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
     network = family.network(torch.float32, DEVICE)
-    method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm_out.linear"])
+    method = Lora(
+        rank=4,
+        alpha=8.0,
+        dropout=0.5,
+        targets=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm_out.linear"],
+    )
     method.attach(network, family.targets, seed=0)
     before = ours(family, network.eval())
     with torch.no_grad():
@@ -171,7 +193,12 @@ def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
             parameter.copy_(0.3 * normal(tuple(parameter.shape), name))
     after = ours(family, network)
     assert np.abs(after - before).max() > 0.01
-    run = Run(model=family, method=method, precision=Precision(), export=Export(formats=[Format[name] for name in Lora.formats]))
+    run = Run(
+        model=family,
+        method=method,
+        precision=Precision(),
+        export=Export(formats=[Format[name] for name in Lora.formats]),
+    )
     return run, network, after
 
 
@@ -205,7 +232,9 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = export.write(run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    (path,) = export.write(
+        run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path
+    )
     tensors, fresh = load_file(path), run.model.network(torch.float32, DEVICE).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")

@@ -18,7 +18,7 @@ from trainer import model
 from trainer.cache import Cache, Part
 from trainer.core.batch import conditions
 from trainer.core.files import Digests
-from trainer.dataset import Demo, framing, read, split
+from trainer.dataset import Demo, read, split, transform
 from trainer.lr_scheduler import Cosine
 from trainer.method import OPTIONS, Init, Lora, trained
 from trainer.optimizer import AdamW
@@ -110,7 +110,10 @@ def losses(name: str, folder: Path) -> list[float]:
     tiny = Tiny(name, model.families()[name].tiny(folder / "model"))
     family = tiny.family()
     dataset = Demo(
-        resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"], pairs=6, held_out=1, edits=["night"]
+        resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"],
+        pairs=6,
+        held_out=1,
+        edits=["night"],
     )
     controls = min(1, max(family.controls))
     samples = [
@@ -119,7 +122,9 @@ def losses(name: str, folder: Path) -> list[float]:
     ]
     made = family.parts(dict.fromkeys(family.components, ""), controls)
     cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
-    batches = Batches(samples, cache, family, dataset, framing(dataset, family.multiple), seed=0, batch=5, micro_batch=2)
+    batches = Batches(
+        samples, cache, family, dataset, transform(dataset, family.multiple), seed=0, batch=5, micro_batch=2
+    )
     encoder = family.encoder(torch.device("cpu"))
     views = [batches.view(0, index) for index in range(len(samples))]
     cache.fill(cache.missing(views), encoder.encode)

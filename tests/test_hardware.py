@@ -61,7 +61,13 @@ def test_a_profile_holds_the_facts_of_its_card_and_how_to_use_it_and_nothing_els
         assert ours.card.bfloat16 == (ours.card.compute_capability >= 8.0)
         assert ours.card.float8 == (ours.card.compute_capability >= 8.9)
     else:
-        assert None not in (ours.card.name, ours.card.bfloat16, ours.card.float16, ours.card.float8, ours.card.bitsandbytes)
+        assert None not in (
+            ours.card.name,
+            ours.card.bfloat16,
+            ours.card.float16,
+            ours.card.float8,
+            ours.card.bitsandbytes,
+        )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,9 @@ def test_a_profile_holds_the_facts_of_its_card_and_how_to_use_it_and_nothing_els
         ("cpu", replace(FP8, compute=Compute.float16), "precision.compute=bfloat16"),
     ],
 )
-def test_what_a_card_cannot_do_is_refused_with_what_to_type(run: config.Run, name: str, precision: Precision, remedy: str):
+def test_what_a_card_cannot_do_is_refused_with_what_to_type(
+    run: config.Run, name: str, precision: Precision, remedy: str
+):
     asked = replace(run, hardware=profile(name), precision=precision)
     with pytest.raises(UsageError) as refusal:
         config.check(asked)
@@ -117,7 +125,9 @@ def test_the_facts_of_an_open_device_are_asked_where_no_profile_gives_them():
     assert card.memory_gib > 0.5
 
 
-def test_with_no_profile_the_opened_device_refuses_before_any_weights(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_with_no_profile_the_opened_device_refuses_before_any_weights(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     data = ["dataset.pairs=2", "dataset.held_out=1", "tracking=none", f"out={tmp_path}"]
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("this machine's own device can do more")
@@ -140,11 +150,16 @@ def test_one_experiment_on_two_profiles_has_one_identity_and_equal_losses(tiny: 
     ]
     found = {}
     # The second as a small card is used: sample by sample, with checkpointing, and data read beside it.
-    for name, how in {"cpu": [], "rtx3060": ["hardware.device=cpu", "hardware.micro_batch=2", "hardware.workers=1"]}.items():
+    for name, how in {
+        "cpu": [],
+        "rtx3060": ["hardware.device=cpu", "hardware.micro_batch=2", "hardware.workers=1"],
+    }.items():
         assert main([*tiny, *experiment, f"hardware={name}", *how, f"out={tmp_path / name}"]) == 0
         (journal,) = (tmp_path / name).glob("*/journal.jsonl")
         values = [record["values"] for _, record in read(journal) if "values" in record]
-        losses = [value[key] for value in values for key in ("train/loss", "train/grad_norm", "val/loss") if key in value]
+        losses = [
+            value[key] for value in values for key in ("train/loss", "train/grad_norm", "val/loss") if key in value
+        ]
         found[journal.parent.name, name] = losses
     (one, here), (other, there) = found
     assert (one, here, there) == (other, "cpu", "rtx3060")

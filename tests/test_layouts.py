@@ -67,7 +67,9 @@ def test_folders_named_train_and_validation_are_the_split(layout: str, folder: P
     layouts.make[layout](folder / "test", 2)
     assert sorted(sample.split for sample in dataset.read(settings, digests)) == ["train"] * 3 + ["validation"] * 2
     layouts.make[layout](folder / "val", 1)
-    assert sorted(sample.split for sample in dataset.read(settings, digests)) == ["test"] * 2 + ["train"] * 3 + ["validation"]
+    assert sorted(sample.split for sample in dataset.read(settings, digests)) == ["test"] * 2 + ["train"] * 3 + [
+        "validation"
+    ]
     layouts.make[layout](folder / "validation", 1)
     listing = settings.read(digests)
     assert sorted(sample.split for sample in listing.samples) == ["test"] * 2 + ["train"] * 3 + ["validation"]
@@ -80,15 +82,31 @@ def test_folders_named_train_and_validation_are_the_split(layout: str, folder: P
 def test_columns_name_controls_masks_pictures_and_captions(folder: Path, digests: Digests):
     for number, name in enumerate(("target/a", "one/a", "two/a", "mask/a")):
         save(folder / f"{name}.png", number)
-    (folder / "all.tsv").write_text("goal\tprompt\tfirst\tsecond\twhere\ntarget/a.png\tdo it\tone/a.png\ttwo/a.png\tmask/a.png\n")
-    settings = Csv(path=str(folder), image_column="goal", caption_column="prompt", control_columns=["first", "second"], mask_column="where")
+    (folder / "all.tsv").write_text(
+        "goal\tprompt\tfirst\tsecond\twhere\ntarget/a.png\tdo it\tone/a.png\ttwo/a.png\tmask/a.png\n"
+    )
+    settings = Csv(
+        path=str(folder),
+        image_column="goal",
+        caption_column="prompt",
+        control_columns=["first", "second"],
+        mask_column="where",
+    )
     (sample,) = dataset.read(settings, digests)
     assert sample.caption == "do it"
-    assert [same(source, number) for number, source in enumerate((sample.image, *sample.controls, sample.mask))] == [True] * 4
+    assert [same(source, number) for number, source in enumerate((sample.image, *sample.controls, sample.mask))] == [
+        True
+    ] * 4
     assert dataset.read(Csv(**{**fields(settings), "path": str(folder / "all.tsv")}), digests) == [sample]
-    for key, wrong in (("image_column", "x"), ("caption_column", "x"), ("control_columns", ["x"]), ("mask_column", "x")):
-        assert f"has no column 'x' (its columns: goal, prompt, first, second, where); type dataset.{key}=NAME" in faults_of(
-            Csv(**{**fields(settings), key: wrong}), digests
+    for key, wrong in (
+        ("image_column", "x"),
+        ("caption_column", "x"),
+        ("control_columns", ["x"]),
+        ("mask_column", "x"),
+    ):
+        assert (
+            f"has no column 'x' (its columns: goal, prompt, first, second, where); type dataset.{key}=NAME"
+            in faults_of(Csv(**{**fields(settings), key: wrong}), digests)
         )
 
 
@@ -153,7 +171,11 @@ def test_every_fault_of_captions_json_is_listed(folder: Path, digests: Digests):
     (folder / "captions.json").write_text('{"0.png": "a"}')
     listing = CaptionsJson(path=str(folder)).read(digests)
     assert listing.faults == [] and "3 pictures of images/ have no entry in captions.json" in listing.notes[0]
-    for wrong, reason in (("[1", "is not the JSON file"), ("7", "holds neither an object"), ("[7]", "entry 1: is no JSON object")):
+    for wrong, reason in (
+        ("[1", "is not the JSON file"),
+        ("7", "holds neither an object"),
+        ("[7]", "entry 1: is no JSON object"),
+    ):
         (folder / "captions.json").write_text(wrong)
         assert reason in faults_of(CaptionsJson(path=str(folder)), digests)
 
@@ -161,7 +183,11 @@ def test_every_fault_of_captions_json_is_listed(folder: Path, digests: Digests):
 def test_a_mask_of_the_same_name_lies_over_its_picture_and_must_have_its_shape(folder: Path, digests: Digests):
     layouts.imagefolder(folder, 3)
     save(folder / "masks" / "1.png", 7, (20, 16))
-    assert [sample.mask and sample.mask.size() for sample in dataset.read(ImageFolder(path=str(folder)), digests)] == [None, (20, 16), None]
+    assert [sample.mask and sample.mask.size() for sample in dataset.read(ImageFolder(path=str(folder)), digests)] == [
+        None,
+        (20, 16),
+        None,
+    ]
     save(folder / "masks" / "2.png", 7, (32, 40))
     assert "its mask" in (message := faults_of(ImageFolder(path=str(folder)), digests))
     assert "2.png is 32 x 40 pixels, of another shape than the picture (40 x 32)" in message
@@ -186,8 +212,12 @@ def test_several_controls_lie_in_folders_or_beside_each_other(tmp_path: Path, di
         assert len(sample.controls) == 3
     (folder / "control_images" / "1_control_2.jpg").unlink()
     (tmp_path / "folders" / "control_images_3" / "0.jpg").unlink()
-    assert "control_images/1_control_2.*: there is no such control picture" in faults_of(Pairs(path=str(folder)), digests)
-    assert "control_images_3/0.*: there is no such control picture" in faults_of(Pairs(path=str(tmp_path / "folders")), digests)
+    assert "control_images/1_control_2.*: there is no such control picture" in faults_of(
+        Pairs(path=str(folder)), digests
+    )
+    assert "control_images_3/0.*: there is no such control picture" in faults_of(
+        Pairs(path=str(tmp_path / "folders")), digests
+    )
 
 
 def test_a_picture_that_is_a_sample_of_its_own_is_nobodys_mask_or_control(folder: Path, digests: Digests):
@@ -265,7 +295,9 @@ class Bomb:
         return os.mkdir, ("executed",)
 
 
-def test_arrays_of_objects_are_refused_unopened_with_the_way_to_convert_them(folder: Path, digests: Digests, tmp_path: Path, monkeypatch):
+def test_arrays_of_objects_are_refused_unopened_with_the_way_to_convert_them(
+    folder: Path, digests: Digests, tmp_path: Path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     layouts.arrays(folder, 2)
     texts = folder / "train_descriptions.npy"
@@ -290,7 +322,9 @@ def test_a_trigger_stands_in_front_where_a_caption_lacks_it(folder: Path, digest
     layouts.concepts(folder, 2)
     (folder / "toy" / "images" / "1.txt").write_text("My SKS toy")
     settings = Concepts(path=str(folder), triggers={"toy": "sks"}, weights={"toy": 0.5}, repeats={"clock": 3})
-    captions = {sample.id: (sample.caption, sample.weight, sample.repeats) for sample in dataset.read(settings, digests)}
+    captions = {
+        sample.id: (sample.caption, sample.weight, sample.repeats) for sample in dataset.read(settings, digests)
+    }
     assert captions == {
         "clock/images/0": ("clock picture number 0", 1.0, 3),
         "clock/images/1": ("clock picture number 1", 1.0, 3),
@@ -308,7 +342,10 @@ def test_a_concept_without_any_caption_is_captioned_by_its_name_and_says_so(fold
     settings = Concepts(path=str(folder))
     assert [sample.caption for sample in dataset.read(settings, digests)][2:] == ["toy", "toy"]
     assert "toy: no picture has a .txt, so the caption of all is 'toy'" in settings.read(digests).notes[0]
-    assert [s.caption for s in dataset.read(Concepts(path=str(folder), triggers={"toy": "sks"}), digests)][2:] == ["sks", "sks"]
+    assert [s.caption for s in dataset.read(Concepts(path=str(folder), triggers={"toy": "sks"}), digests)][2:] == [
+        "sks",
+        "sks",
+    ]
     (folder / "clock" / "images" / "0.txt").unlink()
     (folder / "clock" / "images" / "1.jpg").unlink()
     message = faults_of(settings, digests)
@@ -365,14 +402,20 @@ def test_a_local_folder_goes_the_way_of_a_hub_data_set(folder: Path, digests: Di
     layouts.imagefolder(folder, 3)
     found = dataset.read(Hub(path=str(folder)), digests)
     assert [sample.id for sample in found] == [f"train-{i:08d}" for i in range(3)]
-    assert [sample.image.digest() for sample in found] == [s.image.digest() for s in dataset.read(ImageFolder(path=str(folder)), digests)]
+    assert [sample.image.digest() for sample in found] == [
+        s.image.digest() for s in dataset.read(ImageFolder(path=str(folder)), digests)
+    ]
     message = faults_of(Hub(path=str(folder), image_column="photo", caption_column="words"), digests)
     assert "train row 0: has no column 'photo' (its columns: image, text); type dataset.image_column=NAME" in message
-    with pytest.raises(UsageError, match=r"dataset.train_split=x: the data set has train; type dataset.train_split=NAME"):
+    with pytest.raises(
+        UsageError, match=r"dataset.train_split=x: the data set has train; type dataset.train_split=NAME"
+    ):
         dataset.read(Hub(path=str(folder), train_split="x"), digests)
 
 
-def test_a_parquet_file_that_is_replaced_under_its_name_size_and_time_is_read_anew(folder: Path, digests: Digests, monkeypatch):
+def test_a_parquet_file_that_is_replaced_under_its_name_size_and_time_is_read_anew(
+    folder: Path, digests: Digests, monkeypatch
+):
     layouts.hub(folder, 3)
     path = folder / "train-00000.parquet"
     before = [sample.caption for sample in dataset.read(Hub(path=str(folder)), digests)]
@@ -399,7 +442,10 @@ def test_hub_cells_hold_lists_of_controls_and_masks(folder: Path, digests: Diges
     rows = {
         "target": [cell(folder / "source" / "training_images" / f"{i}.png") for i in range(2)],
         "prompt": [text(0), text(1)],
-        "controls": [[cell(folder / "source" / name / f"{i}.jpg") for name in ("control_images", "control_images_2")] for i in range(2)],
+        "controls": [
+            [cell(folder / "source" / name / f"{i}.jpg") for name in ("control_images", "control_images_2")]
+            for i in range(2)
+        ],
         "mask": [None, cell(folder / "source" / "training_images" / "0.png")],
     }
     features = datasets.Features(
@@ -413,7 +459,11 @@ def test_hub_cells_hold_lists_of_controls_and_masks(folder: Path, digests: Diges
     (folder / "hub").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "hub" / "train.parquet")
     settings = Hub(
-        path=str(folder / "hub"), image_column="target", caption_column="prompt", control_columns=["controls"], mask_column="mask"
+        path=str(folder / "hub"),
+        image_column="target",
+        caption_column="prompt",
+        control_columns=["controls"],
+        mask_column="mask",
     )
     found = dataset.read(settings, digests)
     for own, other in zip(found, dataset.read(Pairs(path=str(folder / "source")), digests), strict=True):
@@ -425,21 +475,26 @@ def test_hub_cells_hold_lists_of_controls_and_masks(folder: Path, digests: Diges
 def test_what_a_local_folder_refers_to_outside_of_it_is_not_opened(folder: Path, digests: Digests, tmp_path: Path):
     layouts.hub(tmp_path / "elsewhere", 2)
     folder.mkdir()
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: ../elsewhere/train-00000.parquet\n---\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: ../elsewhere/train-00000.parquet\n---\n"
+    )
     assert "lies outside the folder" in faults_of(Hub(path=str(folder)), digests)
     save(tmp_path / "secret.png", 1)
     shutil.rmtree(folder)
     layouts.imagefolder(folder, 2)
     (folder / "images" / "0.jpg").unlink()
     (folder / "images" / "0.jpg").symlink_to(tmp_path / "secret.png")
-    assert "0.jpg, which lies outside the folder; put the file itself there" in faults_of(Hub(path=str(folder)), digests)
+    assert "0.jpg, which lies outside the folder; put the file itself there" in faults_of(
+        Hub(path=str(folder)), digests
+    )
 
 
 def test_a_hub_data_set_that_is_not_to_be_had_says_so(digests: Digests):
     from trainer.core.errors import WeightsError
 
     with pytest.raises(
-        WeightsError, match=r"dataset.path=nobody/nothing: the data set is not to be had from the hub.*Type dataset.path=FOLDER"
+        WeightsError,
+        match=r"dataset.path=nobody/nothing: the data set is not to be had from the hub.*Type dataset.path=FOLDER",
     ):
         dataset.read(Hub(path="nobody/nothing"), digests)
     assert "there is no such folder" in faults_of(Hub(path="./nowhere"), digests)

@@ -108,7 +108,15 @@ def test_psnr_of_known_errors():
     assert psnr(black, black + 51) == pytest.approx(20 * math.log10(5))
 
 
-def linear(micro_batches: list[list[int]], *, steps: int = 3, max_grad_norm: float = 1e9, average=None, decay: float = 0.0, poison=()):
+def linear(
+    micro_batches: list[list[int]],
+    *,
+    steps: int = 3,
+    max_grad_norm: float = 1e9,
+    average=None,
+    decay: float = 0.0,
+    poison=(),
+):
     """SGD steps of least squares on five samples, cut into micro-batches; the parameter and the steps. `poison` are samples of no value."""
     x, y = normal((5, 3), "x"), normal((5,), "y")
     y[list(poison)] = torch.nan

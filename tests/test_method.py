@@ -20,7 +20,7 @@ from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
 from trainer.export import Export, Format
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
-from trainer.method.adapter import probe_outputs, is_noop, layers, merged, parts
+from trainer.method.adapter import is_noop, layers, merged, parts, probe_outputs
 from trainer.model import Family, Weights
 from trainer.model.flux_kontext import FluxKontext
 from trainer.optimizer import SGD, AdamW, AdamW8bit, rounding
@@ -74,15 +74,21 @@ def prediction(run: Run, network: torch.nn.Module) -> torch.Tensor:
 
 def written(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
     parameters = trained(network)
-    return export.write(run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder)
+    return export.write(
+        run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder
+    )
 
 
 # Adapters
 
 
-@pytest.mark.parametrize("precision", [Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.nf4, Compute.bfloat16)])
+@pytest.mark.parametrize(
+    "precision", [Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.nf4, Compute.bfloat16)]
+)
 @EACH_ADAPTER
-def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(family: Family, method: Adapter, precision: Precision):
+def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(
+    family: Family, method: Adapter, precision: Precision
+):
     run = run_of(family, method, precision=precision)
     network = attached(run)
     plain = family.network(precision.dtype(), CPU, precision.stored(family.keep_high, CPU))
@@ -127,7 +133,10 @@ def test_a_stored_base_is_adapted_as_its_dequantised_weights_are(family: Family,
 
 @pytest.mark.parametrize(
     ("method", "moved"),
-    [(Loha(rank=2, alpha=2.0, rank_dropout=0.5), "rank_dropout"), (Lokr(rank=2, alpha=2.0, module_dropout=0.5), "module_dropout")],
+    [
+        (Loha(rank=2, alpha=2.0, rank_dropout=0.5), "rank_dropout"),
+        (Lokr(rank=2, alpha=2.0, module_dropout=0.5), "module_dropout"),
+    ],
 )
 def test_dropout_follows_the_seed_and_is_off_when_nothing_trains(family: Family, method: Adapter, moved: str):
     run = run_of(family, method)
@@ -195,8 +204,12 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "format"), SOURCES, ids=lambda value: value.name if isinstance(value, Format) else type(value).__name__)
-def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(family: Family, method: Adapter, format: Format, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("method", "format"), SOURCES, ids=lambda value: value.name if isinstance(value, Format) else type(value).__name__
+)
+def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(
+    family: Family, method: Adapter, format: Format, tmp_path: Path
+):
     source = run_of(family, method, format)
     network = attached(source, 0.3)
     (path,) = written(source, network, tmp_path)
@@ -214,13 +227,19 @@ def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(family: Fami
 
 def other_name(leaf: str) -> str:
     """A tensor's name as kohya's scripts and LyCORIS have it."""
-    others = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector.weight": "dora_scale"}
+    others = {
+        "lora_A.weight": "lora_down.weight",
+        "lora_B.weight": "lora_up.weight",
+        "lora_magnitude_vector.weight": "dora_scale",
+    }
     return others.get(leaf, leaf)
 
 
 @pytest.mark.parametrize("method", ADAPTERS[:4], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("spelling", ["lycoris_{}", "lora_unet_{}"])
-def test_an_adapter_of_other_trainers_is_read_by_its_names(family: Family, method: Adapter, spelling: str, tmp_path: Path):
+def test_an_adapter_of_other_trainers_is_read_by_its_names(
+    family: Family, method: Adapter, spelling: str, tmp_path: Path
+):
     # LyCORIS takes alpha for nothing where both factors of a LoKr are whole: 1 is the factor of all.
     alpha = 2.0 if isinstance(method, Lokr) else 4.0
     network = attached(run_of(family, dataclasses.replace(method, alpha=alpha)), 0.3)
@@ -243,7 +262,10 @@ def test_what_does_not_fit_is_refused_by_name_with_what_to_type(family: Family, 
     first = next(iter(parts(attached(source))))
     for method, said in (
         (Lora(rank=4, alpha=4.0, targets=["to_q", "to_out.0"]), f"has rank 2 .*{re.escape(first)}.*type method.rank=2"),
-        (Lora(rank=2, alpha=2.0, targets=["to_q", "to_k", "to_out.0"]), r"it lacks \(.*to_k.*Type method.targets=\[to_out.0,to_q\]"),
+        (
+            Lora(rank=2, alpha=2.0, targets=["to_q", "to_k", "to_out.0"]),
+            r"it lacks \(.*to_k.*Type method.targets=\[to_out.0,to_q\]",
+        ),
         (Lora(rank=2, alpha=2.0, targets=["to_q"]), r"it has more \(.*to_out.*Type method.targets=\[to_out.0,to_q\]"),
         (Dora(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
         (Lokr(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
@@ -264,7 +286,7 @@ def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
 
 
 def test_every_method_is_an_option_with_settings_of_its_own():
-    assert set(config.ROOMS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
+    assert set(config.GROUPS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
     assert len({config.option(kind()) for kind in (Lora, Dora, Loha, Lokr, Full)}) == 5
 
 
@@ -313,18 +335,27 @@ def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_and_kept_by_c
     assert moved > 0.999 and left < 0.01
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3, min_8bit_size=16), SGD(lr=1e-2)], ids=lambda o: type(o).__name__)
-def test_an_optimizer_of_bfloat16_weights_continues_from_its_state_bit_for_bit(optimizer, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3, min_8bit_size=16), SGD(lr=1e-2)], ids=lambda o: type(o).__name__
+)
+def test_an_optimizer_of_bfloat16_weights_continues_from_its_state_bit_for_bit(
+    optimizer, monkeypatch: pytest.MonkeyPatch
+):
     def stepped(parameters: list[torch.nn.Parameter], live, steps: range) -> None:
         for step in steps:
             for i, parameter in enumerate(parameters):
                 # One of them has no gradient now and then.
-                parameter.grad = None if i == 1 and step % 2 else normal(tuple(parameter.shape), step, i).to(torch.bfloat16)
+                parameter.grad = (
+                    None if i == 1 and step % 2 else normal(tuple(parameter.shape), step, i).to(torch.bfloat16)
+                )
             live.step()
             assert all(parameter.grad is None for parameter in parameters)
 
     def fresh() -> list[torch.nn.Parameter]:
-        return [torch.nn.Parameter(normal(shape, "weight", shape).to(torch.bfloat16)) for shape in ((64, 8), (5,), (3, 2, 2))]
+        return [
+            torch.nn.Parameter(normal(shape, "weight", shape).to(torch.bfloat16))
+            for shape in ((64, 8), (5,), (3, 2, 2))
+        ]
 
     whole = fresh()
     stepped(whole, optimizer.live(whole, seed=3), range(6))
@@ -337,14 +368,18 @@ def test_an_optimizer_of_bfloat16_weights_continues_from_its_state_bit_for_bit(o
     live = optimizer.live(second, seed=3)
     live.load_state_dict(state)
     stepped(second, live, range(3, 6))
-    assert all(one.dtype == torch.bfloat16 and torch.equal(one, other) for one, other in zip(whole, second, strict=True))
+    assert all(
+        one.dtype == torch.bfloat16 and torch.equal(one, other) for one, other in zip(whole, second, strict=True)
+    )
     other = fresh()
     stepped(other, optimizer.live(other, seed=4), range(6))
     assert not torch.equal(other[0], whole[0])
 
 
 def test_whole_weights_without_masters_stay_in_bfloat16_and_their_average_is_in_float32(family: Family, tmp_path: Path):
-    run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
+    run = run_of(
+        family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16)
+    )
     network = attached(run)
     parameters = trained(network)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
@@ -380,7 +415,9 @@ def test_whole_weights_without_masters_stay_in_bfloat16_and_their_average_is_in_
 
 
 def test_bfloat16_weights_that_only_were_rounded_are_no_result(family: Family, tmp_path: Path):
-    run = run_of(family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16))
+    run = run_of(
+        family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16)
+    )
     with pytest.raises(DataError, match="nothing has changed"):
         written(run, attached(run), tmp_path)
 

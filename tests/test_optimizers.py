@@ -65,12 +65,23 @@ def train(
     targets = [normal(shape, "target", index) for index, shape in enumerate(SHAPES)]
 
     def losses(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum((parameter - target).square().sum() for parameter, target in zip(parameters, targets, strict=True)) * rows["weight"]
+        return (
+            sum((parameter - target).square().sum() for parameter, target in zip(parameters, targets, strict=True))
+            * rows["weight"]
+        )
 
     batches = ((step, [{"weight": torch.tensor([1.0])}]) for step in steps)
     rates = []
     options = {"batch": 1, "max_grad_norm": 1.0, "seed": 0}
-    for _ in fit(parameters, losses, batches, optimizer, lambda step: settings.lr * schedule.factor(step, 30), nullcontext, **options):
+    for _ in fit(
+        parameters,
+        losses,
+        batches,
+        optimizer,
+        lambda step: settings.lr * schedule.factor(step, 30),
+        nullcontext,
+        **options,
+    ):
         rates.append(settings.effective_lr(optimizer))
     return rates
 
@@ -84,7 +95,9 @@ def test_every_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(se
     before = settings.build(first)
     train(settings, first, before, range(1, 4))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(3, {str(i): parameter.detach() for i, parameter in enumerate(first)}, before.state_dict(), None, {})
+    checkpoints.save(
+        3, {str(i): parameter.detach() for i, parameter in enumerate(first)}, before.state_dict(), None, {}
+    )
     loaded = checkpoints.newest()
     again = parameters_of([loaded.weights[str(i)] for i in range(len(SHAPES))])
     after = settings.build(again)
@@ -102,7 +115,9 @@ def test_every_argument_reaches_the_optimizer(settings: Optimizer):
     arguments = getattr(optimizer, "args", None)
     for name, value in asdict(settings).items():
         found = group[name] if name in group else getattr(arguments, name)
-        expected = math.inf if (name, value) == ("growth_rate", None) else tuple(value) if isinstance(value, list) else value
+        expected = (
+            math.inf if (name, value) == ("growth_rate", None) else tuple(value) if isinstance(value, list) else value
+        )
         assert found == expected, name
 
 
@@ -190,7 +205,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> config.Run:
     ],
     ids=str,
 )
-def test_a_learning_rate_that_is_not_set_follows_from_model_method_and_optimizer(run: config.Run, settings: Optimizer, method, rate: float):
+def test_a_learning_rate_that_is_not_set_follows_from_model_method_and_optimizer(
+    run: config.Run, settings: Optimizer, method, rate: float
+):
     assert config.resolved(replace(run, optimizer=settings, method=method)).optimizer.lr == rate
 
 
@@ -210,8 +227,12 @@ def theirs(name: str, warmup: int, steps: int, **options) -> list[float]:
         "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps),
         "cosine": lambda: diffusers.optimization.get_cosine_schedule_with_warmup(optimizer, warmup, steps),
         "floor": lambda: transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, **options),
-        "restarts": lambda: diffusers.optimization.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, steps, **options),
-        "polynomial": lambda: diffusers.optimization.get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, **options),
+        "restarts": lambda: diffusers.optimization.get_cosine_with_hard_restarts_schedule_with_warmup(
+            optimizer, warmup, steps, **options
+        ),
+        "polynomial": lambda: diffusers.optimization.get_polynomial_decay_schedule_with_warmup(
+            optimizer, warmup, steps, **options
+        ),
     }
     (factor,) = functions[name]().lr_lambdas
     return [factor(step) for step in range(steps + 1)]
@@ -241,7 +262,9 @@ def test_schedules_are_those_of_diffusers_and_transformers(ours: LRScheduler, na
 
 
 @pytest.mark.parametrize(
-    "ours", [Linear(min_ratio=0.1), Cosine(min_ratio=0.1), CosineRestarts(min_ratio=0.1), Polynomial(min_ratio=0.1)], ids=str
+    "ours",
+    [Linear(min_ratio=0.1), Cosine(min_ratio=0.1), CosineRestarts(min_ratio=0.1), Polynomial(min_ratio=0.1)],
+    ids=str,
 )
 def test_every_schedule_ends_near_its_floor_and_never_below(ours: LRScheduler):
     factors = [ours.factor(step, 500) for step in range(1, 501)]
@@ -286,7 +309,18 @@ def test_the_effective_rate_is_logged_beside_the_given_one(run: config.Run, tmp_
     ]
     model = ["model=flux_kontext", f"model.path={run.model.path}", "model.text_length=8", "dataset.resolution=32"]
     assert (
-        main([*model, *small, "optimizer=prodigy", "optimizer.d0=1e-4", "lr_scheduler=linear", "steps=3", "batch=2", f"out={tmp_path}"])
+        main(
+            [
+                *model,
+                *small,
+                "optimizer=prodigy",
+                "optimizer.d0=1e-4",
+                "lr_scheduler=linear",
+                "steps=3",
+                "batch=2",
+                f"out={tmp_path}",
+            ]
+        )
         == 0
     )
     (journal,) = tmp_path.glob("*/journal.jsonl")
@@ -312,6 +346,8 @@ parameter.grad = torch.ones(64, 80)
 optimizer.step()
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(config.__file__).parents[2])])}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "told").exists()

@@ -36,7 +36,9 @@ HISTORY = ["The user liked: a red teapot.", "The user liked: a grey cat; a dog. 
 def family(tmp_path_factory: pytest.TempPathFactory) -> PMG:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pmg")
-    return PMG(**dict(setting.removeprefix("model.").split("=") for setting in PMG.tiny(folder)[:2]), max_sequence_length=64)
+    return PMG(
+        **dict(setting.removeprefix("model.").split("=") for setting in PMG.tiny(folder)[:2]), max_sequence_length=64
+    )
 
 
 def network_of(family: PMG, **settings) -> torch.nn.Module:
@@ -47,13 +49,21 @@ def network_of(family: PMG, **settings) -> torch.nn.Module:
 
 def words(family: PMG, captions: list[str]) -> dict[str, torch.Tensor]:
     encoder = family.encoder(torch.device("cpu"))
-    return collate([{part: encoder.encode(part, view(caption, 32, 32)) for part in ("tokens", "tokens_mask")} for caption in captions])
+    return collate(
+        [
+            {part: encoder.encode(part, view(caption, 32, 32)) for part in ("tokens", "tokens_mask")}
+            for caption in captions
+        ]
+    )
 
 
 def test_a_prefix_and_learnt_tokens_are_to_the_language_model_what_words_would_be(family: PMG):
     """Keys and values, and embeddings, of words that it knows: then it must say what it says of a text with these words in it."""
     network = network_of(family, num_image_prompt=3, num_prefix_prompt=2)
-    llm, prompt = AutoModelForCausalLM.from_pretrained(family.llm, dtype=torch.float32).model.eval(), network.soft_prompt
+    llm, prompt = (
+        AutoModelForCausalLM.from_pretrained(family.llm, dtype=torch.float32).model.eval(),
+        network.soft_prompt,
+    )
     before, after = torch.tensor([[1, 70]]), torch.tensor([[80, 81, 82]])
     row = words(family, HISTORY[:1])
     with torch.no_grad():
@@ -98,7 +108,12 @@ def test_a_picture_equals_that_of_the_pipeline_given_the_same_condition(family: 
         latents = family.objective.sample(predict, start, 4, 1.0)
         mine = family.encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
         theirs = pipe(
-            prompt_embeds=liked, negative_prompt_embeds=nothing, latents=start, num_inference_steps=4, guidance_scale=3.0, output_type="np"
+            prompt_embeds=liked,
+            negative_prompt_embeds=nothing,
+            latents=start,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="np",
         ).images
     np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
@@ -108,7 +123,9 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
     x = normal((1, 4, 4, 4), "x")
     family.predict(network.train(), x, torch.tensor([300.0]), words(family, HISTORY[:1])).square().sum().backward()
     assert set(trained(network)) == {name for name in network.state_dict() if name.startswith("soft_prompt.")}
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.soft_prompt.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.soft_prompt.parameters()
+    )
     assert not network.llm.training
 
 
@@ -158,7 +175,8 @@ def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_pat
     assert all(torch.equal(parameter, network.state_dict()[name]) for name, parameter in trained(fresh).items())
     with pytest.raises(UsageError, match="do not fit"):
         begin_from(
-            dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))), network_of(run.model, num_image_prompt=4)
+            dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))),
+            network_of(run.model, num_image_prompt=4),
         )
 
 
@@ -173,8 +191,23 @@ def test_a_soft_prompt_that_did_not_move_is_not_written(trained_run, tmp_path: P
 def test_histories_train_resume_and_are_drawn_for_users_of_the_test_split(tmp_path: Path):
     settings = PMG.tiny(tmp_path / "tiny")
     histories = write_histories(tmp_path / "set")
-    line = ["experiment=pmg_flickr", "precision=fp32", "hardware=cpu", *settings, f"dataset.path={histories}", f"out={tmp_path / 'runs'}"]
-    line += ["epochs=5", "batch=6", "lr_scheduler.warmup=2", "optimizer.lr=1e-2", "sample.steps=2", "tracking=none", "save.every=3"]
+    line = [
+        "experiment=pmg_flickr",
+        "precision=fp32",
+        "hardware=cpu",
+        *settings,
+        f"dataset.path={histories}",
+        f"out={tmp_path / 'runs'}",
+    ]
+    line += [
+        "epochs=5",
+        "batch=6",
+        "lr_scheduler.warmup=2",
+        "optimizer.lr=1e-2",
+        "sample.steps=2",
+        "tracking=none",
+        "save.every=3",
+    ]
 
     def trainer(*arguments: str) -> str:
         ended = start(list(arguments), tmp_path / "output.txt").wait()

@@ -99,7 +99,11 @@ def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run
 
 def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run: Run):
     network = build(replace(run, precision=Precision(Storage.fp8, Compute.bfloat16)), DEVICE)
-    high = {name.partition(".")[0] for name, module in network.named_modules() if type(module) is nn.Linear and "lora_" not in name}
+    high = {
+        name.partition(".")[0]
+        for name, module in network.named_modules()
+        if type(module) is nn.Linear and "lora_" not in name
+    }
     assert high == {"x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"}
     assert isinstance(network.single_transformer_blocks[0].proj_out, StoredLinear)
     others = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -107,14 +111,19 @@ def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.storage.name}-{p.compute.name}")
-def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_gradient(run: Run, precision: Precision):
+def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_gradient(
+    run: Run, precision: Precision
+):
     expected = prediction(run, build(run, DEVICE))
     ours = replace(run, precision=precision)
     network = build(ours, DEVICE)
     found = prediction(ours, network)
     assert ((found - expected).norm() / expected.norm()).item() < ERROR.get(precision.storage, 0.02)
     found.square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained(network).values())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in trained(network).values()
+    )
     assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
 
 
@@ -174,7 +183,9 @@ def test_whole_numbers_are_within_half_a_step_of_the_weights_in_every_type(devia
     found = decode_int8(torch.float32, codes, scale)
     assert ((found - weight).abs() <= 0.501 * scale[:, None]).all()
     # A scale that were rounded again in 16 bits would move a whole row.
-    torch.testing.assert_close(decode_int8(dtype, codes, scale).float(), found, rtol=torch.finfo(dtype).eps, atol=127 * 2**-25)
+    torch.testing.assert_close(
+        decode_int8(dtype, codes, scale).float(), found, rtol=torch.finfo(dtype).eps, atol=127 * 2**-25
+    )
 
 
 @MADE_HERE
@@ -214,7 +225,9 @@ def test_adapters_on_stored_weights_get_the_gradients_of_adapters_on_the_dequant
 
 
 @MADE_HERE
-def test_a_stored_layer_computes_in_the_type_of_autocast_and_hands_gradients_back_in_the_type_of_its_input(storage: Storage):
+def test_a_stored_layer_computes_in_the_type_of_autocast_and_hands_gradients_back_in_the_type_of_its_input(
+    storage: Storage,
+):
     layer, x = stored_layer(storage, nn.Linear(16, 8)), normal((4, 16), "x").requires_grad_()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         y = layer(x)
@@ -285,8 +298,16 @@ def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
 @pytest.mark.parametrize(
     ("precision", "method", "remedy"),
     [
-        (Precision(Storage.bf16, Compute.float32), Lora(alpha=1.0), "precision=fp32, or leave precision.compute=bfloat16"),
-        (Precision(Storage.fp16, Compute.float32), Lora(alpha=1.0), "precision=fp32, or leave precision.compute=float16"),
+        (
+            Precision(Storage.bf16, Compute.float32),
+            Lora(alpha=1.0),
+            "precision=fp32, or leave precision.compute=bfloat16",
+        ),
+        (
+            Precision(Storage.fp16, Compute.float32),
+            Lora(alpha=1.0),
+            "precision=fp32, or leave precision.compute=float16",
+        ),
         (Precision(Storage.fp8, Compute.bfloat16), Full(), "nothing is frozen; type method=lora, or precision=bf16"),
         (Precision(Storage.fp8, Compute.float32), Full(), "precision=fp32"),
         *(
@@ -365,7 +386,9 @@ def test_only_float16_products_need_a_scale():
     assert precision.loss_scale({"value": 8.0, "since": 3}) == LossScale(8.0, 3)
 
 
-def test_a_float16_run_continues_with_its_scale_as_if_it_had_never_stopped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_float16_run_continues_with_its_scale_as_if_it_had_never_stopped(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # A CPU is refused float16 for its slowness alone.
     able = Card(name="CPU", float16=True)
     monkeypatch.setattr(hardware, "card", lambda device: able)
@@ -376,12 +399,16 @@ def test_a_float16_run_continues_with_its_scale_as_if_it_had_never_stopped(run: 
         for stop in stops:
             parent = [f"resume={folders[-1]}"] if stop == 4 and len(stops) > 1 else []
             assert main([*command, "lr_scheduler=constant", f"out={tmp_path / name}", f"steps={stop}", *parent]) == 0
-            folders.append(max((tmp_path / name).glob("*/checkpoints"), key=lambda path: path.stat().st_mtime_ns).parent)
+            folders.append(
+                max((tmp_path / name).glob("*/checkpoints"), key=lambda path: path.stat().st_mtime_ns).parent
+            )
     whole, parts = (Checkpoints(folder / "checkpoints", 9).load(4) for folder in (folders[0], folders[-1]))
     assert whole.state["loss_scale"] == parts.state["loss_scale"]
     assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
     values = [record.get("values", {}) for _, record in read(folders[0] / "journal.jsonl")]
-    assert [value["train/loss_scale"] for value in values if "train/loss" in value][-1] == whole.state["loss_scale"]["value"]
+    assert [value["train/loss_scale"] for value in values if "train/loss" in value][-1] == whole.state["loss_scale"][
+        "value"
+    ]
 
 
 # Checkpoints that are quantised already
@@ -407,8 +434,12 @@ QUANTISERS = {
 
 
 def four_bit_as_bitsandbytes_saves(name: str, weight: torch.Tensor, kind: str, nested: bool) -> dict[str, torch.Tensor]:
-    codes, state = bitsandbytes().functional.quantize_4bit(weight.to(torch.bfloat16), compress_statistics=nested, quant_type=kind)
-    return {f"{name}.weight": codes} | {f"{name}.weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    codes, state = bitsandbytes().functional.quantize_4bit(
+        weight.to(torch.bfloat16), compress_statistics=nested, quant_type=kind
+    )
+    return {f"{name}.weight": codes} | {
+        f"{name}.weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
+    }
 
 
 def quantised_checkpoint(run: Run, how: str, folder: Path) -> tuple[Run, dict[str, torch.Tensor]]:
@@ -455,7 +486,9 @@ def test_a_checkpoint_that_is_quantised_already_is_taken_as_it_is(run: Run, how:
 
 
 @pytest.mark.parametrize("how", ["fp8 as a bare cast", "fp4"])
-def test_an_adapter_on_a_quantised_checkpoint_is_trained_by_the_program_and_merged_into_whole_weights(run: Run, how: str, tmp_path: Path):
+def test_an_adapter_on_a_quantised_checkpoint_is_trained_by_the_program_and_merged_into_whole_weights(
+    run: Run, how: str, tmp_path: Path
+):
     ours, _ = quantised_checkpoint(run, how, tmp_path / "checkpoint")
     command = f"""model=flux_kontext model.path={ours.model.path} model.text_length=8 dataset.resolution=32 dataset.pairs=4 dataset.held_out=1
         hardware.device=cpu method.rank=2 batch=2 steps=2 optimizer.lr=1e-2 evaluation.images=1 sample.steps=1 tracking=none
@@ -470,15 +503,21 @@ def test_an_adapter_on_a_quantised_checkpoint_is_trained_by_the_program_and_merg
 
 
 @pytest.mark.slow
-def test_a_text_encoder_that_is_quantised_too_is_read_by_a_program_that_has_hidden_bitsandbytes(run: Run, tmp_path: Path):
+def test_a_text_encoder_that_is_quantised_too_is_read_by_a_program_that_has_hidden_bitsandbytes(
+    run: Run, tmp_path: Path
+):
     ours, _ = quantised_checkpoint(run, "fp4", tmp_path / "checkpoint")
     folder = tmp_path / "checkpoint" / "text_encoder_2"
     tensors, settings = {}, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
     for name, tensor in files.load_tensors(folder / "model.safetensors").items():
         is_linear = re.search(r"\.[qkvo]\.weight$|\.wi_\d\.weight$", name)
-        tensors |= QUANTISERS["fp4"](name.removesuffix(".weight"), tensor) if is_linear else {name: tensor.to(torch.bfloat16)}
+        tensors |= (
+            QUANTISERS["fp4"](name.removesuffix(".weight"), tensor) if is_linear else {name: tensor.to(torch.bfloat16)}
+        )
     files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"quantization_config": settings})
+    files.write_json(
+        folder / "config.json", files.read_json(folder / "config.json") | {"quantization_config": settings}
+    )
     command = f"""model=flux_kontext model.path={ours.model.path} model.text_length=8 dataset.resolution=32 dataset.pairs=4 dataset.held_out=1
         hardware.device=cpu method.rank=2 batch=2 steps=1 evaluation.images=1 sample.steps=1 tracking=none precision=native
         precision.compute=float32 out={tmp_path / "runs"}""".split()
@@ -486,7 +525,9 @@ def test_a_text_encoder_that_is_quantised_too_is_read_by_a_program_that_has_hidd
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_read(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_read(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     ours, _ = quantised_checkpoint(run, "nf4", tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="is|are quantised already \\(4-bit\\).* type precision=native"):
         foresee(replace(ours, precision=Precision(Storage.nf4, Compute.bfloat16)))
@@ -495,9 +536,7 @@ def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_rea
     foresee(ours)
     with pytest.raises(UsageError, match=r"quantised \(I32\) in a way that is not known"):
         ours.precision.check_types({"a.weight": "I32", "a.bias": "BF16"})
-    command = (
-        f"stage=check model=flux_kontext model.path={ours.model.path} dataset.resolution=32 hardware.device=cpu out={tmp_path}".split()
-    )
+    command = f"stage=check model=flux_kontext model.path={ours.model.path} dataset.resolution=32 hardware.device=cpu out={tmp_path}".split()
     assert main([*command, "precision=fp8"]) == 64
     assert "type precision=native" in capsys.readouterr().err
 

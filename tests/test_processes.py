@@ -64,7 +64,9 @@ class Launched:
         return [process.wait() for process in self.processes]
 
 
-def launch(lab: Lab, out: Path, *settings: str, count: int = 2, before: dict[int, Action] | None = None, **environment: str) -> Launched:
+def launch(
+    lab: Lab, out: Path, *settings: str, count: int = 2, before: dict[int, Action] | None = None, **environment: str
+) -> Launched:
     """The program in `count` processes; `before` sets the scene for single ranks."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {
@@ -114,7 +116,8 @@ def told(ended: list[Ended]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("count", "settings"), [(2, ["batch=5", "hardware.micro_batch=2"]), pytest.param(3, ["batch=2"], marks=pytest.mark.slow)]
+    ("count", "settings"),
+    [(2, ["batch=5", "hardware.micro_batch=2"]), pytest.param(3, ["batch=2"], marks=pytest.mark.slow)],
 )
 def test_processes_that_share_a_batch_unevenly_give_the_losses_of_one(lab: Lab, count: int, settings: list[str]):
     """Of five samples two processes have three and two; of two samples the third process has none."""
@@ -222,7 +225,9 @@ def test_every_adapter_can_lie_beside_a_sharded_network(lab: Lab, method: str):
 def test_sharding_changes_no_bit_of_an_adapter_beside_rounded_weights(lab: Lab, precision: str):
     """Against as many processes with the whole network each: rounded products depend on how a batch is divided."""
     settings = [f"precision={precision}", "batch=5", "hardware.gradient_checkpointing=true"]
-    assert fingerprint(finish(lab, lab.place(), *settings, **SHARDED)) == fingerprint(finish(lab, lab.place(), *settings))
+    assert fingerprint(finish(lab, lab.place(), *settings, **SHARDED)) == fingerprint(
+        finish(lab, lab.place(), *settings)
+    )
 
 
 def test_a_run_goes_on_sharded_or_whole(lab: Lab):
@@ -241,7 +246,10 @@ def test_each_process_holds_its_part_and_no_more(lab: Lab, method: str):
     out = lab.place()
     weighed = {rank: out / f"{rank}" for rank in (0, 1)}
     assert [
-        end.code for end in launch(lab, out, f"method={method}", before={rank: weigh(weighed[rank]) for rank in weighed}, **SHARDED).wait()
+        end.code
+        for end in launch(
+            lab, out, f"method={method}", before={rank: weigh(weighed[rank]) for rank in weighed}, **SHARDED
+        ).wait()
     ] == [0, 0]
     whole, here = zip(*(map(int, path.read_text().split()) for path in weighed.values()), strict=True)
     assert whole[0] == whole[1] and max(here) < (0.6 if method == "full" else 0.65) * whole[0]
@@ -321,7 +329,9 @@ def test_what_fails_in_one_process_of_a_sharded_network_is_said_once_and_ends_al
         ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
     ],
 )
-def test_what_a_sharded_network_cannot_do_is_refused(lab: Lab, settings: list[str], environment: dict[str, str], words: str):
+def test_what_a_sharded_network_cannot_do_is_refused(
+    lab: Lab, settings: list[str], environment: dict[str, str], words: str
+):
     """Before the processes meet, so that one is enough to see it."""
     scene = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **SHARDED, **environment}
     out = lab.place()
@@ -363,7 +373,9 @@ def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
 def test_the_kind_of_launch_that_starts_too_few_processes_says_what_to_type_and_that_works(lab: Lab):
     out = lab.place()
     text, _ = (launcher := accelerate(lab, out, ["--num_processes", "2", "--cpu"])).communicate(timeout=300)
-    assert launcher.returncode and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in text, text
+    assert launcher.returncode and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in text, (
+        text
+    )
     text, _ = (launcher := accelerate(lab, out, ["--multi_gpu", "--num_processes", "2"])).communicate(timeout=300)
     assert launcher.returncode == 0 and "in 2 processes" in text, text
     assert_same_losses(only_run(out), lab.reference())

@@ -120,15 +120,20 @@ def watch(network, calls: list) -> None:
 def samples(controls: int) -> list[Sample]:
     target = Noise("target", WIDTH, HEIGHT)
     return [
-        Sample(caption, target, caption, tuple(Noise(f"{i} {caption}", *size) for i, size in enumerate(CONTROLS[:controls])))
+        Sample(
+            caption,
+            target,
+            caption,
+            tuple(Noise(f"{i} {caption}", *size) for i, size in enumerate(CONTROLS[:controls])),
+        )
         for caption in CAPTIONS
     ]
 
 
 def rows(family: QwenImageEdit, controls: int, drop_caption: bool = False) -> list[dict[str, torch.Tensor]]:
     encoder = family.encoder(torch.device("cpu"))
-    framing = Transform(((WIDTH, HEIGHT),), tuple(CONTROLS))
-    views = [framing.view(sample, drop_caption=drop_caption) for sample in samples(controls)]
+    transform = Transform(((WIDTH, HEIGHT),), tuple(CONTROLS))
+    views = [transform.apply(sample, drop_caption=drop_caption) for sample in samples(controls)]
     parts = family.parts(dict.fromkeys(family.components, ""), controls)
     return [{part: encoder.encode(part, view) for part in parts} for view in views]
 
@@ -175,7 +180,9 @@ def compared(mine: dict, other: dict, place: slice = slice(None)) -> None:
     mask = torch.ones(other["encoder_hidden_states"].shape[:2]) if mask is None else mask
     assert torch.equal(mine["encoder_hidden_states_mask"][place][:, :length], mask.bool())
     assert not mine["encoder_hidden_states_mask"][place][:, length:].any()
-    torch.testing.assert_close(mine["encoder_hidden_states"][place][:, :length], other["encoder_hidden_states"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        mine["encoder_hidden_states"][place][:, :length], other["encoder_hidden_states"], rtol=0, atol=1e-5
+    )
     assert mine["img_shapes"][place] == other["img_shapes"]
     assert mine.keys() - other.keys() == set()
     assert other["guidance"] is None
@@ -224,23 +231,26 @@ def test_the_language_model_is_given_what_the_pipeline_gives_it(name: str, contr
         theirs(family, pipe, slice(i, i + 1), controls)
         # The second call is for the empty prompt, which sees the pictures too.
         for call, dropped in zip(calls[-2:], (False, True), strict=True):
-            found = encoder.inputs(Transform(((WIDTH, HEIGHT),), tuple(CONTROLS)).view(sample, drop_caption=dropped))
+            found = encoder.inputs(Transform(((WIDTH, HEIGHT),), tuple(CONTROLS)).apply(sample, drop_caption=dropped))
             for field in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"):
                 assert torch.equal(found[field], call[field]), field
-    assert len(encoder.inputs(Transform(((WIDTH, HEIGHT),)).view(samples(controls)[0]))["image_grid_thw"]) == controls
+    assert len(encoder.inputs(Transform(((WIDTH, HEIGHT),)).apply(samples(controls)[0]))["image_grid_thw"]) == controls
 
 
 def test_what_is_dropped_of_the_prompt_is_the_system_text(edit: QwenImageEdit):
     encoder = edit.encoder(torch.device("cpu"))
-    ids = encoder.inputs(Transform(((WIDTH, HEIGHT),)).view(samples(1)[0]))["input_ids"][0]
+    ids = encoder.inputs(Transform(((WIDTH, HEIGHT),)).apply(samples(1)[0]))["input_ids"][0]
     assert encoder._tokenizer.decode(ids[:DROPPED]) == SYSTEM
 
 
 def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(plus: QwenImageEdit):
-    encoder, framing = plus.encoder(torch.device("cpu")), Transform(((WIDTH, HEIGHT),))
+    encoder, transform = plus.encoder(torch.device("cpu")), Transform(((WIDTH, HEIGHT),))
     one, other = (sample.controls for sample in samples(2))
     for caption in ("", "make it night"):
-        made = [encoder.encode("prompt", framing.view(Sample("id", one[0], caption, (one[0], second)))) for second in (one[1], other[1])]
+        made = [
+            encoder.encode("prompt", transform.apply(Sample("id", one[0], caption, (one[0], second))))
+            for second in (one[1], other[1])
+        ]
         assert (made[0] - made[1]).abs().max() > 0.01
     made = plus.parts(dict.fromkeys(plus.components, ""), 2)
     assert all(made[name].fields == ("caption", "controls") for name in ("prompt", "prompt_mask"))
@@ -262,7 +272,7 @@ def test_resolution_shift_has_the_published_values(edit: QwenImageEdit):
 
 def test_instructions_that_are_too_long_are_refused(edit: QwenImageEdit):
     few = dataclasses.replace(edit, text_length=10)
-    view = Transform(((WIDTH, HEIGHT),)).view(samples(1)[1])
+    view = Transform(((WIDTH, HEIGHT),)).apply(samples(1)[1])
     with pytest.raises(DataError, match="sample paint the photo of a house and a tree.*type model.text_length="):
         few.encoder(torch.device("cpu")).encode("prompt", view)
     for wrong in ({"text_length": 0}, {"vision_area": 100}):
@@ -300,7 +310,11 @@ def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
     edit.predict(network, x, t, cond).square().sum().backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimizer.step()
-    still = {name.partition(".lora_")[0] for name, parameter in parameters.items() if "lora_B" in name and not parameter.any()}
+    still = {
+        name.partition(".lora_")[0]
+        for name, parameter in parameters.items()
+        if "lora_B" in name and not parameter.any()
+    }
     assert still == {f"transformer_blocks.1.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.2")}
     without = {name.partition(".lora_")[0] for name, parameter in parameters.items() if parameter.grad is None}
     # The queries of the text are joined with the picture's, so theirs is a zero.
@@ -329,7 +343,8 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
     """Targets are the negatives of their controls. Where each has the control and prompt of another, there is less to learn."""
     encoder, parts = edit.encoder(torch.device("cpu")), edit.parts(dict.fromkeys(edit.components, ""), 1)
     views = [
-        TransformedSample(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16) for i in range(64)
+        TransformedSample(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16)
+        for i in range(64)
     ]
     whole = [{part: encoder.encode(part, view) for part in parts} for view in views]
     # As wide as a real VAE's.
@@ -364,7 +379,12 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
 def lora(edit: QwenImageEdit) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
     network = edit.network(torch.float32)
-    method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=[*edit.targets, "add_k_proj", "img_mlp.net.2", "img_mod.1", "proj_out", "img_in"])
+    method = Lora(
+        rank=4,
+        alpha=8.0,
+        dropout=0.5,
+        targets=[*edit.targets, "add_k_proj", "img_mlp.net.2", "img_mod.1", "proj_out", "img_in"],
+    )
     method.attach(network, edit.targets, seed=0)
     before = ours(edit, network.eval())
     with torch.no_grad():
@@ -372,12 +392,16 @@ def lora(edit: QwenImageEdit) -> tuple[Run, torch.nn.Module, np.ndarray]:
             parameter.copy_(0.3 * normal(tuple(parameter.shape), name))
     after = ours(edit, network)
     assert np.abs(after - before).max() > 0.01
-    run = Run(model=edit, method=method, precision=Precision(), export=Export(formats=[Format[name] for name in Lora.formats]))
+    run = Run(
+        model=edit, method=method, precision=Precision(), export=Export(formats=[Format[name] for name in Lora.formats])
+    )
     return run, network, after
 
 
 @pytest.mark.parametrize("format", [Format[name] for name in Lora.formats])
-def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(lora, format: Format, tmp_path: Path, monkeypatch):
+def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
+    lora, format: Format, tmp_path: Path, monkeypatch
+):
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[format]))
     weights = {name: parameter.detach() for name, parameter in trained(network).items()}
@@ -404,7 +428,9 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = export.write(run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    (path,) = export.write(
+        run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path
+    )
     tensors, fresh = load_file(path), run.model.network(torch.float32).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")

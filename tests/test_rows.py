@@ -17,7 +17,7 @@ from trainer.dataset.view import Transform, TransformedSample
 from trainer.objective import Flow
 from trainer.training.batches import Batches
 
-FRAMING = Transform(((32, 32), (48, 32), (32, 48)))
+TRANSFORM = Transform(((32, 32), (48, 32), (32, 48)))
 
 
 class Family:
@@ -36,10 +36,12 @@ def encode(part: str, view: TransformedSample) -> torch.Tensor:
     return torch.full_like(pixels, 0.25) if part == "latents_std" else pixels
 
 
-def batches(samples: list[Sample], folder: Path, parts: tuple[str, ...] = ("latents",), settings: Dataset | None = None, **more) -> Batches:
+def batches(
+    samples: list[Sample], folder: Path, parts: tuple[str, ...] = ("latents",), settings: Dataset | None = None, **more
+) -> Batches:
     cache = Cache(folder, [Part(name, ("mask",) if name == "mask" else ("image",), "made here") for name in parts])
-    cache.fill(cache.missing([FRAMING.view(sample) for sample in samples]), encode)
-    return Batches(samples, cache, Family(), settings or Dataset(), FRAMING, seed=0, batch=6, micro_batch=2, **more)
+    cache.fill(cache.missing([TRANSFORM.apply(sample) for sample in samples]), encode)
+    return Batches(samples, cache, Family(), settings or Dataset(), TRANSFORM, seed=0, batch=6, micro_batch=2, **more)
 
 
 def samples() -> list[Sample]:
@@ -59,7 +61,13 @@ def test_a_micro_batch_has_one_size_and_a_step_all_its_samples(tmp_path: Path):
 
 
 def test_pictures_take_the_size_whose_ratio_is_nearest():
-    assert [(view.width, view.height) for view in map(FRAMING.view, samples())] == [(32, 32), (48, 32), (32, 48), (32, 32), (48, 32)]
+    assert [(view.width, view.height) for view in map(TRANSFORM.view, samples())] == [
+        (32, 32),
+        (48, 32),
+        (32, 48),
+        (32, 32),
+        (48, 32),
+    ]
 
 
 def test_rows_are_filled_up_in_their_first_dimension_only():
@@ -90,8 +98,11 @@ def test_a_posterior_is_drawn_anew_at_each_visit_and_alike_in_each_run(tmp_path:
 
 def test_a_control_that_is_left_away_is_grey_and_has_an_entry_of_its_own():
     sample = Sample("id", Noise("target", 32, 32), "a caption", (Noise("control", 32, 32),))
-    seen, dropped = FRAMING.view(sample), FRAMING.view(sample, drop_control=True)
-    assert set(dropped.picture("control").flatten().tolist()) == {127} and len(set(seen.picture("control").flatten().tolist())) > 100
+    seen, dropped = TRANSFORM.apply(sample), TRANSFORM.apply(sample, drop_control=True)
+    assert (
+        set(dropped.picture("control").flatten().tolist()) == {127}
+        and len(set(seen.picture("control").flatten().tolist())) > 100
+    )
     assert seen.content("control") != dropped.content("control") and seen.content("image") == dropped.content("image")
 
 

@@ -70,7 +70,9 @@ def made(text: str) -> int:
     return sum(int(word) for word in line.split() if word.isdigit())
 
 
-def test_a_refused_member_does_not_stop_the_rest_which_mlflow_shows_under_the_sweep(settings: list[str], tmp_path: Path):
+def test_a_refused_member_does_not_stop_the_rest_which_mlflow_shows_under_the_sweep(
+    settings: list[str], tmp_path: Path
+):
     code, text = ended(start(tmp_path, "-m", "method.rank=0,2", *settings))
     assert code == 1, text
     assert [member["status"] for member in members(tmp_path)] == ["failed", "finished"], text
@@ -80,14 +82,26 @@ def test_a_refused_member_does_not_stop_the_rest_which_mlflow_shows_under_the_sw
     runs = client.search_runs([experiment])
     (top,) = (run for run in runs if "trainer.sweep" in run.data.tags)
     assert top.info.status == "FAILED" and top.info.run_name.startswith("sweep rank=0,2")
-    assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run != top} == {top.info.run_id} and len(runs) == 2
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run != top} == {top.info.run_id} and len(
+        runs
+    ) == 2
     assert all(run.info.status == "FINISHED" for run in runs if run != top)
-    assert "| rank | method.rank |" in top.data.tags["mlflow.note.content"] and "#/compare-runs?" in top.data.tags["mlflow.note.content"]
-    assert {file.path for file in client.list_artifacts(top.info.run_id)} >= {"ranking.csv", "ranking.md", "samples.png"}
+    assert (
+        "| rank | method.rank |" in top.data.tags["mlflow.note.content"]
+        and "#/compare-runs?" in top.data.tags["mlflow.note.content"]
+    )
+    assert {file.path for file in client.list_artifacts(top.info.run_id)} >= {
+        "ranking.csv",
+        "ranking.md",
+        "samples.png",
+    }
 
     assert f"viewStateShareKey={top.info.run_id}" in text
     state = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{top.info.run_id}"])
-    assert state["searchFilter"] == f"tags.mlflow.parentRunId = '{top.info.run_id}'" and "params.`method.rank`" in state["selectedColumns"]
+    assert (
+        state["searchFilter"] == f"tags.mlflow.parentRunId = '{top.info.run_id}'"
+        and "params.`method.rank`" in state["selectedColumns"]
+    )
     assert (
         "**Best: rank=2**" in top.data.tags["mlflow.note.content"]
         and "get-artifact?path=samples.png" in top.data.tags["mlflow.note.content"]
@@ -96,14 +110,24 @@ def test_a_refused_member_does_not_stop_the_rest_which_mlflow_shows_under_the_sw
 
 
 @pytest.mark.slow
-def test_after_a_signal_the_running_member_saves_later_ones_never_start_and_the_same_command_goes_on(settings: list[str], tmp_path: Path):
+def test_after_a_signal_the_running_member_saves_later_ones_never_start_and_the_same_command_goes_on(
+    settings: list[str], tmp_path: Path
+):
     many = ("-m", "seed=1,2,3", *settings, "steps=60", "evaluation.every=60", "tracking=none")
     process = start(tmp_path, *many)
-    wait(lambda: list(tmp_path.glob("*/journal.jsonl")) and "train/loss" in next(tmp_path.glob("*/journal.jsonl")).read_text(), process)
+    wait(
+        lambda: (
+            list(tmp_path.glob("*/journal.jsonl"))
+            and "train/loss" in next(tmp_path.glob("*/journal.jsonl")).read_text()
+        ),
+        process,
+    )
     process.send_signal(signal.SIGTERM)
     code, text = ended(process)
     assert code == 143, text
-    assert [member["status"] for member in members(tmp_path)] == ["stopped", "waiting", "waiting"] and set(logs(tmp_path)) == {1}
+    assert [member["status"] for member in members(tmp_path)] == ["stopped", "waiting", "waiting"] and set(
+        logs(tmp_path)
+    ) == {1}
     assert "saved at step" in logs(tmp_path)[1]
 
     code, text = ended(start(tmp_path, *many))
@@ -172,10 +196,19 @@ def member(number: int, text: str, **known: object) -> sweep.Member:
 
 def test_the_sweep_is_known_by_what_is_asked_and_not_by_where_it_goes_or_how_fast():
     asked = ["method.rank=4,16", "optimizer.lr=1e-4,1e-3"]
-    same = [*reversed(asked), "out=elsewhere", "hardware=cpu", "hardware.workers=2", "tracking=none", "tracking.uri=null"]
+    same = [
+        *reversed(asked),
+        "out=elsewhere",
+        "hardware=cpu",
+        "hardware.workers=2",
+        "tracking=none",
+        "tracking.uri=null",
+    ]
     assert sweep.identity(asked, {}) == sweep.identity(same, {})
     assert (
-        sweep.identity(asked, {}) != sweep.identity([*asked, "seed=1"], {}) != sweep.identity([*asked, "seed=1"], {"params": {"a": "1,2"}})
+        sweep.identity(asked, {})
+        != sweep.identity([*asked, "seed=1"], {})
+        != sweep.identity([*asked, "seed=1"], {"params": {"a": "1,2"}})
     )
 
 
@@ -183,14 +216,27 @@ def test_the_ranking_shows_what_varies_and_puts_those_without_a_loss_last():
     done = {"status": sweep.FINISHED, "last_loss": 0.5, "psnr": 20.0, "minutes": 1.0, "folder": "runs/x"}
     all_of_them = [
         member(1, "method.rank=4 seed=1", best_loss=0.4, **done),
-        member(2, "method.rank=8 seed=1", status=sweep.FAILED, code=70, reason="the loss is not finite", log="2.log", best_loss=0.1),
+        member(
+            2,
+            "method.rank=8 seed=1",
+            status=sweep.FAILED,
+            code=70,
+            reason="the loss is not finite",
+            log="2.log",
+            best_loss=0.1,
+        ),
         member(3, "method.rank=16 seed=1", best_loss=0.3, **done),
         member(4, "method.rank=32 seed=1", best_loss=float("nan"), **done),
     ]
     sweep._vary(all_of_them)
     assert all_of_them[0].varied == {"method.rank": "4"}
     rows = sweep.ranking(all_of_them).splitlines()
-    assert [row.split("|")[1:3] for row in rows[2:6]] == [[" 1 ", " 16 "], [" 2 ", " 4 "], ["  ", " 8 "], ["  ", " 32 "]]
+    assert [row.split("|")[1:3] for row in rows[2:6]] == [
+        [" 1 ", " 16 "],
+        [" 2 ", " 4 "],
+        ["  ", " 8 "],
+        ["  ", " 32 "],
+    ]
     assert rows[-1] == "- method.rank=8: the loss is not finite (log `2.log`)"
     assert sweep.ranking_csv(all_of_them).splitlines()[1].startswith("1,3,16,0.3,0.5,20.0,1.0,finished,")
 
@@ -199,7 +245,9 @@ def test_without_mlflow_nothing_of_it_is_asked():
     assert links(NoTracking(), Sink(), []) == {} == links(MLflow(), Sink(), [])
 
 
-def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert page(NoTracking(), Path("runs")) is None
     assert page(MLflow(uri="http://host:5000"), Path("runs")) == "http://host:5000"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
@@ -216,7 +264,11 @@ def test_the_command_that_serves_the_pages_is_told_with_what_is_not_as_usual(tmp
 
 
 def test_a_heat_map_leaves_unknown_places_empty(tmp_path: Path):
-    picture = curves.draw_heat_map(tmp_path / "map.png", "loss", ("rank", [4, 16]), ("lr", [1e-4, 1e-3]), [[0.2, float("nan")], [0.1, 0.3]])
+    picture = curves.draw_heat_map(
+        tmp_path / "map.png", "loss", ("rank", [4, 16]), ("lr", [1e-4, 1e-3]), [[0.2, float("nan")], [0.1, 0.3]]
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
     nothing = [[float("nan")] * 2] * 2
-    assert curves.draw_heat_map(tmp_path / "empty.png", "loss", ("rank", [4, 16]), ("lr", [1e-4, 1e-3]), nothing).exists()
+    assert curves.draw_heat_map(
+        tmp_path / "empty.png", "loss", ("rank", [4, 16]), ("lr", [1e-4, 1e-3]), nothing
+    ).exists()

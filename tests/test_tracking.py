@@ -41,10 +41,16 @@ def test_a_journal_gives_back_what_was_written(tmp_path):
     assert attempt["kind"] == "attempt" and attempt["loss"] == "NaN" and attempt["folder"] == "a/b"
     assert first["step"] == 1 and first["values"] == {"train/loss": 0.1, "train/lr": 1e-4}
     assert repr(second["values"]) == "{'train/loss': nan, 'train/lr': inf, 'train/grad_norm': -inf}"
-    assert picture["key"] == "samples/0" and picture["path"] == "pictures/step-00000002/0.png" and "house\n" in picture["caption"]
+    assert (
+        picture["key"] == "samples/0"
+        and picture["path"] == "pictures/step-00000002/0.png"
+        and "house\n" in picture["caption"]
+    )
     # Other tools read it too: strict JSON, a line a record.
     lines = (tmp_path / "journal.jsonl").read_text().split("\n")
-    assert all(json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines[:-1]) and lines[-1] == ""
+    assert (
+        all(json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines[:-1]) and lines[-1] == ""
+    )
 
 
 def test_steps_walked_again_after_a_resume_are_not_journaled_twice(tmp_path):
@@ -66,7 +72,9 @@ def test_steps_walked_again_after_a_resume_are_not_journaled_twice(tmp_path):
     assert list(metrics["val/loss"][0]) == [10]
 
 
-@pytest.mark.parametrize("torn", [b'{"time":1.5,"kind":"metr', b"\0\0\0\0", b'{"time":1.5,"kind":"event"}', b"12", b"x" * 200_000])
+@pytest.mark.parametrize(
+    "torn", [b'{"time":1.5,"kind":"metr', b"\0\0\0\0", b'{"time":1.5,"kind":"event"}', b"12", b"x" * 200_000]
+)
 def test_a_line_torn_by_a_kill_spoils_nothing_written_before_or_after(tmp_path, torn):
     with Journal(tmp_path) as journal:
         journal.metrics(1, {"train/loss": 1.0})
@@ -112,7 +120,9 @@ def test_a_full_disk_delays_the_journal_and_does_not_stop_training(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.stderr.count("File too large. What happens is kept in memory") == 2
-    assert "errors.StorageError" in result.stderr and "Raise the limit" in result.stderr  # never lifted: said at the end
+    assert (
+        "errors.StorageError" in result.stderr and "Raise the limit" in result.stderr
+    )  # never lifted: said at the end
     assert list(curves.series(tmp_path)["train/loss"][0]) == list(range(1, 51))
 
 
@@ -149,20 +159,33 @@ def test_without_tracking_mlflow_is_never_imported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "uri", ["sqlite:///a.db", "sqlite:////tmp/a.db?timeout=3", "http://host:5000", "postgresql+psycopg2://me@host/db", "databricks", None]
+    "uri",
+    [
+        "sqlite:///a.db",
+        "sqlite:////tmp/a.db?timeout=3",
+        "http://host:5000",
+        "postgresql+psycopg2://me@host/db",
+        "databricks",
+        None,
+    ],
 )
 def test_addresses_of_databases_and_servers_are_taken(uri):
     assert MLflow(uri=uri).uri == uri
 
 
-@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "sqlite://", "sqlite:///:memory:", "http://", "http://[x", ""])
+@pytest.mark.parametrize(
+    "uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "sqlite://", "sqlite:///:memory:", "http://", "http://[x", ""]
+)
 def test_addresses_that_mlflow_could_not_use_are_refused_with_what_to_type(uri):
-    with pytest.raises(errors.UsageError, match=r"type tracking\.uri=sqlite:///path/to/mlflow\.db or tracking\.uri=http"):
+    with pytest.raises(
+        errors.UsageError, match=r"type tracking\.uri=sqlite:///path/to/mlflow\.db or tracking\.uri=http"
+    ):
         MLflow(uri=uri)
 
 
 @pytest.mark.parametrize(
-    "uri", ["https://me:geheim@host", "https://geheim@host", "postgresql://me:geheim@host/db", "mysql://h/d?password=geheim"]
+    "uri",
+    ["https://me:geheim@host", "https://geheim@host", "postgresql://me:geheim@host/db", "mysql://h/d?password=geheim"],
 )
 def test_an_address_with_a_password_is_refused_without_repeating_it(uri):
     with pytest.raises(errors.UsageError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
@@ -217,7 +240,9 @@ def points(sink: Sink) -> dict[str, list[int]]:
 
 def slider(sink: Sink) -> list[str]:
     """What the step slider of MLflow's UI finds: "key step", each as a full and a small picture."""
-    names = [file.path.removeprefix("images/").split("+") for file in client_of(sink).list_artifacts(sink.run_id, "images")]
+    names = [
+        file.path.removeprefix("images/").split("+") for file in client_of(sink).list_artifacts(sink.run_id, "images")
+    ]
     return sorted(f"{name[0].replace('~', '/')} {name[2]} {name[-1].rpartition('.')[2]}" for name in names)
 
 
@@ -258,7 +283,11 @@ def test_mlflow_shows_all_of_a_run_and_how_it_ended(folder):
     assert slider(sink) == [f"{name} {step} {kind}" for step in (1200, 600) for kind in ("png", "webp")]
     run = client_of(sink).get_run(sink.run_id)
     assert run.info.run_name == "a run" and run.info.artifact_uri.startswith(str(folder.parent / "mlartifacts"))
-    assert run.data.params["optimizer.betas_0_"] == "0.9" and run.data.params["name"] == "" and run.data.params["a/b"] == "1"
+    assert (
+        run.data.params["optimizer.betas_0_"] == "0.9"
+        and run.data.params["name"] == ""
+        and run.data.params["a/b"] == "1"
+    )
     assert run.data.params["dataset.path"].endswith("x... (7000 characters)")
     expected = {
         "attempt.1.device": "cpu",
@@ -295,13 +324,17 @@ def test_the_next_attempt_sends_only_what_mlflow_lacks(folder, caplog):
             raise ZeroDivisionError
         assert second.run_id == first.run_id and status(second) == "FAILED"
         assert points(second)["train/loss"] == list(range(1, 51))
-        assert [name.split()[-2:] for name in slider(second)] == [[step, kind] for step in ("30", "40", "50") for kind in ("png", "webp")]
+        assert [name.split()[-2:] for name in slider(second)] == [
+            [step, kind] for step in ("30", "40", "50") for kind in ("png", "webp")
+        ]
         assert "MLflow keeps the first values of optimizer.lr" in caplog.text
         # A run deleted in the UI comes back as another one, whole.
         client_of(second).delete_run(first.run_id)
         with shown(folder, journal) as third:
             pass
-    assert third.run_id != first.run_id and points(third)["train/loss"] == list(range(1, 51)) and len(slider(third)) == 6
+    assert (
+        third.run_id != first.run_id and points(third)["train/loss"] == list(range(1, 51)) and len(slider(third)) == 6
+    )
 
 
 def test_a_picture_of_which_only_half_arrived_is_there_once_after_another_try(folder):
@@ -350,18 +383,33 @@ def test_runs_whose_process_died_are_ended_by_the_next_one_and_living_ones_left_
         (folder / name).mkdir()
         (folder / name / "lock").touch()
         own = {"trainer.folder": str(folder / name), "trainer.host": socket.gethostname()}
-        return client.create_run(experiment, tags=own | {key.replace("_", "."): value for key, value in tags.items()}).info.run_id
+        return client.create_run(
+            experiment, tags=own | {key.replace("_", "."): value for key, value in tags.items()}
+        ).info.run_id
 
-    dead, alive, away, foreign = running("dead"), running("alive"), running("away", trainer_host="elsewhere"), running("gone")
+    dead, alive, away, foreign = (
+        running("dead"),
+        running("alive"),
+        running("away", trainer_host="elsewhere"),
+        running("gone"),
+    )
     unseen = running("unseen")  # ended well, but MLflow did not answer any more
     files.write_json(folder / "unseen" / "tracking.json", {"run_id": unseen, "status": "FINISHED"})
     (folder / "gone" / "lock").unlink()
     with files.Lock(folder / "alive" / "lock"), Journal(folder) as journal, shown(folder, journal) as sink:
         sink.flush(FOREVER)
     found = {
-        name: mlflow.MlflowClient(uri).get_run(run).info.status for name, run in locals().items() if isinstance(run, str) and len(run) == 32
+        name: mlflow.MlflowClient(uri).get_run(run).info.status
+        for name, run in locals().items()
+        if isinstance(run, str) and len(run) == 32
     }
-    assert found == {"dead": "KILLED", "alive": "RUNNING", "away": "RUNNING", "foreign": "RUNNING", "unseen": "FINISHED"}
+    assert found == {
+        "dead": "KILLED",
+        "alive": "RUNNING",
+        "away": "RUNNING",
+        "foreign": "RUNNING",
+        "unseen": "FINISHED",
+    }
 
 
 def test_a_locked_database_holds_up_nobody_and_loses_nothing(folder):
@@ -434,7 +482,10 @@ class Proxy:
 @contextlib.contextmanager
 def server(out: Path, port: int):
     base = f"http://127.0.0.1:{port}"
-    with open(out / "server.log", "ab") as output, ui.serving(f"sqlite:///{out}/mlflow.db", base, out, output) as process:
+    with (
+        open(out / "server.log", "ab") as output,
+        ui.serving(f"sqlite:///{out}/mlflow.db", base, out, output) as process,
+    ):
         deadline = time.monotonic() + FOREVER
         while not ui._answers(base):
             assert process.poll() is None and time.monotonic() < deadline, (out / "server.log").read_text()
@@ -443,7 +494,9 @@ def server(out: Path, port: int):
 
 
 @pytest.mark.slow  # the server is started twice
-def test_a_server_down_at_the_start_gone_in_the_middle_and_back_lacks_no_point_and_doubles_none(tmp_path, monkeypatch, caplog):
+def test_a_server_down_at_the_start_gone_in_the_middle_and_back_lacks_no_point_and_doubles_none(
+    tmp_path, monkeypatch, caplog
+):
     from trainer.tracking import sink as sinks
 
     caplog.set_level(logging.INFO, "trainer.tracking")
@@ -521,11 +574,15 @@ def test_eight_processes_at_once_on_a_fresh_store_all_finish_and_lose_no_row(tmp
         "    assert shown.flush(120)\n"
         "assert shown.errors == 0, shown.errors\n"
     )
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=FOREVER)
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=FOREVER
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        assert database.execute("SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'").fetchone() == (8, 8)
+        assert database.execute(
+            "SELECT count(*), count(DISTINCT name) FROM runs WHERE status = 'FINISHED'"
+        ).fetchone() == (8, 8)
         assert database.execute("SELECT count(*) FROM metrics").fetchone() == (8 * 500 * 3,)
         assert database.execute("SELECT count(*) FROM experiments WHERE name = 'trainer'").fetchone() == (1,)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(files.PARTIAL)]
@@ -538,7 +595,10 @@ def test_a_process_killed_while_it_makes_the_store_does_not_break_it(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", program, uri], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
     deadline = time.monotonic() + FOREVER
-    while not [path for path in tmp_path.glob(f"{files.PARTIAL}*") if path.stat().st_size > 100_000] and time.monotonic() < deadline:
+    while (
+        not [path for path in tmp_path.glob(f"{files.PARTIAL}*") if path.stat().st_size > 100_000]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -551,7 +611,11 @@ def test_a_process_killed_while_it_makes_the_store_does_not_break_it(tmp_path):
 
 
 def test_curves_table_and_summary_are_made_of_nothing_too(tmp_path):
-    for path in (curves.draw_curves(tmp_path), curves.write_metrics_csv(tmp_path), curves.write_summary(tmp_path, {"status": "failed"})):
+    for path in (
+        curves.draw_curves(tmp_path),
+        curves.write_metrics_csv(tmp_path),
+        curves.write_summary(tmp_path, {"status": "failed"}),
+    ):
         assert path.exists()
     assert (tmp_path / "metrics.csv").read_text() == "step\n"
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
@@ -562,7 +626,9 @@ def test_curves_table_and_summary_tell_what_the_journal_has(tmp_path):
         journal.event("attempt", number=1)
         for step in range(1, 101):
             values = {"train/loss": 30 / step, "train/lr": 1e-3, "train/grad_norm": float("inf") if step == 7 else 1.0}
-            journal.metrics(step, values | {"perf/steps_per_second": 9.5, "system/memory_gib": 1.0, "system/device_memory_gib": 2.0})
+            journal.metrics(
+                step, values | {"perf/steps_per_second": 9.5, "system/memory_gib": 1.0, "system/device_memory_gib": 2.0}
+            )
             if step % 25 == 0:
                 journal.metrics(step, {"val/loss": abs(step - 75) + 0.5, "val/psnr": step / 4})
     table = list(csv.DictReader(curves.write_metrics_csv(tmp_path).read_text().splitlines()))
@@ -571,7 +637,10 @@ def test_curves_table_and_summary_tell_what_the_journal_has(tmp_path):
     ]
     assert table[6]["train/grad_norm"] == "inf" and table[6]["val/loss"] == "" and float(table[74]["val/loss"]) == 0.5
     summary = json.loads(curves.write_summary(tmp_path, {"status": "finished", "steps": 100}).read_text())
-    assert summary["best"]["val/loss"] == {"value": 0.5, "step": 75} and summary["best"]["val/psnr"] == {"value": 25.0, "step": 100}
+    assert summary["best"]["val/loss"] == {"value": 0.5, "step": 75} and summary["best"]["val/psnr"] == {
+        "value": 25.0,
+        "step": 100,
+    }
     assert summary["final"]["train/loss"] == 0.3 and summary["attempts"] == 1 and summary["status"] == "finished"
     before = set(sys.modules)
     picture = curves.draw_curves(tmp_path, "a title").read_bytes()
@@ -605,7 +674,9 @@ def test_the_view_of_children_filters_sorts_and_shows_what_varies_with_pictures_
     state = json.loads(view.children("an id", ["optimizer.lr"], ["samples/1_night"], 40))
     assert state["searchFilter"] == "tags.mlflow.parentRunId = 'an id'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
-    assert "params.`optimizer.lr`" in state["selectedColumns"] and "params.`method.rank`" not in state["selectedColumns"]
+    assert (
+        "params.`optimizer.lr`" in state["selectedColumns"] and "params.`method.rank`" not in state["selectedColumns"]
+    )
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert all(chart["metricSectionId"] in sections for chart in state["compareRunCharts"])
     (picture,) = (chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE")

@@ -77,7 +77,11 @@ def ours(family: UNet, network, guidance: float, steps: int = 3) -> np.ndarray:
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         captioned = family.predict(network, x, t, cond, guidance)
-        return family.guided(captioned, family.predict(network, x, t, bare, guidance), guidance) if guidance != 1 else captioned
+        return (
+            family.guided(captioned, family.predict(network, x, t, bare, guidance), guidance)
+            if guidance != 1
+            else captioned
+        )
 
     with torch.no_grad():
         latents = family.objective.sample(predict, noise(family), steps, 1.0)
@@ -92,7 +96,15 @@ def watch(network, calls: list) -> None:
         result = forward(sample, timestep, **arguments)
         added = arguments.pop("added_cond_kwargs") or {}
         times = torch.as_tensor(timestep).float().expand(len(sample))
-        calls.append({"sample": sample, "timestep": times, "prompt": arguments["encoder_hidden_states"], **added, "result": result[0]})
+        calls.append(
+            {
+                "sample": sample,
+                "timestep": times,
+                "prompt": arguments["encoder_hidden_states"],
+                **added,
+                "result": result[0],
+            }
+        )
         return result
 
     network.forward = noted
@@ -121,10 +133,14 @@ def test_a_picture_drawn_with_guidance_equals_the_pipelines(family: UNet):
 
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_a_checkpoint_that_predicts_velocity_is_drawn_with_as_the_pipeline_draws(family: UNet, prediction: Prediction):
-    family = dataclasses.replace(family, objective=Diffusion(prediction=prediction, schedule=Schedule.squaredcos_cap_v2, timesteps=600))
+    family = dataclasses.replace(
+        family, objective=Diffusion(prediction=prediction, schedule=Schedule.squaredcos_cap_v2, timesteps=600)
+    )
     pipe = pipeline(family)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **family._noise())
-    np.testing.assert_allclose(ours(family, family.network(torch.float32).eval(), 3.0), theirs(family, pipe, 3.0), atol=1e-4)
+    np.testing.assert_allclose(
+        ours(family, family.network(torch.float32).eval(), 3.0), theirs(family, pipe, 3.0), atol=1e-4
+    )
 
 
 def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet):
@@ -156,7 +172,8 @@ def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path)
     before, after = family.digest(digests), changed.digest(digests)
     assert {name for name in before if before[name] != after[name]} == {"vae"}
     changed.save_checkpoint(
-        ((name, tensor.detach()) for name, tensor in changed.network(torch.float32).state_dict().items()), tmp_path / "out"
+        ((name, tensor.detach()) for name, tensor in changed.network(torch.float32).state_dict().items()),
+        tmp_path / "out",
     )
     assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text())["scaling_factor"] == 1.0
 
@@ -186,7 +203,18 @@ def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: 
     assert family.added(cond, torch.zeros(1), 5.0)["time_ids"].tolist() == [[32.0, 56.0, 0.0, 0.0, 32.0, 56.0]]
 
 
-LAYERS = ["proj_in", "proj_out", "conv1", "conv_shortcut", "time_emb_proj", "ff.net.0.proj", "ff.net.2", "conv", "fc1", "fc2"]
+LAYERS = [
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv_shortcut",
+    "time_emb_proj",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv",
+    "fc1",
+    "fc2",
+]
 """Beside the default targets."""
 
 
@@ -213,7 +241,9 @@ def exported(adapted: tuple, format: Format, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", [Format[name] for name in Lora.formats])
-def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(adapted, format: Format, tmp_path: Path):
+def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
+    adapted, format: Format, tmp_path: Path
+):
     family, expected, path = adapted[0].model, adapted[2], exported(adapted, format, tmp_path)
     if format is Format.peft:
         # A folder of peft's is for one network, which here may hold the text encoders too.
@@ -250,7 +280,11 @@ def test_comfyui_finds_every_layer_and_its_alpha(adapted, tmp_path: Path):
         else:
             end = {"": "", "1": "", "2": "_2"}[found["text"]]
             name = f"text_encoder{end}_encoder_layers_{found['layer']}_{found['name']}"
-            name = name if name in layers else f"text_encoder{end}_text_model_encoder_layers_{found['layer']}_{found['name']}"
+            name = (
+                name
+                if name in layers
+                else f"text_encoder{end}_text_model_encoder_layers_{found['layer']}_{found['name']}"
+            )
         weight = layers[name].weight
         weight.data += scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     assert not tensors
@@ -270,7 +304,9 @@ def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(family: 
     run = Run(model=family, method=Full(), precision=Precision(), export=Export(formats=[Format.pipeline]))
     weights = {name: parameter.detach() for name, parameter in trained(network).items()}
     (path,) = export.write(run, network, trained(network), weights, tmp_path)
-    np.testing.assert_allclose(theirs(family, pipeline(dataclasses.replace(family, path=str(path))), 2.0), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        theirs(family, pipeline(dataclasses.replace(family, path=str(path))), 2.0), expected, atol=1e-4
+    )
     assert family.remarks() and "v_prediction" in family.remarks()[0]
     assert dataclasses.replace(family, path=str(path)).remarks() == []
 
@@ -281,7 +317,9 @@ def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(
     x, t = noise(family), torch.tensor([10.0, 700.0])
     for captions in (CAPTIONS, ["", "make it night"]):
         mine = live.predict(live_net, x, t, conditions(live, captions))
-        torch.testing.assert_close(mine, family.predict(frozen_net, x, t, conditions(family, captions)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            mine, family.predict(frozen_net, x, t, conditions(family, captions)), rtol=0, atol=1e-5
+        )
     Lora(rank=2, alpha=2.0).attach(live_net, live.targets, seed=0)
     live_net.enable_gradient_checkpointing()
     live.predict(live_net.train(), x, t, conditions(live, CAPTIONS)).square().sum().backward()

@@ -93,7 +93,9 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
         return 0
     asked = command_line.read(arguments)
     if asked.multirun and rank_and_world_size()[1] > 1:
-        raise UsageError("A sweep starts its members itself: type python -m trainer --multirun without accelerate launch.")
+        raise UsageError(
+            "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
+        )
     with command_line.explained(asked):
         if asked.help:
             print(command_line.manual(asked))
@@ -121,16 +123,22 @@ def unexpected(error: Exception) -> int:
     import tempfile
     import traceback
 
-    log = next((note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")), None)
+    log = next(
+        (note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")), None
+    )
     where = f"the traceback is in {log}"
     if log is None:
         try:
-            with tempfile.NamedTemporaryFile("w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace") as file:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace"
+            ) as file:
                 file.write(redaction.redacted("".join(traceback.format_exception(error))))
             where = f"the traceback is in {file.name}"
         except OSError as reason:
             where = f"its traceback could not be written ({reason})"
-    complain(f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}")
+    complain(
+        f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
+    )
     return 1
 
 

@@ -85,7 +85,9 @@ def fill_cache(run: Run, material: TrainingData) -> None:
     sizes = cache.sizes()
     for part, (count, space) in sizes.items():
         print_line(f"{part:12}{count} entries, {size(space)}")
-    print_line(f"{'in all':12}{sum(count for count, _ in sizes.values())} entries, {size(sum(space for _, space in sizes.values()))}")
+    print_line(
+        f"{'in all':12}{sum(count for count, _ in sizes.values())} entries, {size(sum(space for _, space in sizes.values()))}"
+    )
 
 
 def check(run: Run, material: TrainingData) -> None:
@@ -105,7 +107,9 @@ def check(run: Run, material: TrainingData) -> None:
     bytes_missing = sum(4 * math.prod(shapes(run, view).get(part.name, ())) for part, view in missing)
     kept = (run.save.keep + 1) * training * 4 * (3 + bool(run.ema))
     print_line(f"identity    {config.identity(run)}  (folder {Path(run.out) / config.identity(run)})")
-    print_line(f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train")
+    print_line(
+        f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train"
+    )
     print_line(
         f"training    {steps} steps of {run.batch}: {steps * run.batch / len(material.visited):.1f} epochs; "
         f"{-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
@@ -135,7 +139,9 @@ def shapes(run: Run, view: TransformedSample) -> dict[str, tuple[int, ...]]:
     return run.model.spec(view.height, view.width, [view.size(name)[::-1] for name in view.controls])
 
 
-def train(run: Run, material: TrainingData, signals: Signals, processes: Processes, overrides: list[str]) -> float | None:
+def train(
+    run: Run, material: TrainingData, signals: Signals, processes: Processes, overrides: list[str]
+) -> float | None:
     """Train, or continue from the last checkpoint; the last held-out loss."""
     import yaml
 
@@ -167,11 +173,19 @@ def train(run: Run, material: TrainingData, signals: Signals, processes: Process
         wanted = views(run, material)
         material.cache.keep_for(place.folder, wanted)
         made = encode(run, material, wanted)
-        print_line("cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all"))
+        print_line(
+            "cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all")
+        )
         if faults := material.listing.faults:
             journal.event("left_out", faults=faults)
-            print_line(f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check")
-        for note in (*material.listing.notes, *enlarged(material, material.split.train), *cut(run, material.split.train)):
+            print_line(
+                f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check"
+            )
+        for note in (
+            *material.listing.notes,
+            *enlarged(material, material.split.train),
+            *cut(run, material.split.train),
+        ):
             print_line(f"note: {note}")
         return None
 
@@ -188,7 +202,13 @@ class Training:
     """The live state of one attempt at a run; `place` and `journal` are those of the main process."""
 
     def __init__(
-        self, run: Run, material: TrainingData, place: RunFolder | None, journal: Journal | None, signals: Signals, processes: Processes
+        self,
+        run: Run,
+        material: TrainingData,
+        place: RunFolder | None,
+        journal: Journal | None,
+        signals: Signals,
+        processes: Processes,
     ):
         from trainer.method import trained
         from trainer.training.build import build
@@ -296,7 +316,10 @@ class Training:
 
     def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:
         source = loaded.ema if loaded and loaded.ema else self.trained
-        return {name: sharding.part(source[name].detach().float().clone().to(self.device), like) for name, like in self.trained.items()}
+        return {
+            name: sharding.part(source[name].detach().float().clone().to(self.device), like)
+            for name, like in self.trained.items()
+        }
 
     def _begin(self) -> None:
         """Note where and with what this attempt runs."""
@@ -329,7 +352,7 @@ class Training:
             material.cache,
             run.model,
             run.dataset,
-            material.framing,
+            material.transform,
             run.seed,
             run.batch,
             micro_batch,
@@ -387,10 +410,14 @@ class Training:
             )
         self.warn(f"{text} It is skipped, as up to {most} in a row are.")
 
-    def _pad_micro_batches(self, batches: Batches, steps: Iterator[tuple[int, list[Example]]]) -> Iterator[tuple[int, list[Example]]]:
+    def _pad_micro_batches(
+        self, batches: Batches, steps: Iterator[tuple[int, list[Example]]]
+    ) -> Iterator[tuple[int, list[Example]]]:
         """The same; of a sharded network with as many micro-batches as the process with the most has: in each forward pass all take part."""
         for step, micro_batches in steps:
-            if self.processes.sharded and (lacking := self.processes.max_over_ranks(len(micro_batches)) - len(micro_batches)):
+            if self.processes.sharded and (
+                lacking := self.processes.max_over_ranks(len(micro_batches)) - len(micro_batches)
+            ):
                 micro_batches += [batches.idle(step)] * lacking
             yield step, micro_batches
 
@@ -448,7 +475,9 @@ class Training:
         if self.loss_scale is not None:
             current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
-        kept = self.processes.gathered({"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average})
+        kept = self.processes.gathered(
+            {"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average}
+        )
         with self.signals.held():
             try:
                 if self.processes.main:
@@ -457,7 +486,9 @@ class Training:
                 # The others have given their parts once, and would not for another try at this step.
                 if not or_later or self.processes.sharded:
                     raise
-                self.warn(f"{error} Training goes on; until the next save there is only what was saved at step {self.saved}.")
+                self.warn(
+                    f"{error} Training goes on; until the next save there is only what was saved at step {self.saved}."
+                )
                 return
             self.saved = self.step
             if self.processes.main:
@@ -473,14 +504,18 @@ class Training:
         exported: list[Path] = []
         try:
             # First, for a run that dies meanwhile must not count as finished.
-            exported = export.after_training(self.run, self.network, self.trained, weights_of(folder)[1], folder / "export")
+            exported = export.after_training(
+                self.run, self.network, self.trained, weights_of(folder)[1], folder / "export"
+            )
         except (DataError, UsageError) as error:
             # An adapter that changes nothing is no result, but the run is finished all the same.
             refusal = error
         self.journal.event("finished", step=self.step, how=how)
         self._sum_up("finished", how)
         best, last = self.state["best"], self.state["val_loss"]
-        print_line(f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else ""))
+        print_line(
+            f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else "")
+        )
         used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory(self.device).items()}
         print_line(", ".join(f"{name.replace('_', ' ')} {value:.2f} GiB" for name, value in used.items()))
         print_line(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}")

@@ -132,7 +132,9 @@ class Cache:
             found += [(part, wanted[key]) for key in sorted(wanted.keys() - present)]
         return found
 
-    def fill(self, missing: Iterable[tuple[Part, TransformedSample]], encode: Callable[[str, TransformedSample], Tensor]) -> dict[str, int]:
+    def fill(
+        self, missing: Iterable[tuple[Part, TransformedSample]], encode: Callable[[str, TransformedSample], Tensor]
+    ) -> dict[str, int]:
         """Make what `missing` found; returns how many entries of each part were made. `encode(part_name, view)` gives one entry's tensor.
 
         Raises one errors.DataError as `counted` does.

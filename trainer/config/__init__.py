@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, optimizer, precision, tracking
 from trainer.cache import CacheSettings
+from trainer.config.groups import CONF as CONF
+from trainer.config.groups import GROUPS
 from trainer.core import redaction
 from trainer.core.errors import DataError, UsageError
 from trainer.evaluation.sampling import Sampling
@@ -86,18 +88,7 @@ class Run:
     ema: float | None = None
 
 
-ROOMS = {
-    "model": model.families(),
-    "method": method.OPTIONS,
-    "precision": precision.OPTIONS,
-    "optimizer": optimizer.OPTIONS,
-    "lr_scheduler": lr_scheduler.OPTIONS,
-    "dataset": dataset.OPTIONS,
-    "hardware": hardware.OPTIONS,
-    "evaluation": evaluation.OPTIONS,
-    "tracking": tracking.OPTIONS,
-}
-OPTION_OF = {kind: name for options in ROOMS.values() for name, kind in reversed(options.items())}
+OPTION_OF = {kind: name for options in GROUPS.values() for name, kind in reversed(options.items())}
 DECIDES_WEIGHTS = (
     "model",
     "method",
@@ -114,7 +105,17 @@ DECIDES_WEIGHTS = (
 )
 POST_TRAINING_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
 """Stages that work on a run that is there, with its own settings."""
-FREE_IN_POST_TRAINING_STAGES = ("stage", "run", "out", "sample", "export", "evaluation", "hardware", "cache", "dataset.path")
+FREE_IN_POST_TRAINING_STAGES = (
+    "stage",
+    "run",
+    "out",
+    "sample",
+    "export",
+    "evaluation",
+    "hardware",
+    "cache",
+    "dataset.path",
+)
 """What may be typed beside `run`."""
 
 
@@ -123,7 +124,7 @@ def register() -> None:
     """Offer the dataclasses to Hydra as `schema/run` and `schema/<room>/<option>`, on which the yaml files build."""
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=Run)
-    for room, options in ROOMS.items():
+    for room, options in GROUPS.items():
         for name, settings in options.items():
             schema = OmegaConf.structured(settings)
             for _, value in schema.items_ex(resolve=False):
@@ -158,13 +159,17 @@ def contradictions(run: Run | DictConfig) -> None:
     """The rules on which run is meant. Raises errors.UsageError."""
     if run.stage in POST_TRAINING_STAGES:
         if run.run is None:
-            raise UsageError(f"stage={run.stage.value} works on a run that is there; type run=ID (a folder of {run.out}/) or run=FOLDER")
+            raise UsageError(
+                f"stage={run.stage.value} works on a run that is there; type run=ID (a folder of {run.out}/) or run=FOLDER"
+            )
         if run.resume is not None:
             raise UsageError(
                 f"resume={run.resume} continues training, which stage={run.stage.value} does not; type run={run.resume} instead"
             )
     elif run.run is not None:
-        raise UsageError(f"run={run.run} goes with stage=evaluate, sample or export; to continue training type resume={run.run}")
+        raise UsageError(
+            f"run={run.run} goes with stage=evaluate, sample or export; to continue training type resume={run.run}"
+        )
     if run.resume is not None and run.fresh:
         raise UsageError(
             "resume and fresh=true contradict each other; type resume=FOLDER to continue that run, or fresh=true for a new one"
@@ -175,7 +180,9 @@ def continued(composed: DictConfig, folder: Path, overrides: Sequence[str]) -> D
     """The settings that the run in `folder` wrote down, under those of `composed` that were typed."""
     typed = [text.lstrip("+").partition("=")[0] for text in overrides]
     if composed.stage in POST_TRAINING_STAGES:
-        others = [key for key in typed if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_IN_POST_TRAINING_STAGES))]
+        others = [
+            key for key in typed if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_IN_POST_TRAINING_STAGES))
+        ]
         if others:
             raise UsageError(
                 f"stage={composed.stage.value} uses the own settings of the run in {folder}, so {', '.join(others)} cannot be typed beside it; "
@@ -183,7 +190,7 @@ def continued(composed: DictConfig, folder: Path, overrides: Sequence[str]) -> D
             )
     path = folder / "config.yaml"
     # An experiment sets many keys at once: what it composes is then compared as a whole.
-    whole = any(is_group(key) and key not in ROOMS for key in typed)
+    whole = any(is_group(key) and key not in GROUPS for key in typed)
     if composed.stage not in POST_TRAINING_STAGES and (whole or not path.is_file()):
         return composed
     own = written(path)
@@ -208,10 +215,18 @@ def written(path: Path) -> DictConfig:
     try:
         values = yaml.safe_load(path.read_text())
         schema = OmegaConf.structured(Run)
-        for room, options in ROOMS.items():
+        for room, options in GROUPS.items():
             schema[room] = OmegaConf.structured(options[values[room].pop("kind")])
         return OmegaConf.merge(schema, values)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
         raise DataError(
             f"{path} does not hold the settings of a run ({str(error).splitlines()[0]}); restore it, or start a run of its own"
         ) from error
@@ -234,14 +249,19 @@ def resolved(run: Run) -> Run:
     if run.optimizer.lr is None:
         rate = run.optimizer.own_lr or suggested.learning_rate.get(kind)
         if rate is None:
-            raise UsageError(f"this model names no learning rate for method={kind}; type optimizer.lr=1e-4 or another number")
+            raise UsageError(
+                f"this model names no learning rate for method={kind}; type optimizer.lr=1e-4 or another number"
+            )
         run = replace(run, optimizer=replace(run.optimizer, lr=rate))
     if getattr(run.method, "alpha", 0) is None:
         run = replace(run, method=replace(run.method, alpha=run.method.rank * run.method.alpha_per_rank))
     if not getattr(run.method, "targets", True):
         run = replace(run, method=replace(run.method, targets=list(run.model.targets)))
     if getattr(run.dataset, "task", 0) is None:
-        run = replace(run, dataset=replace(run.dataset, task=dataset.Task.edit if max(run.model.controls) else dataset.Task.describe))
+        run = replace(
+            run,
+            dataset=replace(run.dataset, task=dataset.Task.edit if max(run.model.controls) else dataset.Task.describe),
+        )
     # A square in one spelling.
     width, height = run.dataset.size() or (suggested.resolution, suggested.resolution)
     run = replace(run, dataset=replace(run.dataset, resolution=str(width) if width == height else f"{width}x{height}"))
@@ -262,7 +282,9 @@ def check(run: Run) -> None:
             if isinstance(item, float) and not math.isfinite(item):
                 raise UsageError(f"{name}={value} is not finite; type a number")
             if isinstance(item, str) and redaction.inside(item):
-                raise UsageError(f"{name} holds an access token or a password, which would be written into the run's folder; leave it out")
+                raise UsageError(
+                    f"{name} holds an access token or a password, which would be written into the run's folder; leave it out"
+                )
     for name in ("steps", "epochs", "batch"):
         value = getattr(run, name)
         if value is not None and value < 1:
@@ -283,7 +305,9 @@ def check(run: Run) -> None:
             f"skip_nonfinite={run.skip_nonfinite} is no number of steps; type 0 to stop at the first loss that is not finite, or how many in a row to skip"
         )
     if run.ema is not None and not 0 < run.ema < 1:
-        raise UsageError(f"ema={run.ema:g} is no decay between 0 and 1; type for example ema=0.999, or ema=null for none")
+        raise UsageError(
+            f"ema={run.ema:g} is no decay between 0 and 1; type for example ema=0.999, or ema=null for none"
+        )
     if getattr(run.method, "alpha", 1) <= 0:
         raise UsageError(
             f"method.alpha={run.method.alpha:g} leaves the adapter without effect; type a number above 0 (also for method.alpha_per_rank)"
@@ -324,14 +348,20 @@ def check_card(run: Run, card: hardware.Card) -> None:
     lacking = [kind.value for kind in (storage, compute) if able.get(kind.value) is False]
     if lacking:
         instead = next((kind for kind, can in able.items() if can), "float32")
-        remedy = f"precision={precision.Storage(instead).name}" if storage.value in lacking else f"precision.compute={instead}"
+        remedy = (
+            f"precision={precision.Storage(instead).name}"
+            if storage.value in lacking
+            else f"precision.compute={instead}"
+        )
         raise UsageError(f"hardware: {card.name} is not made to train in {lacking[0]}; type {remedy}")
     if storage.needs_bitsandbytes and card.bitsandbytes is False:
         raise UsageError(
             f"precision={storage.name} is read by bitsandbytes, which does not run on {card.name}; type precision=fp8 or precision=int8"
         )
     if run.optimizer.needs_bitsandbytes and card.bitsandbytes is False:
-        raise UsageError(f"optimizer={option(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw")
+        raise UsageError(
+            f"optimizer={option(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw"
+        )
 
 
 def check_sharded(run: Run) -> None:
@@ -339,7 +369,9 @@ def check_sharded(run: Run) -> None:
     whole = "or start it without accelerate's FSDP, where each process holds the whole network (launch/gpus.yaml)"
     storage = run.precision.storage
     if storage.needs_bitsandbytes or storage is precision.Storage.native:
-        raise UsageError(f"precision={storage.name}: weights packed so cannot be divided among processes; type precision=fp8, {whole}")
+        raise UsageError(
+            f"precision={storage.name}: weights packed so cannot be divided among processes; type precision=fp8, {whole}"
+        )
     if run.method.reads_inside:
         raise UsageError(
             f"method={option(run.method)} reads weights outside of a forward pass, where each process has a part of them; start it "
@@ -350,9 +382,13 @@ def check_sharded(run: Run) -> None:
             f"optimizer={option(run.optimizer)} needs whole tensors, and each process has a part of them; type optimizer=adamw, {whole}"
         )
     if getattr(run.method, "master_weights", method.Master.fp32) is method.Master.none:
-        raise UsageError(f"method.master_weights=none rounds whole tensors, and each process has a part of them; leave it out, {whole}")
+        raise UsageError(
+            f"method.master_weights=none rounds whole tensors, and each process has a part of them; leave it out, {whole}"
+        )
     if run.hardware.compile:
-        raise UsageError(f"hardware.compile=true does not go with a network that is divided among processes; leave it out, {whole}")
+        raise UsageError(
+            f"hardware.compile=true does not go with a network that is divided among processes; leave it out, {whole}"
+        )
     if run.export.formats and Format.pipeline in run.export.formats:
         raise UsageError(
             "export.formats: no process has the whole network that pipeline writes; leave it out, and type stage=export run=<id> "
@@ -415,7 +451,7 @@ def decisive(run: Run) -> dict[str, Any]:
     settings = {name: everything[name] for name in DECIDES_WEIGHTS}
     del settings["model"]["suggested"]
     del settings["dataset"]["path"]
-    for room, options in ROOMS.items():
+    for room, options in GROUPS.items():
         # Options that share a dataclass differ by its values alone; the kind of all would be the name of the first.
         if room in settings and list(options.values()).count(type(getattr(run, room))) > 1:
             del settings[room]["kind"]
@@ -443,7 +479,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` for each dotted name whose value is not the same."""
     old, new = flat(old), flat(new)
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
 
 
 def keys(composed: DictConfig, prefix: str = "") -> list[str]:
@@ -462,13 +500,18 @@ def _walk(node: DictConfig, prefix: str) -> Iterator[tuple[str, bool]]:
     for name in node:
         yield f"{prefix}{name}", name in known
         value = node._get_node(name)
-        if OmegaConf.is_dict(value) and not value._is_none() and not value._is_missing() and not value._is_interpolation():
+        if (
+            OmegaConf.is_dict(value)
+            and not value._is_none()
+            and not value._is_missing()
+            and not value._is_interpolation()
+        ):
             yield from _walk(value, f"{prefix}{name}.")
 
 
 def is_group(key: str) -> bool:
     """Whether an override of this key chooses an option of a group: all that is no setting."""
-    return "." not in key and (key in ROOMS or key not in {f.name for f in fields(Run)})
+    return "." not in key and (key in GROUPS or key not in {f.name for f in fields(Run)})
 
 
 def unknown(wrong: str, known: Sequence[str]) -> str:

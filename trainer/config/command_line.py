@@ -18,14 +18,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from trainer import config
+from trainer.config.groups import CONF
 from trainer.core import redaction
 from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-# Inside the package in an installed wheel, beside it in a checkout.
-CONF = next(folder / "conf" for folder in Path(__file__).parents[1:3] if (folder / "conf").is_dir())
 
 MANUAL = """\
 Fine-tune an image model, and watch it learn.
@@ -67,7 +66,9 @@ def read(arguments: Sequence[str]) -> Namespace:
     asked = parser.parse_intermixed_args(arguments)
     asked.flags = [argument for argument in arguments if argument not in asked.overrides]
     if asked.experimental_rerun is not None:
-        raise UsageError("--experimental-rerun would execute what a pickle holds; type the run's own command again to continue it.")
+        raise UsageError(
+            "--experimental-rerun would execute what a pickle holds; type the run's own command again to continue it."
+        )
     if asked.config_path is not None or asked.config_name is not None:
         raise UsageError(
             "--config-path and --config-name would leave out the program's own settings; to add to them, "
@@ -80,12 +81,16 @@ def read(arguments: Sequence[str]) -> Namespace:
     if asked.resolve and not (asked.cfg or asked.help):
         raise UsageError("--resolve goes with --cfg job; type --cfg job --resolve.")
     if asked.shell_completion:
-        if len(asked.overrides) != 1 or not re.fullmatch(r"(install|uninstall|query)=(bash|fish|zsh)", asked.overrides[0]):
+        if len(asked.overrides) != 1 or not re.fullmatch(
+            r"(install|uninstall|query)=(bash|fish|zsh)", asked.overrides[0]
+        ):
             raise UsageError("--shell-completion takes install=bash (or uninstall, fish, zsh).")
         return asked
     asked.overrides = [guard(text, sweep=asked.multirun) for text in asked.overrides]
     # Hydra knows no null for a group, though it may be what the yaml says.
-    asked.overrides = [text for text in asked.overrides if not (text.endswith("=null") and config.is_group(text.partition("=")[0]))]
+    asked.overrides = [
+        text for text in asked.overrides if not (text.endswith("=null") and config.is_group(text.partition("=")[0]))
+    ]
     return asked
 
 
@@ -103,12 +108,16 @@ def guard(text: str, sweep: bool) -> str:
         raise UsageError(f"{text}: a group has one place; type {key.partition('@')[0]}={value}.")
     if key == "schema" or ("/" in key and "hydra" not in key):
         raise UsageError(f"{key}: there is no such group; --help lists them.")
-    if key in config.ROOMS and (value in ("", "null") or value.startswith("[") or text.startswith("~")):
+    if key in config.GROUPS and (value in ("", "null") or value.startswith("[") or text.startswith("~")):
         raise UsageError(f"{text}: a run has one {key}; type {key}=OPTION, one of {', '.join(options(key))}.")
-    if config.is_group(key) and re.search(r"\.\.|\$|\\|(?<![\w-])[/~]" + ("|/" if key in config.ROOMS else ""), value):
-        path = f"type {key}.path={value}" if key in ("model", "dataset") else "for yaml files of your own see --config-dir in --help"
+    if config.is_group(key) and re.search(r"\.\.|\$|\\|(?<![\w-])[/~]" + ("|/" if key in config.GROUPS else ""), value):
+        path = (
+            f"type {key}.path={value}"
+            if key in ("model", "dataset")
+            else "for yaml files of your own see --config-dir in --help"
+        )
         raise UsageError(f"{text}: an option is a name and not a path; {path}.")
-    if text.startswith("+") and (key in config.ROOMS or key == "experiment"):
+    if text.startswith("+") and (key in config.GROUPS or key == "experiment"):
         raise UsageError(f"{text}: type it without +.")
     if text.startswith("~"):
         raise UsageError(f"{text}: nothing can be taken out of the settings; leave it out, or type {key}=null.")
@@ -131,7 +140,9 @@ def guard(text: str, sweep: bool) -> str:
             ) from None
         text = quoted
     if override.is_sweep_override() and not sweep:
-        raise UsageError(f"{text}: several values are a sweep; type --multirun beside it, or {key}=[{value}] for a list.")
+        raise UsageError(
+            f"{text}: several values are a sweep; type --multirun beside it, or {key}=[{value}] for a list."
+        )
     return text
 
 
@@ -170,10 +181,10 @@ def explain(error: Exception, asked: Namespace) -> str:
     where = f"{file[1]}.yaml: " if file else ""
     key = getattr(cause, "full_key", None) or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) or re.search(r"Key '[^']+' (is )?not in", text):
-        if file and key == file[1].partition("/")[0] and key not in config.ROOMS:
+        if file and key == file[1].partition("/")[0] and key not in config.GROUPS:
             return f"{where}its first line must be # @package _global_, or all in it belongs to a setting called {key}."
         # A file that is at fault cannot be composed; the rooms can.
-        return where + config.unknown(key, config.keys(preview(asked, chosen(asked, config.ROOMS if file else None))))
+        return where + config.unknown(key, config.keys(preview(asked, chosen(asked, config.GROUPS if file else None))))
     if key and (wanted := config.expected_type(str(cause))):
         typed = re.match(r"Error merging override (.*)", text)
         if typed and typed[1].lstrip("+").startswith(f"{key}="):
@@ -204,7 +215,9 @@ def chosen(asked: Namespace, groups: Collection[str] | None = None) -> list[str]
     """The overrides that choose an option of one of these groups; None: of any."""
     pairs = (text.lstrip("+").partition("=") for text in asked.overrides)
     return [
-        f"{key}={option}" for key, _, option in pairs if (groups is None or key in groups) and (CONF / key).is_dir() and "," not in option
+        f"{key}={option}"
+        for key, _, option in pairs
+        if (groups is None or key in groups) and (CONF / key).is_dir() and "," not in option
     ]
 
 
@@ -213,9 +226,10 @@ def manual(asked: Namespace) -> str:
     settings = preview(asked, asked.overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        others = sorted({path.name for path in CONF.iterdir() if path.is_dir()} - {*config.ROOMS, "hydra"})
+        others = sorted({path.name for path in CONF.iterdir() if path.is_dir()} - {*config.GROUPS, "hydra"})
         groups = {
-            group: loader.get_group_options(group, config_name="config", overrides=_searched(asked)) for group in (*config.ROOMS, *others)
+            group: loader.get_group_options(group, config_name="config", overrides=_searched(asked))
+            for group in (*config.GROUPS, *others)
         }
     width = max(map(len, groups))
     listed = "\n".join(f"  {group:<{width}}  {', '.join(names)}" for group, names in groups.items() if names)

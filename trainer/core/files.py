@@ -109,7 +109,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise errors.DataError(f"{path} cannot be read as safetensors, the only kind of weights that is read here ({error})") from error
+        raise errors.DataError(
+            f"{path} cannot be read as safetensors, the only kind of weights that is read here ({error})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -138,7 +140,9 @@ def check_safetensors(path: Path) -> None:
         with safetensors.safe_open(path, "np"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise errors.DataError(f"{path} is not the safetensors file it claims to be ({error}). Restore it, or type another.") from error
+        raise errors.DataError(
+            f"{path} is not the safetensors file it claims to be ({error}). Restore it, or type another."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,7 +157,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path} is not the JSON file it claims to be: {error}. Restore it, or move it away.") from None
+        raise errors.DataError(
+            f"{path} is not the JSON file it claims to be: {error}. Restore it, or move it away."
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -276,7 +282,9 @@ class Digests:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database, database:
                 # One row a file, so edited files replace their rows; text, since an inode may exceed SQLite's signed 64 bits.
-                database.execute("CREATE TABLE IF NOT EXISTS digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID"
+                )
                 database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
 
     def _read(self) -> dict[str, tuple[str, str]]:
@@ -290,7 +298,9 @@ class Digests:
 
 
 def _identity(status: os.stat_result, what: str = "") -> tuple[str, str]:
-    return f"{status.st_dev}:{status.st_ino}" + (f":{what}" if what else ""), f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+    return f"{status.st_dev}:{status.st_ino}" + (
+        f":{what}" if what else ""
+    ), f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 class Lock:

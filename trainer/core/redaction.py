@@ -6,7 +6,9 @@ import logging
 import os
 import re
 
-FORM = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})")
+FORM = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})"
+)
 """As Hugging Face, OpenAI and its likes, GitHub and Amazon make them."""
 NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 LEAST = 8
@@ -15,7 +17,11 @@ LEAST = 8
 
 def known() -> list[str]:
     """The values of the environment that are secrets by the names of their variables, the longest first."""
-    return sorted((value for name, value in os.environ.items() if NAME.search(name) and len(value) >= LEAST), key=len, reverse=True)
+    return sorted(
+        (value for name, value in os.environ.items() if NAME.search(name) and len(value) >= LEAST),
+        key=len,
+        reverse=True,
+    )
 
 
 def inside(text: str) -> bool:

@@ -61,16 +61,22 @@ class Dataset:
         for size in self.buckets if isinstance(self.buckets, list) else ():
             _parsed("buckets", size)
         if self.bucket_ratio < 1:
-            raise UsageError(f"dataset.bucket_ratio={self.bucket_ratio:g} is no longer side over the shorter: type 1 or more.")
+            raise UsageError(
+                f"dataset.bucket_ratio={self.bucket_ratio:g} is no longer side over the shorter: type 1 or more."
+            )
         if self.max_upscale is not None and self.max_upscale < 1:
             raise UsageError(
                 f"dataset.max_upscale={self.max_upscale:g} is less than the picture itself: type 1 or more, or null for no bound."
             )
         if not 0 <= self.validation_fraction < 1:
-            raise UsageError(f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99.")
+            raise UsageError(
+                f"dataset.validation_fraction={self.validation_fraction} is no share of the samples: type 0 to 0.99."
+            )
         for name in ("caption_dropout", "control_dropout", "mask_floor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1.")
+                raise UsageError(
+                    f"dataset.{name}={getattr(self, name)} is no number from 0 to 1; type one, such as dataset.{name}=0.1."
+                )
         if self.on_fault not in ("stop", "skip"):
             raise UsageError(f"dataset.on_fault={self.on_fault} is unknown: type stop or skip.")
         if self.limit is not None and self.limit < 1:
@@ -86,7 +92,9 @@ class Dataset:
             raise UsageError("This data set needs a folder: type dataset.path=FOLDER.")
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            raise DataError(f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one.")
+            raise DataError(
+                f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}). Type the right one."
+            )
         return folder
 
     def read(self, digests: Digests) -> Listing:
@@ -134,7 +142,9 @@ class Csv(Table):
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
         if self.delimiter is not None and len(self.delimiter) != 1:
-            raise UsageError(f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'")
+            raise UsageError(
+                f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'"
+            )
 
     def read(self, digests: Digests) -> Listing:
         from trainer.dataset import csv
@@ -197,7 +207,9 @@ class Concepts(Dataset):
                 raise UsageError(f"dataset.triggers: that of {name} is empty; leave it out for captions as they are")
         for name, weight in self.weights.items():
             if not 0 < weight < math.inf:
-                raise UsageError(f"dataset.weights: {weight:g} for {name} is no weight of a loss; type a number above 0")
+                raise UsageError(
+                    f"dataset.weights: {weight:g} for {name} is no weight of a loss; type a number above 0"
+                )
         for name, count in self.repeats.items():
             if count < 1:
                 raise UsageError(f"dataset.repeats: {count} for {name} visits nothing; type 1 or more")
@@ -250,7 +262,9 @@ class Demo(Dataset):
             )
         for name, value in (("pairs", self.pairs), ("held_out", self.held_out)):
             if value < 1:
-                raise UsageError(f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more.")
+                raise UsageError(
+                    f"dataset.{name}={value} is no number of pictures to draw: type dataset.{name}=1 or more."
+                )
 
     def read(self, digests: Digests) -> Listing:
         from trainer.dataset import demo
@@ -292,7 +306,7 @@ def read(settings: Dataset, digests: Digests) -> list[Sample]:
     return limited(listing.samples, settings.limit)
 
 
-def surveyed(settings: Dataset, digests: Digests, framing: Transform, progress: Progress) -> Listing:
+def surveyed(settings: Dataset, digests: Digests, transform: Transform, progress: Progress) -> Listing:
     """The data set with every picture decoded once: those samples, ordered and limited, of which all can be used, and all faults.
 
     Raises errors.UsageError without a path, errors.DataError where the folder is no data set of this layout.
@@ -305,11 +319,17 @@ def surveyed(settings: Dataset, digests: Digests, framing: Transform, progress: 
     digests.flush()
     good = []
     for sample in samples:
-        faults = [f"{source.name}: {facts[source].fault}" for source in survey.sources(sample) if source in facts and facts[source].fault]
+        faults = [
+            f"{source.name}: {facts[source].fault}"
+            for source in survey.sources(sample)
+            if source in facts and facts[source].fault
+        ]
         size = sample.image.size()
-        factor = buckets.enlargement(size, buckets.nearest(size, framing.sizes))
+        factor = buckets.enlargement(size, buckets.nearest(size, transform.sizes))
         if not faults and settings.max_upscale is not None and factor > settings.max_upscale:
-            faults = [f"{sample.image.name}: {size[0]} x {size[1]} pixels would be enlarged {factor:.1f} times (dataset.max_upscale)"]
+            faults = [
+                f"{sample.image.name}: {size[0]} x {size[1]} pixels would be enlarged {factor:.1f} times (dataset.max_upscale)"
+            ]
         listing.faults += faults
         if not faults:
             good.append(sample)
@@ -325,7 +345,7 @@ def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     return sorted((sample for group in groups.values() for sample in group[:limit]), key=lambda sample: sample.id)
 
 
-def framing(settings: Dataset, multiple: int) -> Transform:
+def transform(settings: Dataset, multiple: int) -> Transform:
     """The sizes of a data set's pictures for a model that takes sides divisible by `multiple`. Raises errors.UsageError."""
     from trainer.dataset import buckets
     from trainer.dataset.view import Transform
@@ -335,10 +355,14 @@ def framing(settings: Dataset, multiple: int) -> Transform:
         if any(side % multiple for side in size):
             nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
             typed = f"[...,{nearest}]" if key == "buckets" else nearest
-            raise UsageError(f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}")
+            raise UsageError(
+                f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}"
+            )
         return size
 
-    control = (checked("control_resolution", settings.control_resolution),) if settings.control_resolution is not None else ()
+    control = (
+        (checked("control_resolution", settings.control_resolution),) if settings.control_resolution is not None else ()
+    )
     if isinstance(settings.buckets, list):
         return Transform(tuple(dict.fromkeys(checked("buckets", text) for text in settings.buckets)), control)
     size = checked("resolution", settings.resolution)
@@ -362,7 +386,9 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
     errors.DataError where there is nothing to train on, or nothing to hold out.
     """
     sides = Split([], [])
-    free = sorted((sample for sample in samples if sample.split is None), key=lambda sample: rng.uniform("split", sample.id))
+    free = sorted(
+        (sample for sample in samples if sample.split is None), key=lambda sample: rng.uniform("split", sample.id)
+    )
     held_out = sum(rng.uniform("split", sample.id) < fraction for sample in free)
     if fraction > 0 and len(free) == len(samples) > 1:
         held_out = min(max(held_out, 1), len(free) - 1)
@@ -372,7 +398,11 @@ def split(samples: Sequence[Sample], fraction: float, *, where: str) -> Split:
         getattr(sides, side).append(sample)
     counts = f"{where}: of {len(samples)} samples {len(sides.train)} are for training and {len(sides.validation)} for validation"
     if not sides.train:
-        remedy = "type a smaller dataset.validation_fraction or a larger dataset.limit" if samples else "is this the right folder?"
+        remedy = (
+            "type a smaller dataset.validation_fraction or a larger dataset.limit"
+            if samples
+            else "is this the right folder?"
+        )
         raise DataError(f"{counts}. There is nothing to train on: {remedy}")
     if fraction > 0 and not sides.validation:
         raise DataError(

@@ -108,7 +108,9 @@ def _side(reading: Reading, name: str, split: str | None) -> None:
     if texts.ndim != 1 or texts.dtype.kind not in "US":
         raise DataError(f"{paths[1]}: is {texts.dtype} {texts.shape}, where descriptions are text (N,)")
     if len(images) != len(texts):
-        raise DataError(f"{paths[0].name} has {len(images)} pictures and {paths[1].name} {len(texts)} descriptions; each picture needs one")
+        raise DataError(
+            f"{paths[0].name} has {len(images)} pictures and {paths[1].name} {len(texts)} descriptions; each picture needs one"
+        )
     shape = images.shape[2], images.shape[1]
     try:
         judge(shape)
@@ -118,7 +120,9 @@ def _side(reading: Reading, name: str, split: str | None) -> None:
         reading.found += 1
         text = reading.tried(f"{paths[1].name}[{index}]", lambda index=index: caption(_text(texts[index])))
         if text is not None:
-            reading.add(Sample(f"{name}-{index:08d}", Slice(paths[0], index, shape, reading.digests), text, split=split), name)
+            reading.add(
+                Sample(f"{name}-{index:08d}", Slice(paths[0], index, shape, reading.digests), text, split=split), name
+            )
 
 
 def _text(value: np.str_ | np.bytes_) -> str:

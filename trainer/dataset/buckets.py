@@ -24,14 +24,20 @@ def made(width: int, height: int, multiple: int, ratio: float) -> tuple[Size, ..
         if down and max(across, down) <= ratio * min(across, down):
             sizes.add((across, down))
     # Of two where one is larger in both sides only that: 1344x768, not 1280x768.
-    largest = {size for size in sizes if not any(other != size and other[0] >= size[0] and other[1] >= size[1] for other in sizes)}
+    largest = {
+        size
+        for size in sizes
+        if not any(other != size and other[0] >= size[0] and other[1] >= size[1] for other in sizes)
+    }
     return tuple(sorted(largest | {(width, height)}))
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     """Of `sizes` that whose aspect ratio is nearest to a picture's; of equals the largest."""
     width, height = size
-    return min(sizes, key=lambda other: (abs(math.log(other[0] / other[1] * height / width)), -other[0] * other[1], other))
+    return min(
+        sizes, key=lambda other: (abs(math.log(other[0] / other[1] * height / width)), -other[0] * other[1], other)
+    )
 
 
 def enlargement(size: Size, to: Size) -> float:

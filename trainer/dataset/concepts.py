@@ -31,7 +31,9 @@ def read(settings: Concepts, digests: Digests) -> Listing:
     for key in ("triggers", "weights", "repeats"):
         unknown = [name for name in getattr(settings, key) if name not in concepts]
         if unknown:
-            raise UsageError(f"dataset.{key} names {', '.join(unknown)}; the concepts in {settings.path} are {', '.join(concepts)}")
+            raise UsageError(
+                f"dataset.{key} names {', '.join(unknown)}; the concepts in {settings.path} are {', '.join(concepts)}"
+            )
     for name, folder in concepts.items():
         _concept(reading, settings, name, folder)
     return reading.listing()

@@ -37,7 +37,9 @@ def read(settings: Csv, digests: Digests) -> Listing:
 
 
 def _tables(settings: Csv, reading: Reading) -> list[tuple[Path, str | None]]:
-    there = {path.stem: path for path in sorted(reading.root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()}
+    there = {
+        path.stem: path for path in sorted(reading.root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()
+    }
     if used := roles(reading, there):
         return [(there[name], split) for name, split in used.items()]
     if len(there) == 1:
@@ -79,4 +81,9 @@ def _rows(settings: Csv, table: Path, reading: Reading) -> Iterator[tuple[str, R
         elif len(cells) == len(header):
             yield place, dict(zip(header, (cell.strip() for cell in cells), strict=True))
         else:
-            yield place, ValueError(f"has {len(cells)} cells, and the header line has {len(header)}; quote what holds a {delimiter!r}")
+            yield (
+                place,
+                ValueError(
+                    f"has {len(cells)} cells, and the header line has {len(header)}; quote what holds a {delimiter!r}"
+                ),
+            )

@@ -43,7 +43,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.rows.split} row {self.index} {self.column}" + ("" if self.position is None else f"[{self.position}]")
+        return f"{self.rows.split} row {self.index} {self.column}" + (
+            "" if self.position is None else f"[{self.position}]"
+        )
 
     def digest(self) -> str:
         return self.remember("", lambda: hashlib.sha256(self._bytes()).hexdigest())
@@ -68,7 +70,9 @@ class Cell:
 def read(settings: Hub, digests: Digests) -> Listing:
     """One sample a row. Raises errors.DataError for a folder that is no data set, errors.WeightsError where the hub has none to give."""
     if not settings.path:
-        raise UsageError("This data set needs a name: type dataset.path=OWNER/NAME (of the hub), or dataset.path=FOLDER.")
+        raise UsageError(
+            "This data set needs a name: type dataset.path=OWNER/NAME (of the hub), or dataset.path=FOLDER."
+        )
     folder = Path(settings.path).expanduser()
     if folder.is_dir():
         reading = Reading(folder, digests)
@@ -96,11 +100,20 @@ def _local(settings: Hub, folder: Path, digests: Digests) -> datasets.DatasetDic
     digests.flush()
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     with _quiet(), _told(settings, DataError):
-        builder = datasets.load_dataset_builder(str(folder), settings.subset, cache_dir=str(digests.path.parent / "tables" / name))
+        builder = datasets.load_dataset_builder(
+            str(folder), settings.subset, cache_dir=str(digests.path.parent / "tables" / name)
+        )
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in BUILDERS:
-            raise DataError(f"dataset.path={settings.path}: this layout reads {', '.join(sorted(BUILDERS))}, and the folder is {kind}")
-        outside = [file for files in (builder.config.data_files or {}).values() for file in files if not inside(folder, Path(file))]
+            raise DataError(
+                f"dataset.path={settings.path}: this layout reads {', '.join(sorted(BUILDERS))}, and the folder is {kind}"
+            )
+        outside = [
+            file
+            for files in (builder.config.data_files or {}).values()
+            for file in files
+            if not inside(folder, Path(file))
+        ]
         if outside:
             raise DataError(
                 f"dataset.path={settings.path}: it refers to {outside[0]}, which lies outside the folder; put the file itself there"
@@ -158,7 +171,9 @@ def _splits(settings: Hub, reading: Reading, there: list[str]) -> dict[str, str 
     for key in ("train_split", "validation_split"):
         name = getattr(settings, key)
         if name is not None and name not in there:
-            raise UsageError(f"dataset.{key}={name}: the data set has {', '.join(there)}; type dataset.{key}=NAME for one of them")
+            raise UsageError(
+                f"dataset.{key}={name}: the data set has {', '.join(there)}; type dataset.{key}=NAME for one of them"
+            )
     return roles(reading, there, settings.train_split, settings.validation_split)
 
 
@@ -173,7 +188,9 @@ def _rows(reading: Reading, settings: Hub, rows: datasets.Dataset, name: str, sp
         place = f"{name} row {index}"
         row = {column: _pictures(reading, rows, file, column, index) for column in columns}
 
-        image = reading.tried(place, lambda row=row: _opened(cell(row, settings.image_column, "image_column"), settings.image_column))
+        image = reading.tried(
+            place, lambda row=row: _opened(cell(row, settings.image_column, "image_column"), settings.image_column)
+        )
         text = reading.tried(place, lambda row=row: caption(cell(row, settings.caption_column, "caption_column")))
         controls, mask = others(reading, settings, place, row, _opened)
         if len(reading.faults) == before:

@@ -24,7 +24,9 @@ def read(settings: ImageFolder, digests: Digests) -> Listing:
     parts = sides(reading, lambda folder: (folder / TABLE).is_file())
     if not parts:
         example = json.dumps({settings.image_column: "NAME.jpg", settings.caption_column: "what it shows"})
-        raise DataError(f"dataset.path={settings.path}: there is no {TABLE} in it, with a line like {example} for each picture.")
+        raise DataError(
+            f"dataset.path={settings.path}: there is no {TABLE} in it, with a line like {example} for each picture."
+        )
     for folder, split in parts:
         collect(reading, settings, _rows(folder / TABLE, reading), folder, split)
     return reading.listing()

@@ -77,7 +77,9 @@ class _Part:
             for found in (self.targets, *self.controls, self.masks):
                 for path in found.get(name, [])[1:]:
                     reading.fault(f"{reading.name(path)}: is the same sample as {reading.name(found[name][0])}")
-            if not reading.acquire(prefix + name, reading.name(self.targets[name][0]) if name in self.targets else name):
+            if not reading.acquire(
+                prefix + name, reading.name(self.targets[name][0]) if name in self.targets else name
+            ):
                 continue
             if len(reading.faults) == before:
                 reading.add(Sample(prefix + name, target, text, tuple(controls), split, mask), f"{TARGETS}/{name}")

@@ -43,7 +43,11 @@ def _styles(reading: Reading) -> dict[str, str]:
     entries = read_json(path) if path.is_file() else []
     if isinstance(entries, dict):
         return entries
-    return {entry["user"]: entry["style"] for entry in entries if isinstance(entry, dict) and {"user", "style"} <= entry.keys()}
+    return {
+        entry["user"]: entry["style"]
+        for entry in entries
+        if isinstance(entry, dict) and {"user", "style"} <= entry.keys()
+    }
 
 
 class _Record:

@@ -75,7 +75,9 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
         raise DataError(f"{name}: {_what_else(file)}") from None
     except ValueError as error:
         raise DataError(f"{name}: {error}") from error
-    except Exception as error:  # Pillow's readers raise whatever they stumble over: OSError, SyntaxError, struct.error, KeyError, ...
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise whatever they stumble over: OSError, SyntaxError, struct.error, KeyError, ...
         raise DataError(f"{name}: cannot be decoded ({error})") from error
 
 

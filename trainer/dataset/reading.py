@@ -116,7 +116,9 @@ class Reading:
             if len(sample.controls) == usual:
                 alike.append(sample)
             else:
-                self.fault(f"{sample.image.name}: has {_plural(len(sample.controls), 'control picture')}, where others have {usual}")
+                self.fault(
+                    f"{sample.image.name}: has {_plural(len(sample.controls), 'control picture')}, where others have {usual}"
+                )
         return Listing(alike, self.faults, self.notes, self.found)
 
 
@@ -128,7 +130,9 @@ def _misfit(image: Source, mask: Source) -> str | None:
     return f"its mask {mask.name} is {across} x {down} pixels, of another shape than the picture ({width} x {height})"
 
 
-def roles(reading: Reading, there: Iterable[str], train: str = "train", validation: str | None = None) -> dict[str, str | None]:
+def roles(
+    reading: Reading, there: Iterable[str], train: str = "train", validation: str | None = None
+) -> dict[str, str | None]:
     """Of the parts of a data set by name those that are used, and the split each is (None: to be divided). Empty without one to train on.
 
     `validation` names the part to judge by; None: as in VALIDATION.
@@ -157,7 +161,9 @@ def sides(reading: Reading, is_layout: Callable[[Path], bool]) -> list[tuple[Pat
     return [(reading.root / name, split) for name, split in roles(reading, there).items()]
 
 
-def by_name(reading: Reading, folder: Path, suffixes: tuple[str, ...], name_of: Callable[[Path], str]) -> dict[str, list[Path]]:
+def by_name(
+    reading: Reading, folder: Path, suffixes: tuple[str, ...], name_of: Callable[[Path], str]
+) -> dict[str, list[Path]]:
     """The files with these endings that lie directly in a folder, by the sample they belong to. Links out and what is no file are faults."""
     found: dict[str, list[Path]] = {}
     with storage("read", folder):

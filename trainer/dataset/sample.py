@@ -83,7 +83,9 @@ def identify(path: PurePath) -> str:
 def caption(value: object) -> str:
     """The caption without white space around it. Raises ValueError with the reason where it is none."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("the caption is empty" if isinstance(value, str) else f"the caption is {value!r:.40}, not text")
+        raise ValueError(
+            "the caption is empty" if isinstance(value, str) else f"the caption is {value!r:.40}, not text"
+        )
     text = value.strip()
     if len(text) > LONGEST_CAPTION:
         raise ValueError(f"the caption has {len(text)} characters, more than {LONGEST_CAPTION}")
@@ -96,7 +98,9 @@ def relative(name: object) -> PurePosixPath:
         raise ValueError(f"{name!r:.40} names no file")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or re.match("[A-Za-z]:", name):
-        raise ValueError(f"{name!r:.80} may lead out of the data set's folder; names are relative to it, with / between folders")
+        raise ValueError(
+            f"{name!r:.80} may lead out of the data set's folder; names are relative to it, with / between folders"
+        )
     if re.search("[\0-\x1f\ud800-\udfff]", name):
         raise ValueError(f"{name!r:.80} holds characters that no file name has")
     return path

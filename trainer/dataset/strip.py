@@ -50,7 +50,9 @@ def sheet(strips: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(strips)
 
 
-def contact(cells: Sequence[tuple[Sequence[np.ndarray], str]], across: int = 4, side: int = 192, lines: int = 3) -> np.ndarray:
+def contact(
+    cells: Sequence[tuple[Sequence[np.ndarray], str]], across: int = 4, side: int = 192, lines: int = 3
+) -> np.ndarray:
     """Pictures (H, W, 3) of any sizes with a text under each group, `across` groups a row."""
     font = ImageFont.load_default(12)
     height = font.getbbox("Ag")[3] + 2
@@ -64,7 +66,10 @@ def contact(cells: Sequence[tuple[Sequence[np.ndarray], str]], across: int = 4, 
             image = Image.fromarray(picture)
             factor = side / max(image.size)
             kind = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize([max(1, round(length * factor)) for length in image.size], kind), (left + column * (side + 4), top))
+            sheet.paste(
+                image.resize([max(1, round(length * factor)) for length in image.size], kind),
+                (left + column * (side + 4), top),
+            )
         for line, words in enumerate(_wrapped(text, font, wide - 8, lines)):
             pen.text((left, top + side + 2 + line * height), words, fill="black", font=font)
     return np.asarray(sheet)

@@ -55,7 +55,9 @@ def sources(sample: Sample) -> list[Source]:
     return [sample.image, *sample.controls, *([sample.mask] if sample.mask else [])]
 
 
-def inspected(samples: Iterable[Sample], progress: Callable[[Sequence[Source]], Iterable[Source]]) -> dict[Source, Facts]:
+def inspected(
+    samples: Iterable[Sample], progress: Callable[[Sequence[Source]], Iterable[Source]]
+) -> dict[Source, Facts]:
     """The facts of every picture of the samples, looked at on all cores; `progress` hands on what it is given and may show how far it is."""
     wanted = list(dict.fromkeys(source for sample in samples for source in sources(sample)))
     # Decoders leave the interpreter to other threads.

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 
 
-def collect(reading: Reading, settings: Table, rows: Iterable[tuple[str, Row | ValueError]], folder: Path, split: str | None) -> None:
+def collect(
+    reading: Reading, settings: Table, rows: Iterable[tuple[str, Row | ValueError]], folder: Path, split: str | None
+) -> None:
     """The samples of a table whose pictures are named relative to `folder` or to its images/; a row that could not be read is a ValueError."""
     for place, row in rows:
         reading.found += 1
@@ -24,7 +26,9 @@ def collect(reading: Reading, settings: Table, rows: Iterable[tuple[str, Row | V
             reading.fault(f"{place}: {row}")
             continue
         before = len(reading.faults)
-        path = reading.tried(place, lambda row=row: _find(reading, folder, cell(row, settings.image_column, "image_column")))
+        path = reading.tried(
+            place, lambda row=row: _find(reading, folder, cell(row, settings.image_column, "image_column"))
+        )
         where = f"{place} ({path.relative_to(folder)})" if path else place
         image = path and reading.tried(place, lambda path=path: reading.picture(path))
         id = path and identify(path.relative_to(reading.root))

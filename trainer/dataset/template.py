@@ -15,7 +15,9 @@ def check(template: str) -> None:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UsageError(f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it") from None
+        raise UsageError(
+            f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it"
+        ) from None
     known = ", ".join(f"{{{name}}}" for name in FIELDS)
     for _, name, form, conversion in parts:
         if name is not None and (name not in FIELDS or form or conversion):

@@ -41,7 +41,11 @@ class TransformedSample:
 
     def source(self, name: str) -> Source | None:
         """The picture of this name, None where the sample has none. Raises KeyError."""
-        return {"image": self.sample.image, "mask": self.sample.mask, **dict(zip(self.controls, self.sample.controls, strict=True))}[name]
+        return {
+            "image": self.sample.image,
+            "mask": self.sample.mask,
+            **dict(zip(self.controls, self.sample.controls, strict=True)),
+        }[name]
 
     def size(self, name: str) -> Size:
         """The size at which the model sees the picture of this name."""
@@ -116,9 +120,15 @@ class Transform:
     control_sizes: tuple[Size, ...] = ()
     _known: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
 
-    def view(self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False) -> TransformedSample:
-        own = tuple(self._nearest(source, self.control_sizes) for source in sample.controls) if self.control_sizes else ()
-        return TransformedSample(sample, *self._nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own)
+    def apply(
+        self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False
+    ) -> TransformedSample:
+        own = (
+            tuple(self._nearest(source, self.control_sizes) for source in sample.controls) if self.control_sizes else ()
+        )
+        return TransformedSample(
+            sample, *self._nearest(sample.image, self.sizes), flip, drop_caption, drop_control, own
+        )
 
     def _nearest(self, source: Source, sizes: tuple[Size, ...]) -> Size:
         if len(sizes) == 1:

@@ -228,7 +228,11 @@ class Processes:
             parameters = [p for p in parameters if not sharding.is_part(p)]
         seen = self.signals.seen
         # A parameter that no process has a gradient of keeps none: an optimizer leaves it alone, and would let zeros decay it.
-        notes = [float(p.grad is not None) for p in parameters] + [loss, float(seen == signal.SIGINT), float(seen == signal.SIGTERM)]
+        notes = [float(p.grad is not None) for p in parameters] + [
+            loss,
+            float(seen == signal.SIGINT),
+            float(seen == signal.SIGTERM),
+        ]
         parts = [torch.zeros(p.numel(), **kind) if p.grad is None else p.grad.flatten() for p in parameters]
         flat = torch.cat([*parts, torch.tensor(notes, **kind)])
         del parts

@@ -24,9 +24,13 @@ def asked() -> bool:
     if not _on("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UsageError("accelerate's settings ask for FSDP 1; type fsdp_version: 2 there (launch/fsdp2.yaml), or --fsdp_version 2")
+        raise UsageError(
+            "accelerate's settings ask for FSDP 1; type fsdp_version: 2 there (launch/fsdp2.yaml), or --fsdp_version 2"
+        )
     if _on("FSDP_OFFLOAD_PARAMS"):
-        raise UsageError("accelerate's fsdp_offload_params is not supported; set it to false, and start more processes where memory lacks")
+        raise UsageError(
+            "accelerate's fsdp_offload_params is not supported; set it to false, and start more processes where memory lacks"
+        )
     if _on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UsageError(
             "accelerate's fsdp_activation_checkpointing is not used; set it to false and type hardware.gradient_checkpointing=true"
@@ -110,7 +114,10 @@ def parts(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, An
         is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
         return part(value, parameter) if is_like else value
 
-    moments = {i: {name: divided(value, parameters[i]) for name, value in of_one.items()} for i, of_one in state["state"].items()}
+    moments = {
+        i: {name: divided(value, parameters[i]) for name, value in of_one.items()}
+        for i, of_one in state["state"].items()
+    }
     return state | {"state": moments}
 
 

@@ -36,7 +36,14 @@ class Evaluation:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("samples", 1), ("images", 0), ("shown", 0), ("images_per_prompt", 1), ("patience", 1)):
+        for name, least in (
+            ("every", 1),
+            ("samples", 1),
+            ("images", 0),
+            ("shown", 0),
+            ("images_per_prompt", 1),
+            ("patience", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"evaluation.{name}={value} is too small; type {least} or more")
@@ -58,7 +65,9 @@ def held_out_loss(
     for chunk in chunks([row for _, _, row in points], at_once):
         batch = {name: tensor.to(device) for name, tensor in collate([points[i][2] for i in chunk]).items()}
         clean = batch["latents"].float()
-        noises = torch.stack([normal(tuple(clean.shape[1:]), "held-out", points[i][1], points[i][0]) for i in chunk]).to(device)
+        noises = torch.stack(
+            [normal(tuple(clean.shape[1:]), "held-out", points[i][1], points[i][0]) for i in chunk]
+        ).to(device)
         shift = family.shift(*clean.shape[2:])
         times = torch.tensor([objective.time(points[i][0], shift) for i in chunk]).to(device)
         with torch.no_grad():

@@ -76,9 +76,15 @@ def pictures(
         first = torch.stack([normal(tuple(rows[i]["latents"].shape), "sample", seeds[i]) for i in chunk]).to(device)
         captioned, bare = joined(rows, chunk), unconditional and joined(unconditional, chunk)
 
-        def step(x: torch.Tensor, t: torch.Tensor, captioned: Example = captioned, bare: Example | None = bare) -> torch.Tensor:
+        def step(
+            x: torch.Tensor, t: torch.Tensor, captioned: Example = captioned, bare: Example | None = bare
+        ) -> torch.Tensor:
             prediction = predict(x, t, captioned, settings.guidance)
-            return family.guided(prediction, predict(x, t, bare, settings.guidance), settings.guidance) if bare else prediction
+            return (
+                family.guided(prediction, predict(x, t, bare, settings.guidance), settings.guidance)
+                if bare
+                else prediction
+            )
 
         with torch.no_grad():
             latents = family.objective.sample(step, first, settings.steps, family.shift(*first.shape[2:]))

@@ -77,7 +77,11 @@ In bfloat16, a change below a 512th of a weight is rounded away.
 
 
 def after_training(
-    run: Run, network: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], folder: Path
+    run: Run,
+    network: torch.nn.Module,
+    parameters: dict[str, torch.nn.Parameter],
+    weights: dict[str, torch.Tensor],
+    folder: Path,
 ) -> list[Path]:
     """The export at the end of a run, by itself only of what is small."""
     if run.export.formats is None and not run.method.freezes:
@@ -86,7 +90,11 @@ def after_training(
 
 
 def write(
-    run: Run, network: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], folder: Path
+    run: Run,
+    network: torch.nn.Module,
+    parameters: dict[str, torch.nn.Parameter],
+    weights: dict[str, torch.Tensor],
+    folder: Path,
 ) -> list[Path]:
     """Write `weights` (of `parameters`, by name) to `folder` in every format asked for, check them, and return where they are.
 
@@ -101,7 +109,10 @@ def write(
     chosen = run.export.chosen(run.method.formats)
     _clean(folder)
     network.eval()
-    with torch.no_grad(), swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}):
+    with (
+        torch.no_grad(),
+        swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}),
+    ):
         if run.method.is_adapter and is_noop(network):
             raise DataError(
                 f"The adapter that would go to {folder} changes nothing: training has moved none of its weights. "
@@ -160,16 +171,24 @@ def _write_soft_prompt(run: Run, network: torch.nn.Module, path: Path) -> None:
     from trainer.method import trained
 
     weights = {name: parameter.detach().cpu() for name, parameter in trained(network).items()}
-    begun = {f"soft_prompt.{name}": tensor.cpu() for name, tensor in run.method.begun(network, run.seed).state_dict().items()}
+    begun = {
+        f"soft_prompt.{name}": tensor.cpu() for name, tensor in run.method.begun(network, run.seed).state_dict().items()
+    }
     if all(torch.equal(tensor, begun[name]) for name, tensor in weights.items()):
-        raise DataError(f"The soft prompt that would go to {path} is the one that training began with; type another optimizer.lr")
+        raise DataError(
+            f"The soft prompt that would go to {path} is the one that training began with; type another optimizer.lr"
+        )
     dtype = getattr(torch, (run.export.dtype or Dtype.float32).value)
     written = {name: tensor.to(dtype) for name, tensor in weights.items()}
     with files.replacing(path) as unfinished:
         files.save_tensors(unfinished, written, {"format": "pt", "method": json.dumps(config.plain(run.method))})
         again = files.load_tensors(unfinished)
-        if again.keys() != written.keys() or not all(torch.equal(again[name], tensor) for name, tensor in written.items()):
-            raise DataError(f"{path} was written and read again, and is not the soft prompt that was trained. It was not kept")
+        if again.keys() != written.keys() or not all(
+            torch.equal(again[name], tensor) for name, tensor in written.items()
+        ):
+            raise DataError(
+                f"{path} was written and read again, and is not the soft prompt that was trained. It was not kept"
+            )
 
 
 def _spelled_again(run: Run, path: Path) -> torch.nn.Module:
@@ -209,13 +228,17 @@ def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
     dtype = run.export.dtype.value if run.export.dtype else str(run.precision.dtype()).removeprefix("torch.")
     shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}
     with files.replacing_folder(path) as unfinished:
-        run.model.save_checkpoint(((name, merged(network, name).to(getattr(torch, dtype))) for name in shapes), unfinished)
+        run.model.save_checkpoint(
+            ((name, merged(network, name).to(getattr(torch, dtype))) for name in shapes), unfinished
+        )
         kept = _kept(run.model.weights(unfinished), _changes(run, network, shapes), shapes, dtype, path)
     if kept < KEPT["float32"]:
         print_line(f"{path}: in {dtype} {kept:.0%} of what was trained is left; export.dtype=float32 keeps all")
 
 
-def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _changes(
+    run: Run, network: torch.nn.Module, names: Iterable[str]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each tensor of the network by name, before training and after it (one and the same where it was not trained)."""
     from trainer.method.adapter import frozen, merged
 
@@ -223,12 +246,18 @@ def _changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterat
     for name in names:
         after = merged(network, name)
         # Weights that train in bfloat16 were rounded when they were read, which is no training.
-        before = frozen(network, name) if begun is None else begun(name).to(after.device, network.get_parameter(name).dtype)
+        before = (
+            frozen(network, name) if begun is None else begun(name).to(after.device, network.get_parameter(name).dtype)
+        )
         yield name, before.float(), after.float()
 
 
 def _kept(
-    read: Callable[[str], torch.Tensor], changes: Iterable[tuple], shapes: dict[str, tuple[int, ...]], dtype: str, path: Path
+    read: Callable[[str], torch.Tensor],
+    changes: Iterable[tuple],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    path: Path,
 ) -> float:
     """The part of the `changes` that is left in the weights that were written, which are to become those of `path`. Raises errors.DataError where
     it is less than KEPT, and where any tensor is not what it was meant to be."""
@@ -254,7 +283,9 @@ def _kept(
             f"({', '.join(wrong[:3])}). It was not kept; try export.dtype=float32, and please report this"
         )
     if not whole:
-        raise DataError(f"{path} would be the checkpoint that training began with: nothing has changed. It was not kept")
+        raise DataError(
+            f"{path} would be the checkpoint that training began with: nothing has changed. It was not kept"
+        )
     if not left >= KEPT[dtype] * whole:
         raise DataError(
             f"{path}: in {dtype} only {max(0.0, left / whole):.0%} of what was trained would be left, the rest is lost in rounding. "

@@ -53,9 +53,13 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise UsageError(f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null to leave it to the program")
+            raise UsageError(
+                f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null to leave it to the program"
+            )
         if self.workers < 0:
-            raise UsageError(f"hardware.workers={self.workers} is no number of processes; type 0 to load in the main process, or more")
+            raise UsageError(
+                f"hardware.workers={self.workers} is no number of processes; type 0 to load in the main process, or more"
+            )
 
     def open(self) -> torch.device:
         """The device of the run; a device asked for by name that is not there is refused."""

@@ -21,7 +21,9 @@ class LRScheduler:
                 f"lr_scheduler.warmup={self.warmup} does not fit into {steps} steps; type a number from 0 to {(steps or 1) - 1}"
             )
         if not 0 <= self.min_ratio <= 1:
-            raise UsageError(f"lr_scheduler.min_ratio={self.min_ratio:g} is no share of the learning rate; type a number from 0 to 1")
+            raise UsageError(
+                f"lr_scheduler.min_ratio={self.min_ratio:g} is no share of the learning rate; type a number from 0 to 1"
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied with at optimizer step `step` (1 .. steps).
@@ -69,7 +71,9 @@ class CosineRestarts(LRScheduler):
         if self.cycles < 1:
             raise UsageError(f"lr_scheduler.cycles={self.cycles} is no number of falls; type 1 or more")
         if steps is not None and self.cycles > steps - self.warmup:
-            raise UsageError(f"lr_scheduler.cycles={self.cycles} do not fit into the {steps - self.warmup} steps after warm-up; type fewer")
+            raise UsageError(
+                f"lr_scheduler.cycles={self.cycles} do not fit into the {steps - self.warmup} steps after warm-up; type fewer"
+            )
 
     def decay(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * (self.cycles * progress % 1)))
@@ -84,10 +88,18 @@ class Polynomial(LRScheduler):
     def check(self, steps: int | None) -> None:
         LRScheduler.check(self, steps)
         if not self.power > 0:
-            raise UsageError(f"lr_scheduler.power={self.power:g} does not fall; type a number above 0, such as 2, or lr_scheduler=constant")
+            raise UsageError(
+                f"lr_scheduler.power={self.power:g} does not fall; type a number above 0, such as 2, or lr_scheduler=constant"
+            )
 
     def decay(self, progress: float) -> float:
         return (1 - progress) ** self.power
 
 
-OPTIONS = {"constant": Constant, "linear": Linear, "cosine": Cosine, "cosine_restarts": CosineRestarts, "polynomial": Polynomial}
+OPTIONS = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "cosine_restarts": CosineRestarts,
+    "polynomial": Polynomial,
+}

@@ -82,11 +82,15 @@ class Adapter(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UsageError(f"method.rank={self.rank} adapts nothing; type a rank of 1 or more, such as method.rank=16")
+            raise UsageError(
+                f"method.rank={self.rank} adapts nothing; type a rank of 1 or more, such as method.rank=16"
+            )
         for name in ("dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, name, 0.0)
             if not 0 <= value < 1:
-                raise UsageError(f"method.{name}={value:g} is no probability below 1; type a number such as method.{name}=0.1")
+                raise UsageError(
+                    f"method.{name}={value:g} is no probability below 1; type a number such as method.{name}=0.1"
+                )
 
     def configuration(self, targets: list[str]) -> PeftConfig:
         """peft's settings of this adapter."""
@@ -163,7 +167,11 @@ class Loha(Adapter):
         from peft import LoHaConfig
 
         return LoHaConfig(
-            r=self.rank, alpha=self.alpha, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout, target_modules=targets
+            r=self.rank,
+            alpha=self.alpha,
+            rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+            target_modules=targets,
         )
 
 
@@ -218,11 +226,17 @@ class SoftPrompt(Method):
 
     def __post_init__(self) -> None:
         if self.num_image_prompt < 1:
-            raise UsageError(f"method.num_image_prompt={self.num_image_prompt} leaves nothing to draw from; type 1 or more, such as 2")
+            raise UsageError(
+                f"method.num_image_prompt={self.num_image_prompt} leaves nothing to draw from; type 1 or more, such as 2"
+            )
         if self.num_prefix_prompt < 0:
-            raise UsageError(f"method.num_prefix_prompt={self.num_prefix_prompt} is no number of positions; type 0 for none, or 2")
+            raise UsageError(
+                f"method.num_prefix_prompt={self.num_prefix_prompt} is no number of positions; type 0 for none, or 2"
+            )
         if self.prefix_width < 1:
-            raise UsageError(f"method.prefix_width={self.prefix_width} is no width of a layer; type 64 or another number from 1")
+            raise UsageError(
+                f"method.prefix_width={self.prefix_width} is no width of a layer; type 64 or another number from 1"
+            )
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         network.requires_grad_(False)
@@ -275,7 +289,10 @@ def swapped(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -
     if weights is None:
         yield
         return
-    own = {name: parameter.data.clone() if is_part(parameter) else parameter.data for name, parameter in trained(network).items()}
+    own = {
+        name: parameter.data.clone() if is_part(parameter) else parameter.data
+        for name, parameter in trained(network).items()
+    }
 
     def put(values: dict[str, torch.Tensor]) -> None:
         for name, parameter in trained(network).items():

@@ -21,7 +21,11 @@ KINDS = {"lora_magnitude_vector": "dora", "lora_": "lora", "hada_": "loha", "lok
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 """The tensor of each kind that takes a factor of the whole update."""
 
-LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector.weight"}
+LEAVES = {
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    "dora_scale": "lora_magnitude_vector.weight",
+}
 """Tensors as kohya's scripts call them, and as peft does."""
 LENGTHS = ", lengths"
 
@@ -43,7 +47,9 @@ class Part:
 
     def with_scale(self, scale: float) -> dict[str, torch.Tensor]:
         """The tensors that make the same update times another factor."""
-        return {name: tensor * (self.scale / scale) if name in SCALED else tensor for name, tensor in self.tensors.items()}
+        return {
+            name: tensor * (self.scale / scale) if name in SCALED else tensor for name, tensor in self.tensors.items()
+        }
 
 
 def layers(network: torch.nn.Module) -> Iterator[tuple[str, BaseTunerLayer, str]]:
@@ -58,7 +64,11 @@ def parts(network: torch.nn.Module) -> dict[str, Part]:
     """What is attached to each adapted layer."""
     return {
         name: Part(
-            {leaf.replace(f".{active}", "", 1): tensor for leaf, tensor in layer.named_parameters() if not leaf.startswith("base_layer.")},
+            {
+                leaf.replace(f".{active}", "", 1): tensor
+                for leaf, tensor in layer.named_parameters()
+                if not leaf.startswith("base_layer.")
+            },
             float(layer.scaling[active]),
         )
         for name, layer, active in layers(network)
@@ -108,7 +118,9 @@ def to_comfyui(found: dict[str, Part], export_name: Callable[[str], str]) -> dic
     return {export_name(key): tensor for key, tensor in tensors.items()}
 
 
-def from_comfyui(tensors: dict[str, torch.Tensor], known: list[str], export_name: Callable[[str], str]) -> dict[str, Part]:
+def from_comfyui(
+    tensors: dict[str, torch.Tensor], known: list[str], export_name: Callable[[str], str]
+) -> dict[str, Part]:
     """An adapter in the names of ComfyUI, kohya's scripts or LyCORIS, with alpha beside each layer's tensors, -> its parts. `known` are the
     layers of the network; one that is not known keeps the name it has in the file."""
     real = {}
@@ -143,7 +155,9 @@ def put(found: dict[str, Part], network: torch.nn.Module, source: object) -> Non
     if others := sorted(found.keys() ^ own.keys()):
         lacking, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
         said = [
-            f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in ((lacking, "it lacks"), (unknown, "it has more")) if names
+            f"{len(names)} {what} ({', '.join(names[:3])})"
+            for names, what in ((lacking, "it lacks"), (unknown, "it has more"))
+            if names
         ]
         raise UsageError(
             f"method.init_from={source} adapts other layers than method.targets, {len(others)} in all: {'; '.join(said)}. "
@@ -157,7 +171,9 @@ def put(found: dict[str, Part], network: torch.nn.Module, source: object) -> Non
     ]
     if wrong:
         ranks = sorted({part.rank() for part in found.values()} - {None})
-        remedy = f"type method.rank={ranks[0]}" if len(ranks) == 1 else "one rank for all layers is what this program trains"
+        remedy = (
+            f"type method.rank={ranks[0]}" if len(ranks) == 1 else "one rank for all layers is what this program trains"
+        )
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in found[wrong[0]].tensors.items()}
         raise UsageError(
             f"method.init_from={source} has {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks)) or 'none'} and other shapes than "
@@ -198,7 +214,11 @@ def init_magnitudes(network: torch.nn.Module) -> None:
 def is_noop(network: torch.nn.Module) -> bool:
     """Whether the attached adapter changes nothing."""
     for name, effect in probe_outputs(network).items():
-        start = lengths(network.get_submodule(name.removesuffix(LENGTHS)).get_base_layer().weight) if name.endswith(LENGTHS) else 0.0
+        start = (
+            lengths(network.get_submodule(name.removesuffix(LENGTHS)).get_base_layer().weight)
+            if name.endswith(LENGTHS)
+            else 0.0
+        )
         if not torch.allclose(effect, effect.new_zeros(()) + start, rtol=1e-6, atol=0):
             return False
     return True

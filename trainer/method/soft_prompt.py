@@ -36,7 +36,11 @@ class SoftPrompt(torch.nn.Module):
         self.tokens = torch.nn.Parameter(SPREAD * torch.randn(tokens, reader.hidden))
         self.map = torch.nn.Linear(reader.hidden, reader.width)
         entries = reader.layers * 2 * reader.heads * reader.head
-        self.prefix = torch.nn.Parameter(SPREAD * torch.randn(prefix, reader.hidden if projection else entries)) if prefix else None
+        self.prefix = (
+            torch.nn.Parameter(SPREAD * torch.randn(prefix, reader.hidden if projection else entries))
+            if prefix
+            else None
+        )
         self.project = None
         if prefix and projection:
             self.project = torch.nn.Sequential(

@@ -101,7 +101,9 @@ class Family:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UsageError("model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name")
+            raise UsageError(
+                "model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name"
+            )
 
     def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
         """What is cached of one sample with this many controls, given the digest of each component."""
@@ -126,7 +128,9 @@ class Family:
         """Where the weights of the skeleton are read: this checkpoint's, or those of another in `folder`."""
         return Weights((folder or self.folder()) / self.denoiser)
 
-    def network(self, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None) -> torch.nn.Module:
+    def network(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None
+    ) -> torch.nn.Module:
         """The skeleton with its weights; see `filled`."""
         quiet_libraries()
         return load_weights(self.meta_model(), self.weights(), dtype, device, stored)
@@ -161,11 +165,17 @@ class Family:
         if index.exists():
             classes = files.read_json(index)
             # What is not copied (a safety checker, say) is not to be looked for: diffusers marks it so.
-            absent = {name: [None, None] for name, value in classes.items() if isinstance(value, list) and name not in self.components}
+            absent = {
+                name: [None, None]
+                for name, value in classes.items()
+                if isinstance(value, list) and name not in self.components
+            }
             files.write_json(folder / "model_index.json", classes | absent)
         config = folder / self.denoiser / "config.json"
         # What is written is whole, whatever it was made of.
-        files.write_json(config, {key: value for key, value in files.read_json(config).items() if key != "quantization_config"})
+        files.write_json(
+            config, {key: value for key, value in files.read_json(config).items() if key != "quantization_config"}
+        )
         save_shards(tensors, folder / self.denoiser)
 
     @classmethod
@@ -245,7 +255,9 @@ def recipe_digest(*ingredients: object) -> str:
 
 def _folder_digest(folder: Path, digests: Digests) -> str:
     if not folder.is_dir():
-        raise WeightsError(f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path")
+        raise WeightsError(
+            f"{folder.parent} has no folder {folder.name}/, so it is no checkpoint of this model; type another model.path"
+        )
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in KINDS)
     for path in found:
         if path.suffix == ".safetensors":
@@ -310,7 +322,11 @@ Stored = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "to
 
 
 def load_weights(
-    meta_model: torch.nn.Module, read: Weights, dtype: torch.dtype, device: torch.device | str = "cpu", stored: Stored | None = None
+    meta_model: torch.nn.Module,
+    read: Weights,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    stored: Stored | None = None,
 ) -> torch.nn.Module:
     """The skeleton with its weights, read tensor by tensor, each of which is on `device` in `dtype` before the next is read: no more than the
     network itself and one tensor are ever in memory. `stored`, where given, is asked first whether it has another layer for a layer.
@@ -318,7 +334,11 @@ def load_weights(
     import torch
 
     for name, layer in list(meta_model.named_modules()):
-        if stored is not None and any(p.is_meta for p in layer.parameters(recurse=False)) and (other := stored(name, layer, read)):
+        if (
+            stored is not None
+            and any(p.is_meta for p in layer.parameters(recurse=False))
+            and (other := stored(name, layer, read))
+        ):
             meta_model.set_submodule(name, other)
             continue
         for leaf, parameter in list(layer.named_parameters(recurse=False)):
@@ -326,7 +346,9 @@ def load_weights(
                 path = f"{name}.{leaf}" if name else leaf
                 tensor = read(path)
                 if tensor.shape != parameter.shape:
-                    raise DataError(f"the weights' {path} has shape {tuple(tensor.shape)}, and the config says {tuple(parameter.shape)}")
+                    raise DataError(
+                        f"the weights' {path} has shape {tuple(tensor.shape)}, and the config says {tuple(parameter.shape)}"
+                    )
                 setattr(layer, leaf, torch.nn.Parameter(tensor.to(device, dtype)))
     # Buffers, and what has no weights in the files, from where they were made.
     return meta_model.to(device).eval()
@@ -424,5 +446,7 @@ def families() -> dict[str, type[Family]]:
         if not module.ispkg:
             name = f"{__name__}.{module.name}"
             members = vars(importlib.import_module(name)).values()
-            found[module.name] = next(c for c in members if isinstance(c, type) and issubclass(c, Family) and c.__module__ == name)
+            found[module.name] = next(
+                c for c in members if isinstance(c, type) and issubclass(c, Family) and c.__module__ == name
+            )
     return found

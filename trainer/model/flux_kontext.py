@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 from trainer.core import files
 from trainer.core.errors import UsageError
-from trainer.model import Family, Recipe, control_names, empty_model, on_meta_device, quiet_libraries, recipe_digest, text_model
+from trainer.model import (
+    Family,
+    Recipe,
+    control_names,
+    empty_model,
+    on_meta_device,
+    quiet_libraries,
+    recipe_digest,
+    text_model,
+)
 from trainer.objective import Flow
 
 if TYPE_CHECKING:
@@ -55,7 +64,10 @@ class FluxKontext(Family):
         picture = recipe_digest(components["vae"], dtype)
         parts = {
             "latents": Recipe(("image",), picture),
-            "prompt": Recipe(("caption",), recipe_digest(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype)),
+            "prompt": Recipe(
+                ("caption",),
+                recipe_digest(components["text_encoder_2"], components["tokenizer_2"], self.text_length, dtype),
+            ),
             "pooled": Recipe(("caption",), recipe_digest(components["text_encoder"], components["tokenizer"], dtype)),
         }
         return parts | {name: Recipe((name,), picture) for name in control_names(controls)}
@@ -130,7 +142,10 @@ class FluxKontext(Family):
         metadata = adapter | {"lora_dropout": 0.0, "inference_mode": True}
         with files.from_safetensors(path):
             FluxKontextPipeline.save_lora_weights(
-                path.parent, transformer_lora_layers=weights, weight_name=path.name, transformer_lora_adapter_metadata=metadata
+                path.parent,
+                transformer_lora_layers=weights,
+                weight_name=path.name,
+                transformer_lora_adapter_metadata=metadata,
             )
 
     def load_adapter(self, path: Path) -> torch.nn.Module:
@@ -139,7 +154,12 @@ class FluxKontext(Family):
         quiet_libraries()
         network = empty_model(self.meta_model())
         weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
-            path.parent, weight_name=path.name, return_alphas=True, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+            path.parent,
+            weight_name=path.name,
+            return_alphas=True,
+            return_lora_metadata=True,
+            local_files_only=True,
+            use_safetensors=True,
         )
         FluxKontextPipeline.load_lora_into_transformer(
             weights, network_alphas=alphas, transformer=network, metadata=metadata, low_cpu_mem_usage=True
@@ -245,7 +265,9 @@ class FluxEncoder:
 
         config = self._vae.config
         with torch.no_grad():
-            images = self._vae.decode(latents.to(self.device, self.dtype) / config.scaling_factor + config.shift_factor).sample
+            images = self._vae.decode(
+                latents.to(self.device, self.dtype) / config.scaling_factor + config.shift_factor
+            ).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def _latents(self, picture: np.ndarray) -> torch.Tensor:
@@ -257,7 +279,9 @@ class FluxEncoder:
 
     def _prompt(self, caption: str) -> torch.Tensor:
         tokenizer, model = self._t5
-        ids = tokenizer(caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
+        ).input_ids
         return model(ids.to(self.device)).last_hidden_state[0]
 
     def _pooled(self, caption: str) -> torch.Tensor:
@@ -271,7 +295,9 @@ class FluxEncoder:
     def _vae(self):
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True).to(self.device)
+        return AutoencoderKL.from_pretrained(
+            self.folder, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True
+        ).to(self.device)
 
     @cached_property
     def _clip(self):

@@ -34,9 +34,13 @@ class PMG(UNet):
     def __post_init__(self) -> None:
         UNet.__post_init__(self)
         if not self.llm:
-            raise UsageError("model.llm is not set; type model.llm=FOLDER of a causal language model, or a hub id such as owner/name")
+            raise UsageError(
+                "model.llm is not set; type model.llm=FOLDER of a causal language model, or a hub id such as owner/name"
+            )
         if self.max_sequence_length < 2:
-            raise UsageError(f"model.max_sequence_length={self.max_sequence_length} leaves no history to read; type 600")
+            raise UsageError(
+                f"model.max_sequence_length={self.max_sequence_length} leaves no history to read; type 600"
+            )
         if self.train_text_encoder:
             raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
 
@@ -100,7 +104,12 @@ class PMG(UNet):
         from trainer.model.prompted.tiny import save
 
         save(folder / "denoiser", folder / "llm")
-        return [f"model.path={folder / 'denoiser'}", f"model.llm={folder / 'llm'}", "model.max_sequence_length=48", "dataset.resolution=32"]
+        return [
+            f"model.path={folder / 'denoiser'}",
+            f"model.llm={folder / 'llm'}",
+            "model.max_sequence_length=48",
+            "dataset.resolution=32",
+        ]
 
 
 class PromptedWeights:

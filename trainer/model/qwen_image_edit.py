@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 
 from trainer.core import files
 from trainer.core.errors import DataError, UsageError
-from trainer.model import Family, Recipe, control_names, empty_model, on_meta_device, quiet_libraries, recipe_digest, text_model
+from trainer.model import (
+    Family,
+    Recipe,
+    control_names,
+    empty_model,
+    on_meta_device,
+    quiet_libraries,
+    recipe_digest,
+    text_model,
+)
 from trainer.model.flux_kontext import PATCH, pack, resolution_shift, unpack
 from trainer.objective import Flow
 
@@ -60,9 +69,13 @@ class QwenImageEdit(Family):
     def __post_init__(self) -> None:
         Family.__post_init__(self)
         if self.text_length < 1:
-            raise UsageError(f"model.text_length={self.text_length} leaves no token for the prompt; type model.text_length=512")
+            raise UsageError(
+                f"model.text_length={self.text_length} leaves no token for the prompt; type model.text_length=512"
+            )
         if self.vision_area is not None and self.vision_area < VISION_MULTIPLE**2:
-            raise UsageError(f"model.vision_area={self.vision_area} is no picture; type 147456 for 384 x 384 pixels, or null")
+            raise UsageError(
+                f"model.vision_area={self.vision_area} is no picture; type 147456 for 384 x 384 pixels, or null"
+            )
 
     @property
     def controls(self) -> range:
@@ -76,7 +89,9 @@ class QwenImageEdit(Family):
         dtype = self.encoder_dtype.value
         picture = recipe_digest(components["vae"], dtype)
         text = [components[name] for name in ("text_encoder", "tokenizer", "processor")]
-        prompt = Recipe(("caption", "controls"), recipe_digest(*text, SYSTEM, ANSWER, self.numbered, self.vision_area, dtype))
+        prompt = Recipe(
+            ("caption", "controls"), recipe_digest(*text, SYSTEM, ANSWER, self.numbered, self.vision_area, dtype)
+        )
         # The mask says which states of a micro-batch are no padding.
         parts = {"latents": Recipe(("image",), picture), "prompt": prompt, "prompt_mask": prompt}
         return parts | {name: Recipe((name,), picture) for name in control_names(controls)}
@@ -85,7 +100,9 @@ class QwenImageEdit(Family):
         scale, transformer = self._scale(), self.config("transformer")
         pictures = _processor(self.folder() / "processor")
         seen = [vision_size(*size, self.vision_area)[::-1] if self.vision_area else size for size in controls]
-        tokens = self.text_length + sum(pictures.get_number_of_image_patches(*size, {}) // pictures.merge_size**2 for size in seen)
+        tokens = self.text_length + sum(
+            pictures.get_number_of_image_patches(*size, {}) // pictures.merge_size**2 for size in seen
+        )
 
         def latents(height: int, width: int) -> tuple[int, ...]:
             return transformer["in_channels"] // PATCH**2, height // scale, width // scale
@@ -147,7 +164,10 @@ class QwenImageEdit(Family):
         metadata = adapter | {"lora_dropout": 0.0, "inference_mode": True}
         with files.from_safetensors(path):
             QwenImageEditPipeline.save_lora_weights(
-                path.parent, transformer_lora_layers=weights, weight_name=path.name, transformer_lora_adapter_metadata=metadata
+                path.parent,
+                transformer_lora_layers=weights,
+                weight_name=path.name,
+                transformer_lora_adapter_metadata=metadata,
             )
 
     def load_adapter(self, path: Path) -> torch.nn.Module:
@@ -158,7 +178,9 @@ class QwenImageEdit(Family):
         weights, metadata = QwenImageEditPipeline.lora_state_dict(
             path.parent, weight_name=path.name, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
-        QwenImageEditPipeline.load_lora_into_transformer(weights, transformer=network, metadata=metadata, low_cpu_mem_usage=True)
+        QwenImageEditPipeline.load_lora_into_transformer(
+            weights, transformer=network, metadata=metadata, low_cpu_mem_usage=True
+        )
         return network
 
     @classmethod
@@ -187,7 +209,13 @@ class QwenImageEdit(Family):
         language = Qwen2_5_VLConfig(
             text_config=text,
             vision_config=small | {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]},
-            **dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), ids, strict=True)),
+            **dict(
+                zip(
+                    ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+                    ids,
+                    strict=True,
+                )
+            ),
         )
         Qwen2_5_VLForConditionalGeneration(language).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
         AutoencoderKLQwenImage(
@@ -234,7 +262,9 @@ class QwenImageEdit(Family):
 def vision_size(height: int, width: int, area: int) -> tuple[int, int]:
     """(width, height) of about `area` pixels and the picture's aspect ratio (the Plus pipeline's `calculate_dimensions`)."""
     across = math.sqrt(area * (width / height))
-    return tuple(max(1, round(side / VISION_MULTIPLE)) * VISION_MULTIPLE for side in (across, across / (width / height)))
+    return tuple(
+        max(1, round(side / VISION_MULTIPLE)) * VISION_MULTIPLE for side in (across, across / (width / height))
+    )
 
 
 @cache
@@ -245,7 +275,9 @@ def _processor(folder: Path) -> Qwen2VLImageProcessorPil:
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} cannot be read ({error}), so it is no checkpoint of this model; type another model.path") from error
+        raise DataError(
+            f"{folder} cannot be read ({error}), so it is no checkpoint of this model; type another model.path"
+        ) from error
 
 
 class QwenEncoder:
@@ -279,7 +311,9 @@ class QwenEncoder:
         """What the language model is given: the template with the instruction, and the control pictures in it. Raises errors.DataError."""
         tokenizer, processor = self._tokenizer, _processor(self.folder / "processor")
         pictures = processor(
-            [self._seen(picture) for picture in view.control_pixels()], input_data_format="channels_last", return_tensors="pt"
+            [self._seen(picture) for picture in view.control_pixels()],
+            input_data_format="channels_last",
+            return_tensors="pt",
         )
         counts = (pictures["image_grid_thw"].prod(1) // processor.merge_size**2).tolist()
         prompt = SYSTEM
@@ -326,23 +360,26 @@ class QwenEncoder:
 
         config = self._vae.config
         return tuple(
-            torch.tensor(values).view(-1, 1, 1, 1).to(self.device, self.dtype) for values in (config.latents_mean, config.latents_std)
+            torch.tensor(values).view(-1, 1, 1, 1).to(self.device, self.dtype)
+            for values in (config.latents_mean, config.latents_std)
         )
 
     @cached_property
     def _vae(self):
         from diffusers import AutoencoderKLQwenImage
 
-        return AutoencoderKLQwenImage.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True).to(
-            self.device
-        )
+        return AutoencoderKLQwenImage.from_pretrained(
+            self.folder, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True
+        ).to(self.device)
 
     @cached_property
     def _language(self):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         # Without the layer that would score the next word.
-        return text_model(Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", self.dtype, self.device).model
+        return text_model(
+            Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", self.dtype, self.device
+        ).model
 
     @cached_property
     def _tokenizer(self):
@@ -359,7 +396,10 @@ def tiny_tokenizer():
     named = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     special = ["<|endoftext|>", *(f"<|{name}|>" for name in named)]
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
+        vocab_size=1000,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
     )
     # The pipeline of Unicode and splitting is the class's own.
     backend = Qwen2Tokenizer().backend_tokenizer

@@ -85,7 +85,12 @@ class Diffusion:
         return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
     def losses(
-        self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, weight: torch.Tensor | None = None
+        self,
+        prediction: torch.Tensor,
+        clean: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training. `weight` (B, 1, h, w) multiplies the errors."""
         signal = self._signal(clean, time)
@@ -100,7 +105,11 @@ class Diffusion:
         return losses * snr.clamp(max=self.min_snr) / (snr + 1 if is_v else snr)
 
     def sample(
-        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        noise: torch.Tensor,
+        steps: int,
+        shift: float,
     ) -> torch.Tensor:
         """DDIM without noise (Song et al. 2021, eq. 12) from `noise` (B, ...) down to clean latents, at the timesteps that diffusers' DDIMScheduler
         takes with `leading` spacing."""

@@ -52,7 +52,11 @@ class Flow:
         Drawing a uniform quantile draws a training time; fixed quantiles give the times of the held-out loss. The shift
         s (Esser et al. 2024, eq. 23) moves times towards noise for larger pictures: t' = s t / (1 + (s - 1) t).
         """
-        time = quantile if self.times is Times.uniform else 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
+        time = (
+            quantile
+            if self.times is Times.uniform
+            else 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
+        )
         return shift * time / (1 + (shift - 1) * time)
 
     def unweighted(self) -> Flow:
@@ -65,14 +69,23 @@ class Flow:
         return (1 - time) * clean + time * noise
 
     def losses(
-        self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, weight: torch.Tensor | None = None
+        self,
+        prediction: torch.Tensor,
+        clean: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training. `weight` (B, 1, h, w) multiplies the errors."""
         errors = (prediction.to(clean.dtype) - (noise - clean)).square()
         return (errors if weight is None else errors * weight).flatten(1).mean(1)
 
     def sample(
-        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int, shift: float
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        noise: torch.Tensor,
+        steps: int,
+        shift: float,
     ) -> torch.Tensor:
         """Euler steps from `noise` (B, ...) down to clean latents; the same times as diffusers' flow-match scheduler."""
         times = [shift * t / (1 + (shift - 1) * t) for t in ((steps - i) / steps for i in range(steps))]

@@ -34,7 +34,9 @@ class Optimizer:
         if self.lr is not None and not self.lr > 0:
             raise UsageError(f"optimizer.lr={self.lr:g} trains nothing; type a learning rate above 0, such as 1e-4")
         if self.weight_decay < 0:
-            raise UsageError(f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01")
+            raise UsageError(
+                f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01"
+            )
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """torch's optimizer of these parameters, in one group, whose `lr` the loop sets before each step."""
@@ -81,7 +83,9 @@ class AdamW(Adam):
         import torch
 
         # fused: one kernel over all tensors instead of some ten small ones each
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
 
 
 @dataclass(slots=True)
@@ -142,9 +146,13 @@ class Prodigy(Adam):
                 f"optimizer.d0={self.d0:g} and d_coef={self.d_coef:g} must be above 0; type optimizer.d0=1e-6 optimizer.d_coef=1"
             )
         if self.growth_rate is not None and self.growth_rate <= 1:
-            raise UsageError(f"optimizer.growth_rate={self.growth_rate:g} keeps d at d0; type a number above 1, or null for no bound")
+            raise UsageError(
+                f"optimizer.growth_rate={self.growth_rate:g} keeps d at d0; type a number above 1, or null for no bound"
+            )
         if self.slice_p < 1:
-            raise UsageError(f"optimizer.slice_p={self.slice_p} looks at no entry; type 1 for all, or 11 for each eleventh")
+            raise UsageError(
+                f"optimizer.slice_p={self.slice_p} looks at no entry; type 1 for all, or 11 for each eleventh"
+            )
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         import prodigyopt
@@ -188,7 +196,9 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         Optimizer.__post_init__(self)
         if not 0 <= self.momentum < 1:
-            raise UsageError(f"optimizer.momentum={self.momentum:g} never forgets; type a number from 0 to below 1, such as 0.9")
+            raise UsageError(
+                f"optimizer.momentum={self.momentum:g} never forgets; type a number from 0 to below 1, such as 0.9"
+            )
         if self.nesterov and not self.momentum:
             raise UsageError("optimizer.nesterov=true needs momentum; type optimizer.momentum=0.9")
 
@@ -196,7 +206,12 @@ class SGD(Optimizer):
         import torch
 
         return torch.optim.SGD(
-            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            fused=True,
         )
 
 

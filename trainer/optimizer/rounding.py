@@ -29,7 +29,10 @@ class Rounded:
     """
 
     def __init__(
-        self, build: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer], parameters: list[torch.nn.Parameter], seed: int
+        self,
+        build: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+        parameters: list[torch.nn.Parameter],
+        seed: int,
     ):
         self.parameters, self.seed, self.steps = parameters, seed, 0
         # What the optimizer takes for its parameters: in float32, and without memory but for those whose turn it is.
@@ -56,7 +59,9 @@ class Rounded:
             self.inner.step()
             for i in turn:
                 parameter, shadow = self.parameters[i], self.shadows[i]
-                generator = torch.Generator(parameter.device).manual_seed(seed_for(self.seed, "rounding", self.steps, i))
+                generator = torch.Generator(parameter.device).manual_seed(
+                    seed_for(self.seed, "rounding", self.steps, i)
+                )
                 parameter.copy_(rounded(shadow.data, generator))
                 shadow.data, shadow.grad = _empty(parameter), None
 

@@ -76,7 +76,9 @@ class Precision:
                 "precision=native takes weights that are quantised already, and this checkpoint's are not; type precision=fp8 or nf4"
             )
 
-    def stored(self, keep_high: tuple[str, ...], device: torch.device, types: dict[str, str] | None = None) -> Callable | None:
+    def stored(
+        self, keep_high: tuple[str, ...], device: torch.device, types: dict[str, str] | None = None
+    ) -> Callable | None:
         """What makes of a frozen linear layer without weights, while a network is read (see `trainer.model.filled`), one that stores them in
         fewer than 16 bits on `device`; None where nothing is. `types` are those of the tensors that are read, which decide where storage is
         native."""

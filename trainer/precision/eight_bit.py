@@ -19,12 +19,16 @@ def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The bytes are uint8 for those who do not know float8: gloo and Metal. The scale is a power of two: e4m3 is as fine anywhere in its range,
     so no digit is lost by it, and multiplying with it is exact in float16 and bfloat16 too.
     """
-    exponent = torch.frexp(weight.abs().amax(1).float().cpu() / torch.finfo(FLOAT8).max).exponent.clamp(min=SMALLEST_SCALE)
+    exponent = torch.frexp(weight.abs().amax(1).float().cpu() / torch.finfo(FLOAT8).max).exponent.clamp(
+        min=SMALLEST_SCALE
+    )
     scale = torch.ldexp(torch.ones(len(exponent)), exponent).to(weight.device)
     return (weight.float() / scale[:, None]).to(FLOAT8).view(torch.uint8), scale
 
 
-def decode_fp8(dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None = None, kind: torch.dtype = FLOAT8) -> torch.Tensor:
+def decode_fp8(
+    dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None = None, kind: torch.dtype = FLOAT8
+) -> torch.Tensor:
     """The weights (out, in) that lie in `codes` as float8 of this `kind`; `scale` is (out,), (), or None for 1."""
     # Metal has no float8.
     on_metal = codes.device.type == "mps"

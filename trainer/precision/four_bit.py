@@ -28,7 +28,11 @@ def taken_apart(codes: torch.Tensor, state) -> tuple[Decode, dict[str, torch.Ten
     """bitsandbytes' QuantState as `StoredLinear` keeps it."""
     tensors = {"codes": codes, "scale": state.absmax, "values": state.code}
     if state.nested:
-        tensors |= {"offset": state.offset, "scale_of_scales": state.state2.absmax, "values_of_scales": state.state2.code}
+        tensors |= {
+            "offset": state.offset,
+            "scale_of_scales": state.state2.absmax,
+            "values_of_scales": state.state2.code,
+        }
     blocks = state.blocksize, state.state2.blocksize if state.nested else 0
     return decoder(state.quant_type, tuple(state.shape), *blocks), tensors
 
@@ -56,7 +60,9 @@ def decode_4bit(
     """The weights (out, in) that lie in `codes`, two a byte. The scales may be bytes in their turn, which is what the last tensors are for."""
     functional = bitsandbytes().functional
     if offset is not None:
-        state = functional.QuantState(scale_of_scales, code=values_of_scales, blocksize=block_of_scales, dtype=torch.float32)
+        state = functional.QuantState(
+            scale_of_scales, code=values_of_scales, blocksize=block_of_scales, dtype=torch.float32
+        )
         scale = functional.dequantize_blockwise(scale, state) + offset
     state = functional.QuantState(scale, torch.Size(shape), values, block, kind, dtype)
     return functional.dequantize_4bit(codes, state)

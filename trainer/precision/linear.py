@@ -42,7 +42,13 @@ class StoredLinear(torch.nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: torch.Tensor | None, decode: Decode, codes: torch.Tensor, **others: torch.Tensor
+        self,
+        in_features: int,
+        out_features: int,
+        bias: torch.Tensor | None,
+        decode: Decode,
+        codes: torch.Tensor,
+        **others: torch.Tensor,
     ):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.decode, self.others = in_features, out_features, decode, tuple(others)
@@ -86,10 +92,14 @@ def maker(make: Make, keep_high: tuple[str, ...], dtype: torch.dtype, device: to
         if type(layer) is not torch.nn.Linear or kept(name):
             return None
         decode, tensors = make(read(f"{name}.weight"), device)
-        return StoredLinear(layer.in_features, layer.out_features, bias_of(name, layer, read, dtype, device), decode, **tensors)
+        return StoredLinear(
+            layer.in_features, layer.out_features, bias_of(name, layer, read, dtype, device), decode, **tensors
+        )
 
     return stored
 
 
-def bias_of(name: str, layer: torch.nn.Linear, read: Read, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def bias_of(
+    name: str, layer: torch.nn.Linear, read: Read, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
     return None if layer.bias is None else read(f"{name}.bias").to(device, dtype)

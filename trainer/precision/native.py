@@ -30,7 +30,9 @@ def maker(types: dict[str, str], dtype: torch.dtype, device: torch.device) -> Ca
         if type(layer) is not torch.nn.Linear or name not in kinds:
             return None
         decode, tensors = TAKEN[kinds[name]](name, types, read, device)
-        return StoredLinear(layer.in_features, layer.out_features, bias_of(name, layer, read, dtype, device), decode, **tensors)
+        return StoredLinear(
+            layer.in_features, layer.out_features, bias_of(name, layer, read, dtype, device), decode, **tensors
+        )
 
     return stored
 
@@ -47,7 +49,10 @@ def _float8(name: str, types: dict[str, str], read: Read, device: torch.device) 
 
 
 def _int8(name: str, types: dict[str, str], read: Read, device: torch.device) -> Taken:
-    return decode_int8, {"codes": read(f"{name}.weight").to(device), "scale": read(f"{name}.SCB").float().to(device) / 127}
+    return decode_int8, {
+        "codes": read(f"{name}.weight").to(device),
+        "scale": read(f"{name}.SCB").float().to(device) / 127,
+    }
 
 
 def _four_bit(name: str, types: dict[str, str], read: Read, device: torch.device) -> Taken:

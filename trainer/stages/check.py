@@ -48,7 +48,7 @@ def data(run: Run, material: TrainingData) -> None:
 
 def _sizes(material: TrainingData, samples: Sequence[Sample]) -> Iterable[str]:
     own = {sample.id: sample.image.size() for sample in samples}
-    views = [material.framing.view(sample) for sample in samples]
+    views = [material.transform.apply(sample) for sample in samples]
     training = {sample.id for sample in material.split.train}
     counts = Counter(((view.width, view.height), view.sample.id in training) for view in views)
     for size in sorted({size for size, _ in counts}):
@@ -63,13 +63,15 @@ def enlarged(material: TrainingData, samples: Iterable[Sample]) -> list[str]:
     """A line on how many pictures are enlarged, where some are."""
     factors = {}
     for sample in samples:
-        view = material.framing.view(sample)
+        view = material.transform.apply(sample)
         factors[sample.image.name] = enlargement(sample.image.size(), (view.width, view.height))
     more = {name: factor for name, factor in factors.items() if factor > 1}
     if not more:
         return []
     worst = max(more, key=more.__getitem__)
-    return [f"{len(more)} pictures are enlarged, up to {more[worst]:.1f} times ({worst}); dataset.max_upscale=1.5 would refuse the worst"]
+    return [
+        f"{len(more)} pictures are enlarged, up to {more[worst]:.1f} times ({worst}); dataset.max_upscale=1.5 would refuse the worst"
+    ]
 
 
 def cut(run: Run, samples: Sequence[Sample]) -> list[str]:
@@ -79,7 +81,11 @@ def cut(run: Run, samples: Sequence[Sample]) -> list[str]:
         return []
     counts, most = counted
     long = [sample for sample, count in zip(samples, counts, strict=True) if count > most]
-    return [f"longer than the {most} tokens that the model reads, so that the rest is left out: captions of {_some(long)}"] if long else []
+    return (
+        [f"longer than the {most} tokens that the model reads, so that the rest is left out: captions of {_some(long)}"]
+        if long
+        else []
+    )
 
 
 def _captions(run: Run, samples: Sequence[Sample]) -> Iterable[str]:
@@ -121,7 +127,10 @@ def _groups(samples: Iterable[Sample], key) -> list[list[Sample]]:
 
 
 def _listed(groups: Sequence[Sequence[Sample]]) -> str:
-    shown = ["{" + ", ".join(sample.id for sample in group[:SHOWN]) + (", ..." if group[SHOWN:] else "") + "}" for group in groups[:SHOWN]]
+    shown = [
+        "{" + ", ".join(sample.id for sample in group[:SHOWN]) + (", ..." if group[SHOWN:] else "") + "}"
+        for group in groups[:SHOWN]
+    ]
     return " ".join(shown) + (" ..." if groups[SHOWN:] else "")
 
 
@@ -135,6 +144,6 @@ def _sheet(path: Path, material: TrainingData, samples: Sequence[Sample]) -> Pat
     from trainer.dataset import strip
 
     step = max(1, len(samples) // ON_SHEET)
-    views = [material.framing.view(sample) for sample in samples[::step][:ON_SHEET]]
+    views = [material.transform.apply(sample) for sample in samples[::step][:ON_SHEET]]
     strip.save(path, strip.contact([([*view.control_pixels(), view.pixels()], view.caption) for view in views]))
     return path

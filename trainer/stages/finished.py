@@ -65,7 +65,10 @@ def evaluate(run: Run, material: TrainingData, judge: Evaluator, folder: Path, s
     files.write_json(where / "evaluation.json", {"step": step, "now": now, "before_training": before})
     for name in ("val/loss", "val/psnr"):
         if name in now:
-            print_line(f"{name} {now[name]:.4f} at step {step}" + (f", before training {before[name]:.4f}" if name in before else ""))
+            print_line(
+                f"{name} {now[name]:.4f} at step {step}"
+                + (f", before training {before[name]:.4f}" if name in before else "")
+            )
     print_line(f"pictures and evaluation.json in {where}")
     return loss
 
@@ -105,7 +108,7 @@ def _of_split(run: Run, material: TrainingData) -> list[TransformedSample]:
     if not samples:
         raise UsageError(f"sample.split={side.value}: this data set has no such part; type sample.split=validation")
     count = run.sample.count or (len(samples) if side is Side.test else run.evaluation.images)
-    return [material.framing.view(sample) for sample in samples[:count]]
+    return [material.transform.apply(sample) for sample in samples[:count]]
 
 
 def _prompted(run: Run, material: TrainingData) -> list[TransformedSample]:
@@ -113,11 +116,13 @@ def _prompted(run: Run, material: TrainingData) -> list[TransformedSample]:
 
     prompts, names = run.sample.prompts, run.sample.images or []
     if material.controls and not names:
-        raise UsageError("this run edits pictures: type sample.images=[FILE] beside sample.prompts, one for all prompts or one for each")
+        raise UsageError(
+            "this run edits pictures: type sample.images=[FILE] beside sample.prompts, one for all prompts or one for each"
+        )
     if names and not material.controls:
         raise UsageError("this run draws from prompts alone: leave sample.images out")
     digests = files.Digests(material.cache.root / "digests.sqlite")
     sources = [(FileSource(Path(name).expanduser(), digests),) for name in names] or [()]
     target = material.split.train[0].image
     samples = [Sample(f"prompt-{i}", target, prompt, sources[i % len(sources)]) for i, prompt in enumerate(prompts)]
-    return [material.framing.view(sample) for sample in samples]
+    return [material.transform.apply(sample) for sample in samples]

@@ -98,7 +98,9 @@ def tell(folder: Path) -> None:
 
 def identity(overrides: Sequence[str], sweeper: dict[str, Any]) -> str:
     """Twelve hex digits that name the sweep: of what was typed and what the sweeper does with it, not of where it goes or how fast."""
-    loud = sorted(text.lstrip("+") for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] not in SILENT)
+    loud = sorted(
+        text.lstrip("+") for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] not in SILENT
+    )
     return hashlib.sha256(json.dumps([loud, sweeper], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -150,7 +152,9 @@ class Sweep:
     def verdict(self) -> str:
         """One line on all members so far."""
         counts = Counter(member.status for member in self.members)
-        text = ", ".join(f"{counts[status]} {status}" for status in (FINISHED, FAILED, STOPPED, WAITING) if counts[status])
+        text = ", ".join(
+            f"{counts[status]} {status}" for status in (FINISHED, FAILED, STOPPED, WAITING) if counts[status]
+        )
         return f"Sweep {self.folder.name}: {text}; {self.folder / 'ranking.md'}. The same command does what is not finished."
 
     # The members
@@ -164,7 +168,9 @@ class Sweep:
             if self._signal and not told:
                 # Not from the handler: a member that is just being started would miss it.
                 told = True
-                print_line(f"stopping: waiting for {len(self._running)} running member(s) to save; a second signal ends them at once")
+                print_line(
+                    f"stopping: waiting for {len(self._running)} running member(s) to save; a second signal ends them at once"
+                )
                 for process, _ in self._running.values():
                     process.send_signal(self._signal)
             for slot, (process, member) in list(self._running.items()):
@@ -187,7 +193,12 @@ class Sweep:
         with files.storage("write", log), open(log, "wb") as output:
             # A session of its own: Ctrl-C in a terminal reaches it once, through us.
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._running[slot] = (process, member)
         print_line(f"[{member.number}/{len(self.members)}] {member.title}: started, log {log}")
@@ -198,7 +209,11 @@ class Sweep:
         if self.slots == 1:
             return {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+        gpus = (
+            visible.split(",")
+            if visible
+            else [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+        )
         share = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
         if "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.slots))
@@ -219,7 +234,9 @@ class Sweep:
             member.best_loss, member.last_loss = summary["best_val_loss"], summary["last_val_loss"]
             member.psnr, member.minutes = summary["final"].get("val/psnr"), round(summary["seconds"] / 60, 1)
         loss = f", held-out loss {member.best_loss:.4f}" if member.best_loss is not None else ""
-        print_line(f"[{member.number}/{len(self.members)}] {member.title}: {member.status}{loss}{member.reason and f': {member.reason}'}")
+        print_line(
+            f"[{member.number}/{len(self.members)}] {member.title}: {member.status}{loss}{member.reason and f': {member.reason}'}"
+        )
         self._write()
 
     # What is kept and shown
@@ -231,7 +248,9 @@ class Sweep:
             return {}
 
     def _write(self) -> None:
-        files.write_json(self.folder / "sweep.json", {**self._note, "members": [asdict(member) for member in self.members]})
+        files.write_json(
+            self.folder / "sweep.json", {**self._note, "members": [asdict(member) for member in self.members]}
+        )
 
     def _shown(self, journal: Any) -> Sink:
         from trainer.tracking import open_sink
@@ -275,8 +294,14 @@ class Sweep:
         print_line(f"\n{_aligned(table)}\n{linked}")
         for picture in pictures:
             print_line(f"{picture}")
-        result = f"**Best: {_short(best[0])}**, val/loss {best[0].best_loss:.4f}" if best else "**None finished with a held-out loss**"
-        pages = " | ".join(f"[{title}]({''.join(link.partition('#')[1:])})" for title, link in where.items() if title != "summary")
+        result = (
+            f"**Best: {_short(best[0])}**, val/loss {best[0].best_loss:.4f}"
+            if best
+            else "**None finished with a held-out loss**"
+        )
+        pages = " | ".join(
+            f"[{title}]({''.join(link.partition('#')[1:])})" for title, link in where.items() if title != "summary"
+        )
         gather(
             self.tracking,
             self.out,
@@ -351,7 +376,9 @@ class Sweep:
 
 def ranked(members: Sequence[Member]) -> list[Member]:
     """Those that finished with a held-out loss, the best first."""
-    return sorted((m for m in members if m.status == FINISHED and _is_number(m.best_loss)), key=lambda m: (m.best_loss, m.number))
+    return sorted(
+        (m for m in members if m.status == FINISHED and _is_number(m.best_loss)), key=lambda m: (m.best_loss, m.number)
+    )
 
 
 def ranking(members: Sequence[Member]) -> str:
@@ -379,13 +406,22 @@ def ranking_csv(members: Sequence[Member]) -> str:
     table.writerow(["rank", "member", *keys, *columns])
     for member in [*best, *(member for member in members if member not in best)]:
         rank = best.index(member) + 1 if member in best else ""
-        table.writerow([rank, member.number, *(member.varied.get(key, "") for key in keys), *(getattr(member, name) for name in columns)])
+        table.writerow(
+            [
+                rank,
+                member.number,
+                *(member.varied.get(key, "") for key in keys),
+                *(getattr(member, name) for name in columns),
+            ]
+        )
     return text.getvalue()
 
 
 def _row(member: Member, keys: Sequence[str]) -> list[str]:
     numbers = (member.best_loss, ".4f"), (member.last_loss, ".4f"), (member.psnr, ".2f"), (member.minutes, ".1f")
-    return [member.varied.get(key, "") for key in keys] + [format(value, form) if _is_number(value) else "" for value, form in numbers]
+    return [member.varied.get(key, "") for key in keys] + [
+        format(value, form) if _is_number(value) else "" for value, form in numbers
+    ]
 
 
 def _aligned(table: str) -> str:

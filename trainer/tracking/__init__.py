@@ -90,7 +90,9 @@ def open_sink(
         return Sink()
     from trainer.tracking.sink import MLflowSink
 
-    return MLflowSink(settings, out, folder, journal, name=name, params=params, tags=tags, description=description, parent=parent)
+    return MLflowSink(
+        settings, out, folder, journal, name=name, params=params, tags=tags, description=description, parent=parent
+    )
 
 
 def page(settings: Tracking, out: Path) -> str | None:
@@ -169,4 +171,6 @@ def _check(uri: str) -> None:
     else:
         known = uri == "databricks" or re.match(r"(databricks|(postgresql|mysql|mssql)(\+\w+)?)://", uri)
     if not known:
-        raise UsageError(f"tracking.uri={uri} is no MLflow database or server (a folder such as ./mlruns no longer is one); {example}.")
+        raise UsageError(
+            f"tracking.uri={uri} is no MLflow database or server (a folder such as ./mlruns no longer is one); {example}."
+        )

@@ -72,7 +72,9 @@ def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
         "steps": max((steps[-1] for steps, _ in metrics.values()), default=0),
         "seconds": round(seconds, 1),
         "attempts": attempts,
-        "final": {key: values[-1] if math.isfinite(values[-1]) else str(values[-1]) for key, (_, values) in metrics.items()},
+        "final": {
+            key: values[-1] if math.isfinite(values[-1]) else str(values[-1]) for key, (_, values) in metrics.items()
+        },
         "best": best,
         **extra,
     }
@@ -97,12 +99,20 @@ def draw_curves(folder: Path, title: str = "") -> Path:
     norm = _panel(figure.add_subplot(grid[1, 1]), "gradient norm")
     _draw(norm, _matching(metrics, "grad_norm", "gradient_norm"), smooth=True)
     speed = _panel(figure.add_subplot(grid[1, 2]), "speed and memory")
-    speeds, memories = _matching(metrics, "steps_per_second"), _matching(metrics, "device_memory_gib") or _matching(metrics, "memory_gib")
+    speeds, memories = (
+        _matching(metrics, "steps_per_second"),
+        _matching(metrics, "device_memory_gib") or _matching(metrics, "memory_gib"),
+    )
     _draw(speed, speeds, unit="steps/s", smooth=True, empty=not memories)
     if memories:
         memory = _panel(speed.twinx(), "")
         memory.grid(False)
-        _draw(memory, memories, color=ORANGE, unit=next(iter(memories)).rpartition("/")[2].replace("_", " ").replace("gib", "GiB"))
+        _draw(
+            memory,
+            memories,
+            color=ORANGE,
+            unit=next(iter(memories)).rpartition("/")[2].replace("_", " ").replace("gib", "GiB"),
+        )
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
@@ -121,7 +131,9 @@ def draw_heat_map(
     from matplotlib.patches import Rectangle
 
     (x, columns), (y, rows) = across, down
-    figure = Figure(figsize=(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows)), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows)), dpi=120, layout="constrained", facecolor="white"
+    )
     axes = figure.add_subplot()
     # A large value comes first in reading, as on any axis that grows upwards.
     image = axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
@@ -194,15 +206,29 @@ def _draw_losses(axes: Axes, metrics: dict[str, Series]) -> None:
         means = smoothed(values)
         axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.25)
         axes.plot(
-            steps, means, color=BLUE, linewidth=2, marker="o" if len(values) == 1 else None, label=f"train {means[-1]:.4g} (smoothed)"
+            steps,
+            means,
+            color=BLUE,
+            linewidth=2,
+            marker="o" if len(values) == 1 else None,
+            label=f"train {means[-1]:.4g} (smoothed)",
         )
         shown += values
     steps, values = _finite(metrics.get(HELD_OUT_LOSS, (array("q"), array("d"))))
     if values:
         best, at = min(zip(values, steps, strict=True))
-        axes.plot(steps, values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=f"held out {values[-1]:.4g}")
         axes.plot(
-            [at], [best], color=ORANGE, marker="o", markersize=11, fillstyle="none", linestyle="none", label=f"best {best:.4g} at step {at}"
+            steps, values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=f"held out {values[-1]:.4g}"
+        )
+        axes.plot(
+            [at],
+            [best],
+            color=ORANGE,
+            marker="o",
+            markersize=11,
+            fillstyle="none",
+            linestyle="none",
+            label=f"best {best:.4g} at step {at}",
         )
         shown += values
     if not shown:
@@ -215,14 +241,20 @@ def _draw_losses(axes: Axes, metrics: dict[str, Series]) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=GREY)
 
 
-def _draw(axes: Axes, lines: dict[str, Series], color: str = BLUE, unit: str = "", smooth: bool = False, empty: bool = True) -> None:
+def _draw(
+    axes: Axes, lines: dict[str, Series], color: str = BLUE, unit: str = "", smooth: bool = False, empty: bool = True
+) -> None:
     drawn = False
     for number, points in enumerate(lines.values()):
         steps, values = _finite(points)
         if not values:
             continue
         drawn = True
-        style = {"color": color, "linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "o" if len(values) == 1 else None}
+        style = {
+            "color": color,
+            "linestyle": ("-", "--", ":", "-.")[number % 4],
+            "marker": "o" if len(values) == 1 else None,
+        }
         if smooth:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
             values = smoothed(values)
@@ -235,6 +267,8 @@ def _draw(axes: Axes, lines: dict[str, Series], color: str = BLUE, unit: str = "
 
 
 def _say_empty(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", transform=axes.transAxes, fontsize=9, color=GREY)
+    axes.text(
+        0.5, 0.5, "nothing measured yet", ha="center", va="center", transform=axes.transAxes, fontsize=9, color=GREY
+    )
     axes.set_xticks([])
     axes.set_yticks([])

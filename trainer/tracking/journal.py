@@ -90,7 +90,16 @@ class Journal:
     def picture(self, step: int, key: str, path: str | Path, caption: str = "") -> None:
         """Write that the picture `key` (e.g. "samples/0") of `step` lies at `path`, relative to the folder; nothing where it is known."""
         if step > self._pictures.get(key, -1):
-            self._write({"time": _now(), "kind": PICTURE, "step": int(step), "key": key, "path": Path(path).as_posix(), "caption": caption})
+            self._write(
+                {
+                    "time": _now(),
+                    "kind": PICTURE,
+                    "step": int(step),
+                    "key": key,
+                    "path": Path(path).as_posix(),
+                    "caption": caption,
+                }
+            )
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write that something happened: `kind` in one word ("attempt", "checkpoint", "warning"), `fields` as JSON has them."""
@@ -122,7 +131,12 @@ class Journal:
         # One write a line and no fsync: what a write has taken is in the kernel's page cache, which outlives a SIGKILL of this process.
         # Only a power cut loses it, and with it at most the steps since the last checkpoint that was synced, which are then done again.
         # An fsync a line would cost more than a small model's step.
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "backslashreplace") + b"\n"
+        line = (
+            json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode(
+                "utf-8", "backslashreplace"
+            )
+            + b"\n"
+        )
         waiting = bool(self._unwritten)
         self._unwritten += line
         with files.storage("write", self.path):
@@ -133,7 +147,11 @@ class Journal:
                 if error.errno not in _FULL:
                     raise
                 if not waiting:
-                    log.warning("%s: %s. What happens is kept in memory and written when there is room.", self.path, error.strerror)
+                    log.warning(
+                        "%s: %s. What happens is kept in memory and written when there is room.",
+                        self.path,
+                        error.strerror,
+                    )
         self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:

@@ -160,7 +160,9 @@ class MLflowSink(Sink):
                 self.errors += 1
                 if not self._failing and not self._given_up:
                     log.warning(
-                        "MLflow at %s: %s. Training goes on; what MLflow lacks is sent when it is back.", self.uri, _one_line(error)
+                        "MLflow at %s: %s. Training goes on; what MLflow lacks is sent when it is back.",
+                        self.uri,
+                        _one_line(error),
                     )
                 self._failing = True
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -200,7 +202,9 @@ class MLflowSink(Sink):
                     raise
         # A process killed between making a run and noting its id leaves one that only the tag can find.
         name = self._tags["trainer.folder_id"].replace("'", "\\'")
-        found = client.search_runs([self.experiment_id], f"tags.`trainer.folder_id` = '{name}'", max_results=1, order_by=["start_time ASC"])
+        found = client.search_runs(
+            [self.experiment_id], f"tags.`trainer.folder_id` = '{name}'", max_results=1, order_by=["start_time ASC"]
+        )
         return found[0] if found else None
 
     def _describe(self, client: MlflowClient, run: Run) -> None:
@@ -215,17 +219,24 @@ class MLflowSink(Sink):
         # Name and description belong to the user once they are there: the UI lets them be edited.
         if self._description and "mlflow.note.content" not in run.data.tags:
             tags["mlflow.note.content"] = self._description
-        client.log_batch(run.info.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
+        client.log_batch(
+            run.info.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True
+        )
         client.update_run(run.info.run_id, status="RUNNING")
 
     def _keep_note(self, **more: Any) -> None:
         with contextlib.suppress(errors.StorageError):
-            files.write_json(self._folder / NOTE, {"uri": self.uri, "experiment_id": self.experiment_id, "run_id": self.run_id, **more})
+            files.write_json(
+                self._folder / NOTE,
+                {"uri": self.uri, "experiment_id": self.experiment_id, "run_id": self.run_id, **more},
+            )
 
     def _give_up(self) -> None:
         self._given_up = True
         log.warning(
-            "MLflow at %s does not answer: it lacks the end of this run. %s has all; the same command sends it.", self.uri, self._journal
+            "MLflow at %s does not answer: it lacks the end of this run. %s has all; the same command sends it.",
+            self.uri,
+            self._journal,
         )
         # So that whoever finds the run still RUNNING in MLflow knows how it ended.
         with contextlib.suppress(errors.StorageError):
@@ -283,7 +294,9 @@ class Remote:
         from mlflow.tracking.multimedia import compress_image_size
 
         if self._known_pictures is None:
-            self._known_pictures = {posixpath.basename(file.path) for file in self.client.list_artifacts(self.run_id, "images")}
+            self._known_pictures = {
+                posixpath.basename(file.path) for file in self.client.list_artifacts(self.run_id, "images")
+            }
         step, key = record["step"], _picture_key(record)
         name = f"{key.replace('/', '~')}+step+{step}+timestamp+{round(record['time'] * 1000)}+{uuid.uuid5(uuid.NAMESPACE_OID, f'{key} {step}')}"
         if f"{name}+compressed.webp" in self._known_pictures:
@@ -300,7 +313,9 @@ class Remote:
             if not self._known_pictures:
                 self.client.set_tag(self.run_id, "mlflow.loggedImages", "True", synchronous=True)
             self.client.log_artifact(self.run_id, large, "images")
-            self.client.log_artifact(self.run_id, small, "images")  # last: it is by this one that a picture counts as known
+            self.client.log_artifact(
+                self.run_id, small, "images"
+            )  # last: it is by this one that a picture counts as known
         self._known_pictures.add(f"{name}+compressed.webp")
 
 
@@ -346,16 +361,24 @@ def is_complete(folder: Path) -> bool:
     """Whether MLflow has all metrics and pictures of the run in `folder`, and how its last attempt ended."""
     sent = _read_note(folder).get("sent")
     shown = (journals.METRICS, journals.PICTURE)
-    return sent is not None and not any(record["kind"] in shown for _, record in journals.read(folder / journals.FILE_NAME, sent))
+    return sent is not None and not any(
+        record["kind"] in shown for _, record in journals.read(folder / journals.FILE_NAME, sent)
+    )
 
 
 def runs_of(folders: Sequence[Path], experiment_id: str | None) -> list[str]:
     """What MLflow calls the runs in these folders, those of the experiment, each once."""
     notes = [_read_note(folder) for folder in folders]
-    return list(dict.fromkeys(note["run_id"] for note in notes if note.get("run_id") and note.get("experiment_id") == experiment_id))
+    return list(
+        dict.fromkeys(
+            note["run_id"] for note in notes if note.get("run_id") and note.get("experiment_id") == experiment_id
+        )
+    )
 
 
-def gather(uri: str, parent: Sink, folders: Sequence[Path], description: str, artifacts: Sequence[Path], varied: Sequence[str]) -> None:
+def gather(
+    uri: str, parent: Sink, folders: Sequence[Path], description: str, artifacts: Sequence[Path], varied: Sequence[str]
+) -> None:
     """See `trainer.tracking.gather`."""
     try:
         client = _mlflow().MlflowClient(uri, uri)
@@ -364,17 +387,30 @@ def gather(uri: str, parent: Sink, folders: Sequence[Path], description: str, ar
                 client.set_tag(run_id, "mlflow.parentRunId", parent.run_id, synchronous=True)
         for path in artifacts:
             client.log_artifact(parent.run_id, str(path))
-        shown = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid={parent.run_id})" for path in artifacts if path.suffix == ".png"]
-        client.set_tag(parent.run_id, "mlflow.note.content", "\n\n".join([_shorten(description, 7000), *shown]), synchronous=True)
+        shown = [
+            f"![{path.stem}](get-artifact?path={path.name}&run_uuid={parent.run_id})"
+            for path in artifacts
+            if path.suffix == ".png"
+        ]
+        client.set_tag(
+            parent.run_id, "mlflow.note.content", "\n\n".join([_shorten(description, 7000), *shown]), synchronous=True
+        )
         state = view.children(parent.run_id, [_clean(name) for name in varied], *_pictures(folders))
         client.set_experiment_tag(parent.experiment_id, view.TAG + parent.run_id, state)
     except Exception as error:  # whatever goes wrong here, the runs are done and the tables written
-        log.warning("MLflow at %s: %s. It lacks the sums of this sweep; the same command sends them.", uri, _one_line(error))
+        log.warning(
+            "MLflow at %s: %s. It lacks the sums of this sweep; the same command sends them.", uri, _one_line(error)
+        )
 
 
 def _pictures(folders: Sequence[Path]) -> tuple[list[str], int]:
     """The keys of the pictures in these folders' journals, and their last step."""
-    found = [record for folder in folders for _, record in read(folder / journals.FILE_NAME) if record["kind"] == journals.PICTURE]
+    found = [
+        record
+        for folder in folders
+        for _, record in read(folder / journals.FILE_NAME)
+        if record["kind"] == journals.PICTURE
+    ]
     return sorted({_picture_key(record) for record in found}), max((record["step"] for record in found), default=0)
 
 
@@ -412,7 +448,12 @@ def _make_database(path: Path, artifacts: Path) -> None:
 
 def _follow_move(path: Path, known: str, artifacts: Path) -> None:
     """Where the folder of the database was moved or renamed, tell the database that its artifacts came along; MLflow has no call for it."""
-    if known == str(artifacts) or not known.startswith("/") or Path(known).name != artifacts.name or Path(known).exists():
+    if (
+        known == str(artifacts)
+        or not known.startswith("/")
+        or Path(known).name != artifacts.name
+        or Path(known).exists()
+    ):
         return
     here, there, length = str(artifacts), known, len(known)
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
@@ -516,7 +557,9 @@ def _source() -> dict[str, str]:
     if (checkout / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-            tags["mlflow.source.git.commit"] = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()
+            tags["mlflow.source.git.commit"] = subprocess.run(
+                command, capture_output=True, text=True, timeout=2, check=True
+            ).stdout.strip()
     return tags
 
 

@@ -40,15 +40,23 @@ def children_link(base_url: str, experiment_id: str, run_id: str) -> str:
 
 def compare_link(base_url: str, experiment_id: str, run_ids: list[str]) -> str:
     """The page that compares these runs."""
-    query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id]), "workflowType": "machine_learning"}
+    query = {
+        "runs": json.dumps(run_ids),
+        "experiments": json.dumps([experiment_id]),
+        "workflowType": "machine_learning",
+    }
     return f"{base_url.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve the UI until Ctrl-C (returns 0) or until the server ends by itself (returns its code)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.tracking.ui", description="Open the MLflow UI on the runs under a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.tracking.ui", description="Open the MLflow UI on the runs under a folder."
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of the runs (default: runs)")
-    parser.add_argument("--uri", help="the tracking.uri of the runs, where it is not the default (sqlite:///<out>/mlflow.db)")
+    parser.add_argument(
+        "--uri", help="the tracking.uri of the runs, where it is not the default (sqlite:///<out>/mlflow.db)"
+    )
     parser.add_argument("--experiment", default="trainer", help="the tracking.experiment to open (default: trainer)")
     parser.add_argument("--port", type=int, default=PORT, help=f"the first port to try (default: {PORT})")
     options = parser.parse_args(arguments)
@@ -73,7 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     base = f"http://{HOST}:{free_port(options.port)}"
     # A terminated process must take its server along as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryFile() as output, contextlib.suppress(KeyboardInterrupt), serving(uri, base, options.out, output) as server:
+    with (
+        tempfile.TemporaryFile() as output,
+        contextlib.suppress(KeyboardInterrupt),
+        serving(uri, base, options.out, output) as server,
+    ):
         while server.poll() is None and not _answers(base):
             time.sleep(0.1)
         if server.poll() is None:
@@ -90,13 +102,31 @@ def serving(uri: str, base_url: str, out: Path, output: object):
     """An MLflow server process for the store at `uri`, ended with all its children at the end of the context."""
     artifacts = (out / "mlartifacts").resolve()
     host, port = base_url.removeprefix("http://").split(":")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", port, "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        host,
+        "--port",
+        port,
+        "--workers",
+        "1",
+    ]
     command += ["--default-artifact-root", str(artifacts), "--artifacts-destination", str(artifacts)]
     # Jobs are for evaluating chat applications: without them the server starts in a quarter of the time and memory.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # A session of its own, so that Ctrl-C reaches this process alone and the server with its workers is ended as one group.
     server = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        command,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
     )
     try:
         yield server

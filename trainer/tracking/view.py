@@ -31,11 +31,22 @@ def children(run_id: str, varied: Sequence[str], pictures: Sequence[str], step: 
 
 
 def _state(
-    params: Sequence[str], pictures: Sequence[str], step: int, searchFilter: str = "", orderByKey: str = "", orderByAsc: bool = True
+    params: Sequence[str],
+    pictures: Sequence[str],
+    step: int,
+    searchFilter: str = "",
+    orderByKey: str = "",
+    orderByAsc: bool = True,
 ) -> str:
     charts = [_line("val", "val/loss"), _line("val", "val/psnr"), *(_pictures(key, step) for key in pictures)]
     charts += [_line("quantiles", name) for name in QUANTILES]
-    sections = [("val", "val"), ("samples", "samples"), ("train", "train"), ("perf", "perf"), ("quantiles", "val/loss by time")]
+    sections = [
+        ("val", "val"),
+        ("samples", "samples"),
+        ("train", "train"),
+        ("perf", "perf"),
+        ("quantiles", "val/loss by time"),
+    ]
     state = {
         "searchFilter": searchFilter,
         "orderByKey": orderByKey,
@@ -47,7 +58,14 @@ def _state(
         "selectedColumns": ["metrics.`val/loss`", "metrics.`val/psnr`", *(f"params.`{name}`" for name in params)],
         "isAccordionReordered": True,
         "compareRunSections": [
-            {"uuid": key, "name": name, "display": key != "quantiles", "isReordered": True, "deleted": False, "isGenerated": True}
+            {
+                "uuid": key,
+                "name": name,
+                "display": key != "quantiles",
+                "isReordered": True,
+                "deleted": False,
+                "isGenerated": True,
+            }
             for key, name in sections
         ],
         "compareRunCharts": charts,
@@ -61,7 +79,13 @@ def _chart(kind: str, section: str, name: str) -> dict[str, Any]:
 
 
 def _line(section: str, name: str) -> dict[str, Any]:
-    axes = {"xAxisKey": "step", "useGlobalXaxisKey": True, "selectedXAxisMetricKey": "", "yAxisKey": "metric", "yAxisExpressions": []}
+    axes = {
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": True,
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+    }
     look = {"scaleType": "linear", "lineSmoothness": 0, "useGlobalLineSmoothing": True, "range": {}}
     return {**_chart("LINE", section, name), "metricKey": name, "selectedMetricKeys": [name], **axes, **look}
 

@@ -41,7 +41,9 @@ def visits(seed: int, step: int, batch: int, count: int) -> list[tuple[int, int]
     across the border between two epochs.
     """
     first = (step - 1) * batch
-    return [(visit, int(_permutation(seed, visit // count, count)[visit % count])) for visit in range(first, first + batch)]
+    return [
+        (visit, int(_permutation(seed, visit // count, count)[visit % count])) for visit in range(first, first + batch)
+    ]
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class Batches:
     cache: Cache
     family: Family
     settings: Dataset
-    framing: Transform
+    transform: Transform
     seed: int
     batch: int
     micro_batch: int
@@ -72,7 +74,7 @@ class Batches:
     def view(self, visit: int, index: int) -> TransformedSample:
         """The sample as it is seen at this visit: flipped or not, with its caption or without."""
         sample, settings = self.samples[index], self.settings
-        return self.framing.view(
+        return self.transform.apply(
             sample,
             flip=settings.flip and uniform(self.seed, "flip", visit, sample.id) < 0.5,
             drop_caption=uniform(self.seed, "caption dropout", visit, sample.id) < settings.caption_dropout,
@@ -87,7 +89,9 @@ class Batches:
         name = view.sample.id
         shape = tuple(row["latents"].shape)
         if "latents_std" in row:
-            row["latents"] = row["latents"] + row.pop("latents_std") * normal(shape, self.seed, "posterior", visit, name)
+            row["latents"] = row["latents"] + row.pop("latents_std") * normal(
+                shape, self.seed, "posterior", visit, name
+            )
         if self.weighted:
             floor = self.settings.mask_floor
             mask = row.pop("mask", torch.ones(1, 1, 1))

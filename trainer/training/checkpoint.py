@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
-WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "MANIFEST"
+WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "ema.safetensors",
+    "state.json",
+    "MANIFEST",
+)
 
 _REPLACED = ".replaced-"
 _DISCARDED = ".discarded-"
@@ -47,9 +53,13 @@ class Save:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise errors.UsageError(f"save.every={self.every} is not possible: it counts steps. Type save.every=1 or more.")
+            raise errors.UsageError(
+                f"save.every={self.every} is not possible: it counts steps. Type save.every=1 or more."
+            )
         if self.keep < 1:
-            raise errors.UsageError(f"save.keep={self.keep} would leave nothing to resume from. Type save.keep=1 or more.")
+            raise errors.UsageError(
+                f"save.keep={self.keep} would leave nothing to resume from. Type save.keep=1 or more."
+            )
 
 
 @dataclass(slots=True)
@@ -78,7 +88,12 @@ class Checkpoints:
         self.report = report
 
     def save(
-        self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Any], ema: dict[str, Tensor] | None, state: dict[str, Any]
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Any],
+        ema: dict[str, Tensor] | None,
+        state: dict[str, Any],
     ) -> Path:
         """Commit the state after `step` steps and return its folder; then delete what is neither recent nor best.
 
@@ -120,7 +135,9 @@ class Checkpoints:
                 continue
             for bad, reason in damaged:
                 where = f"it was moved untouched to {self._set_aside(bad)}" if set_aside else "it is left where it is"
-                self.report(f"The checkpoint {bad.name} is damaged ({reason}): {where}, and step {loaded.step} is used instead.")
+                self.report(
+                    f"The checkpoint {bad.name} is damaged ({reason}): {where}, and step {loaded.step} is used instead."
+                )
             return loaded
         if damaged:
             reasons = "; ".join(f"{folder.name} ({reason})" for folder, reason in damaged)
@@ -136,7 +153,9 @@ class Checkpoints:
             try:
                 return self._load(folder)
             except errors.DataError as error:
-                self.report(f"The checkpoint {folder.name}, the best of what is left, is damaged ({error}): the next best is used instead.")
+                self.report(
+                    f"The checkpoint {folder.name}, the best of what is left, is damaged ({error}): the next best is used instead."
+                )
         return None
 
     def load(self, step: int) -> Loaded:
@@ -151,7 +170,9 @@ class Checkpoints:
         if reason:
             raise errors.DataError(f"The checkpoint of step {step} in {self.folder} is damaged: {reason}.")
         there = ", ".join(map(str, self.steps())) or "none"
-        raise errors.UsageError(f"There is no checkpoint of step {step} in {self.folder}. Those kept are of steps: {there}.")
+        raise errors.UsageError(
+            f"There is no checkpoint of step {step} in {self.folder}. Those kept are of steps: {there}."
+        )
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in rising order, unverified."""
@@ -177,7 +198,9 @@ class Checkpoints:
         for name in [*contents, STATE]:
             files.fsync(folder / name)
             entries[name] = {"sha256": files.sha256(folder / name), "size": (folder / name).stat().st_size}
-        body = json.dumps({"schema": SCHEMA, "step": step, "files": entries}, sort_keys=True, separators=(",", ":")).encode()
+        body = json.dumps(
+            {"schema": SCHEMA, "step": step, "files": entries}, sort_keys=True, separators=(",", ":")
+        ).encode()
         (folder / MANIFEST).write_bytes(_signed(body))
         files.fsync(folder / MANIFEST)
         files.fsync_folder(folder)
@@ -321,7 +344,11 @@ def _read(path: Path, size: int | None = None) -> bytes:
 def _check_finite(step: int, name: str, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         # One-byte floats have no isfinite; integers (8-bit optimizer states) are always finite.
-        if not (tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor).isfinite().all():
+        if (
+            not (tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor)
+            .isfinite()
+            .all()
+        ):
             raise errors.NonFiniteError(
                 f"Step {step} was not saved: {key!r} of {name} holds a number that is not finite. "
                 "The checkpoints before it are untouched; a lower optimizer.lr is the usual remedy."
@@ -350,7 +377,9 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return [_pack(item, inside(index), tensors) for index, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"an optimizer's state holds a {type(value).__name__}, which is neither a tensor nor JSON, at {name!r}")
+    raise TypeError(
+        f"an optimizer's state holds a {type(value).__name__}, which is neither a tensor nor JSON, at {name!r}"
+    )
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -26,7 +26,7 @@ MASK = "mask"
 @dataclass(slots=True)
 class TrainingData:
     split: Split
-    framing: Transform
+    transform: Transform
     cache: Cache
     digests: dict[str, Any]
     """Of the data set, and of each component of the model."""
@@ -56,8 +56,8 @@ def prepare(run: Run) -> TrainingData:
     """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = files.Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
-    framing = dataset.framing(run.dataset, run.model.multiple)
-    listing = dataset.surveyed(run.dataset, digests, framing, _progress)
+    transform = dataset.transform(run.dataset, run.model.multiple)
+    listing = dataset.surveyed(run.dataset, digests, transform, _progress)
     where = dataset.where(run.dataset)
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
         listing.refuse(where)
@@ -77,7 +77,14 @@ def prepare(run: Run) -> TrainingData:
         )
     weights = run.model.digest(digests)
     content = [
-        (sample.id, side, sample.caption, sample.image.digest(), [control.digest() for control in sample.controls], *_extras(sample))
+        (
+            sample.id,
+            side,
+            sample.caption,
+            sample.image.digest(),
+            [control.digest() for control in sample.controls],
+            *_extras(sample),
+        )
         for side, samples in (("train", split.train), ("validation", split.validation))
         for sample in samples
     ]
@@ -86,7 +93,9 @@ def prepare(run: Run) -> TrainingData:
     if any(sample.mask for sample in split.train):
         parts.append(Part(MASK, (MASK,), f"area means over {pixels_a_latent(run)} pixels"))
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return TrainingData(split, framing, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights}, listing)
+    return TrainingData(
+        split, transform, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights}, listing
+    )
 
 
 def _progress(sources: Sequence[Source]) -> Iterable[Source]:
@@ -111,7 +120,7 @@ def pixels_a_latent(run: Run) -> int:
 def held_out(run: Run, material: TrainingData, count: int) -> list[TransformedSample]:
     """Validation samples to judge by: the first by the hash of their ids, so that a set that grows keeps most of them."""
     by_hash = sorted(material.split.validation, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
-    return [material.framing.view(sample) for sample in by_hash[:count]]
+    return [material.transform.apply(sample) for sample in by_hash[:count]]
 
 
 def drawn(run: Run, material: TrainingData) -> list[tuple[TransformedSample, bool]]:
@@ -121,7 +130,7 @@ def drawn(run: Run, material: TrainingData) -> list[tuple[TransformedSample, boo
     """
     settings = run.evaluation
     views = held_out(run, material, len(settings.prompts or ()) or settings.images)
-    views = views or [material.framing.view(sample) for sample in material.split.train[: settings.images]]
+    views = views or [material.transform.apply(sample) for sample in material.split.train[: settings.images]]
     if settings.prompts is None:
         return [(view, True) for view in views for _ in range(settings.images_per_prompt)]
     return [
@@ -136,7 +145,7 @@ def views(run: Run, material: TrainingData) -> list[TransformedSample]:
     settings = run.dataset
     asked = (settings.flip, settings.caption_dropout, settings.control_dropout)
     ways = list(product(*((False, True) if wanted else (False,) for wanted in asked)))
-    training = [material.framing.view(sample, *way) for sample in material.split.train for way in ways]
+    training = [material.transform.apply(sample, *way) for sample in material.split.train for way in ways]
     to_draw = [view for view, _ in drawn(run, material)]
     return training + held_out(run, material, run.evaluation.samples) + to_draw + unconditional(run, to_draw)
 

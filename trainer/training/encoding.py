@@ -33,11 +33,17 @@ def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) ->
     # One at a time: a second process would make the same entries, so it waits and finds them there.
     with files.Lock(cache.root / "filling", wait=True) if missing else nullcontext():
         missing = missing and cache.missing(wanted)
-        outcomes = _in_processes(run, cache, missing) if run.cache.workers > 1 and len(missing) > 1 else _here(run, cache, missing)
+        outcomes = (
+            _in_processes(run, cache, missing)
+            if run.cache.workers > 1 and len(missing) > 1
+            else _here(run, cache, missing)
+        )
         # Closed whatever happens: processes must not outlive what they work for.
         with (
             closing(outcomes),
-            tqdm(outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh(), disable=not missing) as bar,
+            tqdm(
+                outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh(), disable=not missing
+            ) as bar,
         ):
             return counted(cache.parts, bar)
 
@@ -84,7 +90,9 @@ def _in_processes(run: Run, cache: Cache, missing: Sequence[Entry]) -> Iterator[
             reader, writer = context.Pipe(duplex=False)
             share = missing[number :: run.cache.workers]
             # As many threads as here, for another number gives other last bits.
-            process = context.Process(target=_work, args=(run, cache, share, writer, torch.get_num_threads()), daemon=True)
+            process = context.Process(
+                target=_work, args=(run, cache, share, writer, torch.get_num_threads()), daemon=True
+            )
             process.start()
             writer.close()
             processes.append(process)

@@ -46,12 +46,16 @@ class Evaluator:
         self.encoder = run.model.encoder(device)
         self.at_once = run.hardware.micro_batch_for(AT_ONCE, sum(p.numel() for p in network.parameters()))
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None) -> torch.Tensor:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
+    ) -> torch.Tensor:
         """The family's prediction in the run's precision."""
         with self.run.precision.autocast(self.device):
             return self.run.model.predict(self.network, x, t, cond, guidance)
 
-    def _judging(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None) -> torch.Tensor:
+    def _judging(
+        self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
+    ) -> torch.Tensor:
         """`predict` without gradients: by halves where memory is short."""
         import torch
 
@@ -61,7 +65,9 @@ class Evaluator:
             if len(x) < 2 or not self.may_halve or not is_out_of_memory(error):
                 raise
         halves = slice(len(x) // 2), slice(len(x) // 2, None)
-        return torch.cat([self._judging(x[h], t[h], {name: value[h] for name, value in cond.items()}, guidance) for h in halves])
+        return torch.cat(
+            [self._judging(x[h], t[h], {name: value[h] for name, value in cond.items()}, guidance) for h in halves]
+        )
 
     def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> float | None:
         """Journal all that is measured at this step, with pictures in `folder`; the held-out loss, None without held-out samples.
@@ -96,13 +102,17 @@ class Evaluator:
         rows = [cache.row(view) for view in views]
         bare = [cache.row(view) for view in unconditional(run, views)] or None
         with self._judged():
-            yield from pictures(run.model, self._judging, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once)
+            yield from pictures(
+                run.model, self._judging, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once
+            )
 
     def _judged(self):
         self.network.eval()
         return swapped(self.network, self.average)
 
-    def _keep(self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path) -> dict[str, float]:
+    def _keep(
+        self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path
+    ) -> dict[str, float]:
         """Keep the first pictures beside control, before training and target; compare all with their targets."""
         from trainer.dataset import strip
 

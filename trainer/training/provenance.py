@@ -58,7 +58,9 @@ def short(settings: Sequence[str]) -> str:
     """`optimizer.lr=1e-4 method.rank=4` as `lr=1e-4 rank=4`, for lists are narrow; names that would then be the same stay whole."""
     lasts = Counter(text.partition("=")[0].rpartition(".")[2] for text in settings)
     pairs = [text.partition("=") for text in settings]
-    return " ".join((key if lasts[last := key.rpartition(".")[2]] > 1 else last) + mark + value for key, mark, value in pairs)
+    return " ".join(
+        (key if lasts[last := key.rpartition(".")[2]] > 1 else last) + mark + value for key, mark, value in pairs
+    )
 
 
 def provenance(device: Any) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def _git() -> str | None:
     return text.strip() or None
 
 
-def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int, begun: dict[str, Any]) -> dict[str, str]:
+def tags(
+    run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int, begun: dict[str, Any]
+) -> dict[str, str]:
     """What may differ between attempts at one run, numbered, and by what runs are told apart and found."""
     fixed = {
         "identity": id,
@@ -111,13 +115,17 @@ def tags(run: Run, folder: Path, id: str, manifest: dict[str, Any], attempt: int
     }
     if manifest["parent"]:
         fixed["trainer.parent"] = manifest["parent"]
-    machine = f"{begun['host']}: {begun['device']}, {begun['threads']} threads, {begun['platform']}, Python {begun['python']}"
+    machine = (
+        f"{begun['host']}: {begun['device']}, {begun['threads']} threads, {begun['platform']}, Python {begun['python']}"
+    )
     loose = config.plain(run)
     # One tag each: MLflow shows them all, and dozens would hide those above.
     values = {
         "git": begun["git"],
         "machine": machine,
-        "versions": ", ".join(f"{name} {number}" for name, number in {"trainer": begun["program"], **begun["packages"]}.items()),
+        "versions": ", ".join(
+            f"{name} {number}" for name, number in {"trainer": begun["program"], **begun["packages"]}.items()
+        ),
         "settings": _typed({name: loose[name] for name in ATTEMPT}),
     }
     return fixed | {f"attempt.{attempt}.{name}": value for name, value in values.items() if value}
@@ -147,7 +155,9 @@ class Progress:
         from tqdm import tqdm
 
         self.batch = batch
-        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=refresh(), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps, initial=start, desc="training", unit="step", mininterval=refresh(), dynamic_ncols=True
+        )
         self.then = time.perf_counter()
 
     def step(self, done: Step) -> dict[str, float]:

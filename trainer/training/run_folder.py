@@ -73,7 +73,9 @@ def acquire(run: Run, digests: dict[str, Any], stack: ExitStack) -> RunFolder:
 def _newest(out: Path, id: str, fresh: bool) -> Path:
     """`<id>`, or the last of `<id>-2`, `<id>-3` ... that is there; with `fresh` the next that is not."""
     numbers = [1] if (out / id / MANIFEST).exists() else []
-    numbers += [int(path.name.rpartition("-")[2]) for path in out.glob(f"{id}-*") if re.fullmatch(rf"{id}-\d+", path.name)]
+    numbers += [
+        int(path.name.rpartition("-")[2]) for path in out.glob(f"{id}-*") if re.fullmatch(rf"{id}-\d+", path.name)
+    ]
     number = max(numbers, default=0) + 1 if fresh else max(numbers, default=1)
     return out / (id if number == 1 else f"{id}-{number}")
 
@@ -100,7 +102,9 @@ def find(name: str, out: str) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
     there = sorted(path.parent.name for path in Path(out).glob(f"*/{MANIFEST}"))
-    raise UsageError(f"{name} is no run folder, nor is {Path(out) / name}; runs in {out}/: {', '.join(there[-8:]) or 'none'}")
+    raise UsageError(
+        f"{name} is no run folder, nor is {Path(out) / name}; runs in {out}/: {', '.join(there[-8:]) or 'none'}"
+    )
 
 
 def _short(change: str) -> str:

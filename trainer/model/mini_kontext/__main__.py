@@ -109,7 +109,10 @@ def fit_vae(vae: AutoencoderKL, split: str, steps: int, peak: float, batch: int 
         if step % 200 == 0 or step == steps - 1:
             with torch.no_grad():
                 error = F.mse_loss(vae.decode(vae.encode(held_out).latent_dist.mode()).sample.clamp(-1, 1), held_out)
-            print(f"{split} step {step}: loss {loss.item():.4f}, held-out PSNR {10 * math.log10(4 / error.item()):.2f} dB", flush=True)
+            print(
+                f"{split} step {step}: loss {loss.item():.4f}, held-out PSNR {10 * math.log10(4 / error.item()):.2f} dB",
+                flush=True,
+            )
 
 
 def untrained_transformer() -> torch.nn.Module:
@@ -126,7 +129,9 @@ def untrained_transformer() -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="make the untrained base of the mini Kontext: VAE, text encoders, transformer")
+    parser = argparse.ArgumentParser(
+        description="make the untrained base of the mini Kontext: VAE, text encoders, transformer"
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=1500)

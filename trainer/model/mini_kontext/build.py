@@ -16,7 +16,13 @@ SEED = 1
 
 
 def save_folder(
-    folder: Path, vae: torch.nn.Module, transformer: torch.nn.Module, words: Sequence[str], *, text_length: int, text_width: int
+    folder: Path,
+    vae: torch.nn.Module,
+    transformer: torch.nn.Module,
+    words: Sequence[str],
+    *,
+    text_length: int,
+    text_width: int,
 ) -> None:
     """A whole checkpoint: `vae` and `transformer` (in bfloat16) as given, random text encoders whose vocabulary is `words`."""
     from diffusers import FlowMatchEulerDiscreteScheduler

@@ -16,11 +16,15 @@ def save(denoiser: Path, llm: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tiny.save(denoiser, SD15)
-    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     bytewise = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bytewise.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(llm)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(llm)
     torch.manual_seed(tiny.SEED)
     config = LlamaConfig(
         vocab_size=len(vocabulary),

@@ -68,7 +68,13 @@ class UNet(Family):
 
     @property
     def components(self) -> tuple[str, ...]:
-        return ("vae", *(f"text_encoder{text}" for text in self.texts), *(f"tokenizer{text}" for text in self.texts), "unet", "scheduler")
+        return (
+            "vae",
+            *(f"text_encoder{text}" for text in self.texts),
+            *(f"tokenizer{text}" for text in self.texts),
+            "unet",
+            "scheduler",
+        )
 
     @property
     def multiple(self) -> int:
@@ -113,14 +119,18 @@ class UNet(Family):
             from trainer.model.unet.live import TrainableUNet
 
             kinds = {f"text_encoder{text}": self.text_class(text) for text in self.texts}
-            return TrainableUNet(unet, {name: kind(kind.config_class(**self.config(name))) for name, kind in kinds.items()})
+            return TrainableUNet(
+                unet, {name: kind(kind.config_class(**self.config(name))) for name, kind in kinds.items()}
+            )
 
     def weights(self, folder: Path | None = None) -> Weights:
         unet = Family.weights(self, folder)
         if not self.train_text_encoder:
             return unet
         texts = [f"text_encoder{text}" for text in self.texts]
-        return LiveWeights({"unet": unet, **{name: Weights((folder or self.folder()) / name, TEXT_WEIGHTS) for name in texts}})
+        return LiveWeights(
+            {"unet": unet, **{name: Weights((folder or self.folder()) / name, TEXT_WEIGHTS) for name in texts}}
+        )
 
     def predict(
         self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
@@ -153,7 +163,9 @@ class UNet(Family):
         """`words` (B, ...) as the text encoders make them of the token ids (B, L) of each."""
         raise NotImplementedError
 
-    def added(self, cond: dict[str, torch.Tensor], x: torch.Tensor, guidance: float | None) -> dict[str, torch.Tensor] | None:
+    def added(
+        self, cond: dict[str, torch.Tensor], x: torch.Tensor, guidance: float | None
+    ) -> dict[str, torch.Tensor] | None:
         """What the UNet is told beside the prompt, in diffusers' names."""
         return None
 
@@ -170,11 +182,14 @@ class UNet(Family):
         if self.train_text_encoder:
             return recipe_digest(components[part.replace("tokens", "tokenizer")])
         return recipe_digest(
-            [components[f"{what}{text}"] for what in ("text_encoder", "tokenizer") for text in self.texts], self.encoder_dtype.value
+            [components[f"{what}{text}"] for what in ("text_encoder", "tokenizer") for text in self.texts],
+            self.encoder_dtype.value,
         )
 
     def _word_shapes(self) -> dict[str, tuple[int, ...]]:
-        lengths = {f"tokens{text}": (self.config(f"text_encoder{text}")["max_position_embeddings"],) for text in self.texts}
+        lengths = {
+            f"tokens{text}": (self.config(f"text_encoder{text}")["max_position_embeddings"],) for text in self.texts
+        }
         return lengths | {"prompt": (*lengths["tokens"], self.config("unet")["cross_attention_dim"])}
 
     # Words
@@ -186,7 +201,9 @@ class UNet(Family):
     def tokens(self, text: str, caption: str) -> torch.Tensor:
         """Token ids of a caption, (L,), cut or filled up to the tokenizer's length."""
         read = tokenizer(self.component(f"tokenizer{text}"))
-        return read(caption, padding="max_length", max_length=read.model_max_length, truncation=True, return_tensors="pt").input_ids[0]
+        return read(
+            caption, padding="max_length", max_length=read.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids[0]
 
     def text_encoder(self, text: str, dtype: torch.dtype) -> torch.nn.Module:
         kind = self.text_class(text)
@@ -203,7 +220,11 @@ class UNet(Family):
 
     def remarks(self) -> list[str]:
         asked, scheduler = self._noise(), self.config("scheduler")
-        other = [f"{name}={scheduler[name]} and not {value}" for name, value in asked.items() if scheduler.get(name, value) != value]
+        other = [
+            f"{name}={scheduler[name]} and not {value}"
+            for name, value in asked.items()
+            if scheduler.get(name, value) != value
+        ]
         if not other:
             return []
         return [
@@ -215,7 +236,11 @@ class UNet(Family):
         """The objective in the words of diffusers' schedulers."""
         own = self.objective
         bounds = {"beta_start": own.beta_start, "beta_end": own.beta_end}
-        return {"prediction_type": own.prediction.value, "beta_schedule": own.schedule.value, "num_train_timesteps": own.timesteps} | bounds
+        return {
+            "prediction_type": own.prediction.value,
+            "beta_schedule": own.schedule.value,
+            "num_train_timesteps": own.timesteps,
+        } | bounds
 
     def _scale(self) -> int:
         """Pixels a latent pixel."""
@@ -262,7 +287,8 @@ class UNet(Family):
 
     def save_checkpoint(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
         parts = (
-            (part, ((name, tensor) for _, name, tensor in group)) for part, group in groupby(self._parted(tensors), lambda item: item[0])
+            (part, ((name, tensor) for _, name, tensor in group))
+            for part, group in groupby(self._parted(tensors), lambda item: item[0])
         )
         # The UNet comes first, and takes what is its own before the next part is asked for.
         Family.save_checkpoint(self, next(parts)[1], folder)
@@ -301,7 +327,9 @@ class LiveWeights:
             return self.parts[part](own)
 
     def types(self) -> dict[str, str]:
-        return {f"{part}.{name}": kind for part, weights in self.parts.items() for name, kind in weights.types().items()}
+        return {
+            f"{part}.{name}": kind for part, weights in self.parts.items() for name, kind in weights.types().items()
+        }
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -45,14 +45,18 @@ class UNetEncoder:
         if not torch.isfinite(tensor).all():
             # The published VAE of the larger model overflows in float16.
             remedy = "" if self.vae_dtype is torch.float32 else "; type model.vae_dtype=float32"
-            raise DataError(f"{name} came out of the VAE as NaN or infinity in {str(self.vae_dtype).removeprefix('torch.')}{remedy}")
+            raise DataError(
+                f"{name} came out of the VAE as NaN or infinity in {str(self.vae_dtype).removeprefix('torch.')}{remedy}"
+            )
         return tensor
 
     @cached_property
     def _vae(self) -> torch.nn.Module:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(self.family.component("vae"), torch_dtype=self.vae_dtype, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(
+            self.family.component("vae"), torch_dtype=self.vae_dtype, use_safetensors=True
+        )
         # Picture by picture: at 1024 px each takes gigabytes.
         vae.enable_slicing()
         return vae.to(self.device)

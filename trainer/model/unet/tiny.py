@@ -62,7 +62,12 @@ def save(folder: Path, family: type[UNet]) -> None:
     vae.quant_conv.bias.data[4:] -= 8
     vae.save_pretrained(folder / "vae")
     DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     _save_index(folder, family, several)
 
@@ -99,6 +104,10 @@ def _save_index(folder: Path, family: type[UNet], several: bool) -> None:
         "feature_extractor": (None, None),
         **texts,
     }
-    own = {"force_zeros_for_empty_prompt": True} if several else {"requires_safety_checker": False, "safety_checker": (None, None)}
+    own = (
+        {"force_zeros_for_empty_prompt": True}
+        if several
+        else {"requires_safety_checker": False, "safety_checker": (None, None)}
+    )
     index = {"_class_name": family.pipeline().__name__, "_diffusers_version": "0.42.1", **own, **classes}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
