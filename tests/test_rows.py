@@ -61,7 +61,7 @@ def test_a_micro_batch_has_one_size_and_a_step_all_its_samples(tmp_path: Path):
 
 
 def test_pictures_take_the_size_whose_ratio_is_nearest():
-    assert [(view.width, view.height) for view in map(TRANSFORM.view, samples())] == [
+    assert [(view.width, view.height) for view in map(TRANSFORM.apply, samples())] == [
         (32, 32),
         (48, 32),
         (32, 48),
