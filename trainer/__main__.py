@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from trainer import __version__
 from trainer.core import redaction
 from trainer.core.errors import FollowerExit, Interrupted, StorageError, TrainerError, UsageError
+from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
-from trainer.distributed.processes import owns_stderr, rank_and_world_size
+from trainer.distributed.processes import owns_stderr
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

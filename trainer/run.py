@@ -15,6 +15,7 @@ from trainer import config, dataset, sweep
 from trainer.config import Run, Stage
 from trainer.core import files, redaction, rng
 from trainer.core.batch import Example, conditions
+from trainer.core.console import format_bytes, print_line
 from trainer.core.errors import (
     DataError,
     Interrupted,
@@ -25,15 +26,16 @@ from trainer.core.errors import (
     UsageError,
     is_out_of_memory,
 )
+from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.distributed import sharding
-from trainer.distributed.processes import Processes, rank_and_world_size
+from trainer.distributed.processes import Processes
 from trainer.stages.check import cut, enlarged
 from trainer.stages.check import data as report_data
 from trainer.training.checkpoint import Checkpoints, Loaded
 from trainer.training.data import TrainingData, prepare, views
 from trainer.training.encoding import encode
-from trainer.training.provenance import Progress, print_line, size
+from trainer.training.provenance import Progress
 from trainer.training.run_folder import CHECKPOINTS, SUMMARY, RunFolder, acquire
 
 if TYPE_CHECKING:
@@ -81,12 +83,12 @@ def fill_cache(run: Run, material: TrainingData) -> None:
     print_line(f"cache {cache.root}: " + ", ".join(f"{count} {name} made" for name, count in made.items()))
     if run.cache.drop_unused:
         count, freed = cache.drop_unused(wanted)
-        print_line(f"dropped {count} entries that no run uses: {size(freed)}")
+        print_line(f"dropped {count} entries that no run uses: {format_bytes(freed)}")
     sizes = cache.sizes()
     for part, (count, space) in sizes.items():
-        print_line(f"{part:12}{count} entries, {size(space)}")
+        print_line(f"{part:12}{count} entries, {format_bytes(space)}")
     print_line(
-        f"{'in all':12}{sum(count for count, _ in sizes.values())} entries, {size(sum(space for _, space in sizes.values()))}"
+        f"{'in all':12}{sum(count for count, _ in sizes.values())} entries, {format_bytes(sum(space for _, space in sizes.values()))}"
     )
 
 
@@ -118,8 +120,8 @@ def check(run: Run, material: TrainingData) -> None:
         f"optimizer   {config.option(run.optimizer)}, learning rate {run.optimizer.lr:g}, {config.option(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
     )
     print_line(f"precision   {in_types(run)}")
-    print_line(f"cache       {cache.root}: {len(missing)} entries to make, up to {size(bytes_missing)}")
-    print_line(f"checkpoints up to {size(kept)} for {run.save.keep} and the best")
+    print_line(f"cache       {cache.root}: {len(missing)} entries to make, up to {format_bytes(bytes_missing)}")
+    print_line(f"checkpoints up to {format_bytes(kept)} for {run.save.keep} and the best")
     for remark in run.model.remarks():
         print_line(f"remark      {remark}")
     report_data(run, material)

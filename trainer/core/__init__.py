@@ -1,1 +1,1 @@
-"""Foundations that know nothing of training: errors, files, signals, random numbers, the terminal."""
+"""What every other package may import: errors, files, signals, random numbers, console output."""

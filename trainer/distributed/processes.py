@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from trainer.core.errors import FollowerExit, Interrupted, NonFiniteError, StorageError, UsageError
+from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.distributed import sharding
 
@@ -28,14 +29,6 @@ ALONE = timedelta(days=14)
 """How long the others wait for the main process, which may have a large cache to fill."""
 STALLED = timedelta(minutes=30)
 """How long a process waits for another one's gradients. One that died is noticed at once; this is for a machine that lost its network."""
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Which process this is, from 0, and how many train together, as the launcher says in the environment."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(os.environ.get(name, "").isdigit() for name in names):
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def owns_stderr() -> bool:

@@ -222,8 +222,8 @@ def _compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], 
 def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
     import torch
 
+    from trainer.core.console import print_line
     from trainer.method.adapter import merged
-    from trainer.training.provenance import print_line
 
     dtype = run.export.dtype.value if run.export.dtype else str(run.precision.dtype()).removeprefix("torch.")
     shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}

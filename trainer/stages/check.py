@@ -10,10 +10,10 @@ from statistics import median
 from trainer import config, dataset
 from trainer.config import Run
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.dataset import Sample, survey
 from trainer.dataset.buckets import enlargement
 from trainer.training.data import TrainingData
-from trainer.training.provenance import print_line
 
 SHOWN = 3
 """Examples of each finding."""

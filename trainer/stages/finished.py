@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from trainer import config
 from trainer.config import Run, Stage
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.core.errors import UsageError
 from trainer.dataset import Sample
 from trainer.evaluation.sampling import Side
 from trainer.training.data import TrainingData, drawn, held_out, prepare, unconditional
 from trainer.training.encoding import encode
-from trainer.training.provenance import print_line
 from trainer.training.run_folder import find
 
 if TYPE_CHECKING:

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.core.errors import Interrupted, TrainerError
-from trainer.training.provenance import print_line, short
+from trainer.training.provenance import short
 
 if TYPE_CHECKING:
     from trainer.tracking import Sink, Tracking

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from trainer import config
 from trainer.config import Run
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.core.errors import DataError, UsageError
 from trainer.distributed.sharding import part
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.provenance import print_line
 from trainer.training.run_folder import CHECKPOINTS, find
 
 if TYPE_CHECKING:

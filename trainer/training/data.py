@@ -14,11 +14,11 @@ from trainer import dataset
 from trainer.cache import Cache, Part
 from trainer.config import Run, Stage
 from trainer.core import files
+from trainer.core.console import refresh_interval
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Sample, Source, Split
 from trainer.dataset.reading import Listing
 from trainer.dataset.view import Transform, TransformedSample
-from trainer.training.provenance import refresh
 
 MASK = "mask"
 
@@ -102,7 +102,7 @@ def _progress(sources: Sequence[Source]) -> Iterable[Source]:
     """With a bar, where it takes long."""
     from tqdm import tqdm
 
-    return tqdm(sources, desc="looking at pictures", unit="picture", mininterval=refresh(), delay=1)
+    return tqdm(sources, desc="looking at pictures", unit="picture", mininterval=refresh_interval(), delay=1)
 
 
 def _extras(sample: Sample) -> list:

@@ -12,11 +12,11 @@ from trainer import config
 from trainer.cache import Cache, Outcome, Part, counted
 from trainer.config import Run
 from trainer.core import files
+from trainer.core.console import refresh_interval
 from trainer.core.errors import StorageError, TrainerError
 from trainer.core.signals import in_worker
 from trainer.dataset.view import TransformedSample
 from trainer.training.data import MASK, TrainingData, pixels_a_latent
-from trainer.training.provenance import refresh
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) ->
         with (
             closing(outcomes),
             tqdm(
-                outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh(), disable=not missing
+                outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh_interval(), disable=not missing
             ) as bar,
         ):
             return counted(cache.parts, bar)

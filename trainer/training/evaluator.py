@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import Run
+from trainer.core.console import print_line
 from trainer.core.errors import StorageError, is_out_of_memory
 from trainer.evaluation import held_out_loss, psnr
 from trainer.evaluation.sampling import pictures
 from trainer.method import swapped
 from trainer.training.data import TrainingData, drawn, held_out, unconditional
-from trainer.training.provenance import print_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import __version__, config
-from trainer.distributed.processes import rank_and_world_size
+from trainer.core.console import refresh_interval
 
 if TYPE_CHECKING:
     from trainer.config import Run
@@ -26,23 +24,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy",
 
 ATTEMPT = ("hardware", "evaluation", "sample", "save", "log")
 """The rooms whose settings may differ between attempts at one run."""
-
-
-def print_line(text: str) -> None:
-    """To the terminal and to the run's log; of several processes the main one speaks."""
-    if rank_and_world_size()[0] > 0:
-        return
-    print(text, flush=True)
-    logging.getLogger("trainer").info(text)
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def size(count: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def name_of(run: Run, id: str, overrides: list[str]) -> str:
@@ -156,7 +137,7 @@ class Progress:
 
         self.batch = batch
         self.bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", mininterval=refresh(), dynamic_ncols=True
+            total=steps, initial=start, desc="training", unit="step", mininterval=refresh_interval(), dynamic_ncols=True
         )
         self.then = time.perf_counter()
 
@@ -180,8 +161,3 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
-
-
-def refresh() -> float:
-    """Seconds between two states of a progress bar: few lines where they end up in a file."""
-    return 0.2 if sys.stderr.isatty() else 10.0

@@ -14,8 +14,8 @@ from typing import Any
 from trainer import __version__, config
 from trainer.config import Run
 from trainer.core import files
+from trainer.core.console import timestamp
 from trainer.core.errors import UsageError
-from trainer.training.provenance import now
 
 MANIFEST, SUMMARY, CHECKPOINTS = "run.json", "summary.json", "checkpoints"
 
@@ -61,7 +61,7 @@ def acquire(run: Run, digests: dict[str, Any], stack: ExitStack) -> RunFolder:
             "settings": decisive,
             "digests": digests,
             "parent": str(parent) if parent else None,
-            "created": now(),
+            "created": timestamp(),
         }
         files.write_json(path, manifest)
     finished = (folder / SUMMARY).exists() and files.read_json(folder / SUMMARY).get("status") == "finished"

@@ -1,0 +1,24 @@
+"""Floating-point types that settings can name."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import dtype
+
+
+class Dtype(Enum):
+    """A floating-point type by torch's name, which can be used in settings without importing torch."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> dtype:
+        """The `torch.dtype` of this name."""
+        import torch
+
+        return getattr(torch, self.value)
