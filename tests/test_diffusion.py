@@ -11,7 +11,7 @@ import torch
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
 from trainer.objective import Diffusion, Prediction, Schedule
-from trainer.objective.diffusion import signal_shares
+from trainer.objective.diffusion import alphas_cumprod
 
 SHAPE = (6, 4, 5, 3)
 TIMES = torch.tensor([0.0, 1.0, 17.0, 240.0, 498.0, 499.0])
@@ -37,14 +37,14 @@ def test_noise_tables_are_those_of_the_ddpm_scheduler(schedule: Schedule, timest
     from diffusers import DDPMScheduler
 
     settings = Diffusion(schedule=schedule, timesteps=timesteps)
-    table = signal_shares(schedule, settings.beta_start, settings.beta_end, timesteps)
+    table = alphas_cumprod(schedule, settings.beta_start, settings.beta_end, timesteps)
     scheduler = theirs(DDPMScheduler, settings)
     assert len(table) == timesteps
     # Theirs is a product of a thousand float32 numbers.
     np.testing.assert_allclose(table, scheduler.alphas_cumprod.double().numpy(), rtol=1e-4, atol=1e-6)
     clean, noise = normal(SHAPE, "clean"), normal(SHAPE, "noise")
     torch.testing.assert_close(
-        settings.noised(clean, noise, TIMES), scheduler.add_noise(clean, noise, TIMES.long()), rtol=0, atol=1e-5
+        settings.add_noise(clean, noise, TIMES), scheduler.add_noise(clean, noise, TIMES.long()), rtol=0, atol=1e-5
     )
 
 
@@ -84,9 +84,9 @@ def test_min_snr_caps_the_weight_of_early_times(prediction: Prediction):
 
 def test_every_timestep_is_as_likely_as_any_other():
     settings = Diffusion(timesteps=500)
-    seen = Counter(settings.time((i + 0.5) / 5000, 3.0) for i in range(5000))
+    seen = Counter(settings.quantile_to_time((i + 0.5) / 5000, 3.0) for i in range(5000))
     assert seen == dict.fromkeys(map(float, range(500)), 10)
-    assert settings.time(1 - 2**-60, 1.0) == 499
+    assert settings.quantile_to_time(1 - 2**-60, 1.0) == 499
 
 
 @EVERY
@@ -113,7 +113,7 @@ def test_sampling_equals_the_ddim_schedulers(prediction: Prediction, steps: int)
 @EVERY
 def test_a_perfect_network_leads_from_noise_to_the_picture(prediction: Prediction):
     clean, settings = normal((1, 4, 6, 3), "clean").double(), Diffusion(prediction=prediction, schedule=Schedule.linear)
-    table = signal_shares(settings.schedule, settings.beta_start, settings.beta_end, 1000)
+    table = alphas_cumprod(settings.schedule, settings.beta_start, settings.beta_end, 1000)
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         signal = table[int(t)]
@@ -141,4 +141,4 @@ def test_settings_without_sense_are_refused(settings: dict, said: str):
 
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(UsageError, match="type sample.steps=500"):
-        Diffusion(timesteps=500).check(501)
+        Diffusion(timesteps=500).check_sample_steps(501)

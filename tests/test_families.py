@@ -171,8 +171,8 @@ def learned(family: Family, shuffled: bool) -> float:
             rows = []
             for i in range(BATCH):
                 row = sample(f"{step} {i}", i % 2, int(generator("said", step, i).integers(2)) if shuffled else i % 2)
-                time = family.objective.time(uniform("time", step, i), family.shift(*shape[-2:]))
-                rows.append(row | {"noise": normal(shape, "noise", step, i), "time": torch.tensor(time)})
+                time = family.objective.quantile_to_time(uniform("time", step, i), family.shift(*shape[-2:]))
+                rows.append(row | {"noise": normal(shape, "noise", step, i), "t": torch.tensor(time)})
             yield step, [collate(rows)]
 
     def predict(
@@ -181,9 +181,9 @@ def learned(family: Family, shuffled: bool) -> float:
         return family.predict(network, x, t, cond, guidance)
 
     def losses(row: dict[str, torch.Tensor]) -> torch.Tensor:
-        clean, noise, time = row["latents"], row["noise"], row["time"]
+        clean, noise, time = row["latents"], row["noise"], row["t"]
         return family.objective.losses(
-            predict(family.objective.noised(clean, noise, time), time, conditions(row)), clean, noise, time
+            predict(family.objective.add_noise(clean, noise, time), time, conditions(row)), clean, noise, time
         )
 
     network = family.network(torch.float32).train()

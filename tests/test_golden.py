@@ -17,7 +17,7 @@ from conftest import Tiny
 from trainer import model
 from trainer.cache import Cache, Part
 from trainer.core.batch import conditions
-from trainer.core.files import Digests
+from trainer.core.digests import Digests
 from trainer.dataset import Demo, read, split, transform
 from trainer.lr_scheduler import Cosine
 from trainer.method import OPTIONS, Init, Lora, trained
@@ -136,8 +136,8 @@ def losses(name: str, folder: Path) -> list[float]:
 
     def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
-        clean, noise, times = rows["latents"], rows["noise"], rows["time"]
-        x = family.objective.noised(clean, noise, times)
+        clean, noise, times = rows["latents"], rows["noise"], rows["t"]
+        x = family.objective.add_noise(clean, noise, times)
         return family.objective.losses(family.predict(network, x, times, conditions(rows)), clean, noise, times)
 
     steps = fit(

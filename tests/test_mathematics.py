@@ -14,7 +14,7 @@ from trainer.core.errors import UsageError
 from trainer.core.rng import generator, normal, uniform
 from trainer.evaluation import QUANTILES, psnr
 from trainer.lr_scheduler import Constant, Cosine
-from trainer.objective import Flow, Times
+from trainer.objective import Flow, TimeDistribution
 from trainer.training.batches import visits
 from trainer.training.loop import fit
 
@@ -22,16 +22,16 @@ from trainer.training.loop import fit
 def test_times_are_logit_normal_then_shifted():
     flow = Flow(mean=0.3, std=0.8)
     uniform = (np.arange(20_000) + 0.5) / 20_000
-    logits = torch.logit(torch.tensor([flow.time(float(u), 1.0) for u in uniform], dtype=torch.float64))
+    logits = torch.logit(torch.tensor([flow.quantile_to_time(float(u), 1.0) for u in uniform], dtype=torch.float64))
     assert logits.mean().item() == pytest.approx(0.3, abs=1e-3)
     assert logits.std().item() == pytest.approx(0.8, abs=1e-2)
-    time = flow.time(0.7, 1.0)
-    assert flow.time(0.7, 3.0) == pytest.approx(3 * time / (1 + 2 * time))
-    assert Flow(times=Times.uniform).time(0.7, 1.0) == 0.7
+    time = flow.quantile_to_time(0.7, 1.0)
+    assert flow.quantile_to_time(0.7, 3.0) == pytest.approx(3 * time / (1 + 2 * time))
+    assert Flow(times=TimeDistribution.uniform).quantile_to_time(0.7, 1.0) == 0.7
 
 
 def test_the_held_out_times_rise_with_their_quantiles():
-    times = [Flow().time(quantile, 2.0) for quantile in QUANTILES]
+    times = [Flow().quantile_to_time(quantile, 2.0) for quantile in QUANTILES]
     assert len(times) == 9
     assert times == sorted(times)
     assert 0 < times[0] < times[-1] < 1
@@ -47,7 +47,7 @@ def test_a_perfect_prediction_has_no_loss_and_leads_from_noise_to_the_picture():
 
 def test_noising_runs_from_the_picture_to_the_noise():
     clean, noise = normal((3, 2, 2), "clean"), normal((3, 2, 2), "noise")
-    noised = Flow().noised(clean, noise, torch.tensor([0.0, 0.25, 1.0]))
+    noised = Flow().add_noise(clean, noise, torch.tensor([0.0, 0.25, 1.0]))
     torch.testing.assert_close(noised, torch.stack([clean[0], 0.75 * clean[1] + 0.25 * noise[1], noise[2]]))
 
 

@@ -21,6 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from trainer import export
 from trainer.config import Run
+from trainer.config.sections import Export, Format
 from trainer.core.batch import collate
 from trainer.core.batch import conditions as conditions_of
 from trainer.core.errors import DataError, UsageError
@@ -28,7 +29,6 @@ from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
 from trainer.dataset.view import Transform, TransformedSample
 from trainer.evaluation import held_out_loss
-from trainer.export import Export, Format
 from trainer.method import Full, Lora, trained
 from trainer.model.flux_kontext import pack
 from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenImageEdit
@@ -362,8 +362,8 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
             row = collate([rows[(8 * step + i) % 48] for i in range(8)])
             clean = row["latents"]
             noises = torch.stack([normal(tuple(clean.shape[1:]), "noise", step, i) for i in range(8)])
-            times = torch.tensor([edit.objective.time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)])
-            prediction = edit.predict(network, edit.objective.noised(clean, noises, times), times, conditions_of(row))
+            times = torch.tensor([edit.objective.quantile_to_time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)])
+            prediction = edit.predict(network, edit.objective.add_noise(clean, noises, times), times, conditions_of(row))
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 10) * (1 - step / STEPS_TO_LEARN)
             optimizer.zero_grad()
             edit.objective.losses(prediction, clean, noises, times).mean().backward()

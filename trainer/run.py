@@ -221,7 +221,7 @@ class Training:
         self.steps = total_steps(run, material)
         self.every = run.evaluation.every or max(10, self.steps // 4)
         self.device = config.open_device(run)
-        self.network = processes.build(lambda divide: build(run, self.device, divide))
+        self.network = processes.build_network(lambda divide: build(run, self.device, divide))
         self.trained = trained(self.network)
         self.optimizer = run.optimizer.live(self.trained.values(), run.seed)
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
@@ -231,13 +231,13 @@ class Training:
         self.step = loaded.step if loaded else 0
         # The step whose checkpoint has all that is known of it.
         self.saved = self.step
-        self.average = self._average(loaded) if run.ema and (processes.main or processes.sharded) else None
+        self.average = self._average(loaded) if run.ema and (processes.is_main or processes.sharded) else None
         self.loss_scale = run.precision.loss_scale(self.state.get("loss_scale"))
         self.judge = Evaluator(run, material, self.network, self.device, self.average, may_halve=not processes.sharded)
 
     def go(self, overrides: list[str]) -> float | None:
         """Train to the end, journaling, evaluating and saving on the way."""
-        if not self.processes.main:
+        if not self.processes.is_main:
             return self._accompany()
         run = self.run
         self._begin()
@@ -249,7 +249,7 @@ class Training:
                     speed = progress.step(done)
                     if done.finite and (self.step % run.log.every == 0 or self.step == self.steps):
                         self._log(done, speed)
-                    self.processes.stop_if_asked()
+                    self.processes.stop_if_signaled()
                     with progress.paused():
                         self._save_if_due(self._evaluate_if_due())
                     if self._out_of_patience():
@@ -268,7 +268,7 @@ class Training:
             self._save_if_due(self._evaluate_if_due())
             for done in self._steps():
                 self.step = done.number
-                self.processes.stop_if_asked()
+                self.processes.stop_if_signaled()
                 self._save_if_due(self._evaluate_if_due())
                 if self._out_of_patience():
                     break
@@ -309,7 +309,7 @@ class Training:
             loaded = Checkpoints(Path(found[0]), run.save.keep, print_line).load(found[1])
         if loaded is not None:
             fill(self.trained, loaded.weights, Path(found[0]))
-            self.optimizer.load_state_dict(sharding.parts(loaded.optimizer, list(self.trained.values())))
+            self.optimizer.load_state_dict(sharding.shard_optimizer_state(loaded.optimizer, list(self.trained.values())))
             self.state |= loaded.state
             print_line(f"continuing at step {loaded.step} of {self.steps}")
         elif run.method.init_from is not None:
@@ -319,7 +319,7 @@ class Training:
     def _average(self, loaded: Loaded | None) -> dict[str, torch.Tensor]:
         source = loaded.ema if loaded and loaded.ema else self.trained
         return {
-            name: sharding.part(source[name].detach().float().clone().to(self.device), like)
+            name: sharding.shard_like(source[name].detach().float().clone().to(self.device), like)
             for name, like in self.trained.items()
         }
 
@@ -330,7 +330,7 @@ class Training:
         run, split = self.run, self.material.split
         training = sum(parameter.numel() for parameter in self.trained.values())
         counts = f"{self.steps} steps of {run.batch}, {len(split.train)} samples, {len(split.validation)} held out, {training:,} parameters train"
-        several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
+        several = f" in {self.processes.world_size} processes" if self.processes.world_size > 1 else ""
         several += ", which hold a part of the network each" if self.processes.sharded else ""
         print_line(f"{self.place.folder}: {counts}, on {self.device}{several}")
         print_line(f"precision: {in_types(run)}")
@@ -348,7 +348,7 @@ class Training:
             return iter(())
         self.network.train()
         micro_batch = run.hardware.micro_batch_for(run.batch, sum(p.numel() for p in self.network.parameters()))
-        rank, count = self.processes.rank, self.processes.count
+        rank, count = self.processes.rank, self.processes.world_size
         batches = Batches(
             material.visited,
             material.cache,
@@ -368,7 +368,7 @@ class Training:
             self._pad_micro_batches(batches, load(batches, self.step, self.steps, run.hardware.workers)),
             self.optimizer,
             lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
-            self.signals.until_released,
+            self.signals.deferred_until_release,
             batch=run.batch,
             max_grad_norm=run.max_grad_norm,
             # Each process drops out other entries.
@@ -376,10 +376,10 @@ class Training:
             average=list(self.average.values()) if self.average else None,
             decay=run.ema or 0.0,
             loss_scale=self.loss_scale,
-            reduce=self.processes.reduce if self.processes.count > 1 else None,
+            reduce=self.processes.sum_gradients if self.processes.world_size > 1 else None,
             may_halve=not self.processes.sharded,
         )
-        return self.processes.steps(self._monitor(steps, batches))
+        return self.processes.guard_steps(self._monitor(steps, batches))
 
     def _monitor(self, steps: Iterator[Step], batches: Batches) -> Iterator[Step]:
         """The same steps, with a word where memory was short; raises errors.NonFiniteError where too many in a row are not finite."""
@@ -397,7 +397,7 @@ class Training:
     def _handle_nonfinite_step(self, done: Step, samples: list[str]) -> None:
         """Write down a step that is not finite; raises errors.NonFiniteError where it is one more in a row than may be skipped."""
         values = {"loss": done.loss, "grad_norm": done.grad_norm}
-        if self.processes.main:
+        if self.processes.is_main:
             self.journal.event("not_finite", step=done.number, samples=samples, **values)
         more = f" and {len(samples) - 16} more" if len(samples) > 16 else ""
         text = (
@@ -426,11 +426,11 @@ class Training:
     def _losses(self, row: Example) -> torch.Tensor:
         """The loss of each sample of a micro-batch, (b,)."""
         row = {name: tensor.to(self.device, non_blocking=True) for name, tensor in row.items()}
-        clean, noise, times = row["latents"].float(), row["noise"], row["time"]
+        clean, noise, times = row["latents"].float(), row["noise"], row["t"]
         objective = self.run.model.objective
-        prediction = self.judge.predict(objective.noised(clean, noise, times), times, conditions(row))
+        prediction = self.judge.predict(objective.add_noise(clean, noise, times), times, conditions(row))
         losses = objective.losses(prediction, clean, noise, times, row.get("weight"))
-        return losses * row["counts"] if "counts" in row else losses
+        return losses * row["loss_mask"] if "loss_mask" in row else losses
 
     def _log(self, done: Step, speed: dict[str, float]) -> None:
         from trainer.hardware import memory
@@ -477,12 +477,12 @@ class Training:
         if self.loss_scale is not None:
             current["loss_scale"] = vars(self.loss_scale)
         weights = {name: parameter.detach() for name, parameter in self.trained.items()}
-        kept = self.processes.gathered(
+        kept = self.processes.gather(
             {"weights": weights, "optimizer": self.optimizer.state_dict(), "average": self.average}
         )
-        with self.signals.held():
+        with self.signals.deferred():
             try:
-                if self.processes.main:
+                if self.processes.is_main:
                     self.checkpoints.save(self.step, kept["weights"], kept["optimizer"], kept["average"], current)
             except StorageError as error:
                 # The others have given their parts once, and would not for another try at this step.
@@ -493,7 +493,7 @@ class Training:
                 )
                 return
             self.saved = self.step
-            if self.processes.main:
+            if self.processes.is_main:
                 self.journal.event("checkpoint", step=self.step)
 
     def _finish(self) -> None:
@@ -606,8 +606,8 @@ def _logged(folder: Path, journal: Journal) -> Iterator[None]:
         yield
     except BaseException as error:
         how = "stopped" if isinstance(error, Interrupted) else "failed"
-        journal.event(how, reason=redaction.redacted(str(error)) or type(error).__name__)
-        handler.stream.write(redaction.redacted(traceback.format_exc()))
+        journal.event(how, reason=redaction.redact(str(error)) or type(error).__name__)
+        handler.stream.write(redaction.redact(traceback.format_exc()))
         if not isinstance(error, TrainerError | Interrupted | KeyboardInterrupt | SystemExit):
             error.add_note(f"log: {folder / 'log.txt'}")
         raise

@@ -20,39 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer import dataset, evaluation, hardware, lr_scheduler, method, model, optimizer, precision, tracking
-from trainer.cache import CacheSettings
 from trainer.config.groups import CONF as CONF
 from trainer.config.groups import GROUPS
+from trainer.config.sections import POST_TRAINING_STAGES, CacheSettings, Export, Format, Log, Sampling, Save, Stage
 from trainer.core import redaction
 from trainer.core.errors import DataError, UsageError
-from trainer.evaluation.sampling import Sampling
-from trainer.export import Export, Format
-from trainer.training.checkpoint import Save
 
 if TYPE_CHECKING:
     import torch
 
 REQUIRED: Any = "???"
-
-
-class Stage(Enum):
-    train = "train"
-    check = "check"
-    cache = "cache"
-    evaluate = "evaluate"
-    sample = "sample"
-    export = "export"
-
-
-@dataclass(slots=True)
-class Log:
-    """Steps between two lines of the journal."""
-
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UsageError(f"log.every={self.every} is no number of steps; type log.every=1 or more")
 
 
 @dataclass(slots=True)
@@ -103,8 +80,6 @@ DECIDES_WEIGHTS = (
     "max_grad_norm",
     "ema",
 )
-POST_TRAINING_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
-"""Stages that work on a run that is there, with its own settings."""
 FREE_IN_POST_TRAINING_STAGES = (
     "stage",
     "run",
@@ -281,7 +256,7 @@ def check(run: Run) -> None:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise UsageError(f"{name}={value} is not finite; type a number")
-            if isinstance(item, str) and redaction.inside(item):
+            if isinstance(item, str) and redaction.contains_secret(item):
                 raise UsageError(
                     f"{name} holds an access token or a password, which would be written into the run's folder; leave it out"
                 )
@@ -292,8 +267,8 @@ def check(run: Run) -> None:
     if run.cache.drop_unused and run.stage is not Stage.cache:
         raise UsageError("cache.drop_unused=true deletes, which only stage=cache does; type stage=cache beside it")
     run.lr_scheduler.check(run.steps)
-    run.model.objective.check(run.sample.steps)
-    run.export.chosen(run.method.formats)
+    run.model.objective.check_sample_steps(run.sample.steps)
+    run.export.select(run.method.formats)
     if not run.out:
         raise UsageError("out is empty; type out=FOLDER, the place of the runs")
     if run.max_grad_norm <= 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.core.batch import Example, chunks, collate, conditions
+from trainer.core.batch import Example, collate, conditions, group_by_shape
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
 
@@ -62,16 +62,16 @@ def held_out_loss(
     objective = family.objective.unweighted()
     points = [(quantile, name, row) for quantile in QUANTILES for name, row in rows]
     losses = [0.0] * len(points)
-    for chunk in chunks([row for _, _, row in points], at_once):
+    for chunk in group_by_shape([row for _, _, row in points], at_once):
         batch = {name: tensor.to(device) for name, tensor in collate([points[i][2] for i in chunk]).items()}
         clean = batch["latents"].float()
         noises = torch.stack(
             [normal(tuple(clean.shape[1:]), "held-out", points[i][1], points[i][0]) for i in chunk]
         ).to(device)
         shift = family.shift(*clean.shape[2:])
-        times = torch.tensor([objective.time(points[i][0], shift) for i in chunk]).to(device)
+        times = torch.tensor([objective.quantile_to_time(points[i][0], shift) for i in chunk]).to(device)
         with torch.no_grad():
-            prediction = predict(objective.noised(clean, noises, times), times, conditions(batch))
+            prediction = predict(objective.add_noise(clean, noises, times), times, conditions(batch))
         for i, loss in zip(chunk, objective.losses(prediction, clean, noises, times).tolist(), strict=True):
             losses[i] = loss
     result = {"val/loss": math.fsum(losses) / len(losses)}

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
-from trainer.core.batch import Example, chunks, collate, conditions
-from trainer.core.errors import UsageError
+from trainer.core.batch import Example, collate, conditions, group_by_shape
 from trainer.core.rng import normal
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from trainer.config.sections import Sampling
     from trainer.model import Encoder, Family
-
-
-class Side(Enum):
-    """Part of a data set."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
-
-
-@dataclass(slots=True)
-class Sampling:
-    """Null `steps` and `guidance` are the family's own. `prompts` and `images` (control pictures) are what `stage=sample` draws; without them
-    `count` samples of the data set's `split` (null: as many as an evaluation draws, of a test split all)."""
-
-    steps: int | None = None
-    seed: int = 0
-    guidance: float | None = None
-    prompts: list[str] | None = None
-    images: list[str] | None = None
-    split: Side = Side.validation
-    count: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise UsageError(f"sample.count={self.count} draws nothing; type 1 or more, or null")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"sample.steps={self.steps} draws nothing; type 1 or more")
-        if self.images and not self.prompts:
-            raise UsageError("sample.images needs prompts to go with it; type sample.prompts=['what to draw']")
-        if self.images and self.prompts and len(self.images) not in (1, len(self.prompts)):
-            raise UsageError(
-                f"sample.images names {len(self.images)} pictures for {len(self.prompts)} prompts; name one for all prompts, or one for each"
-            )
 
 
 def pictures(
@@ -72,7 +36,7 @@ def pictures(
     def joined(rows: list[Example], chunk: list[int]) -> Example:
         return {name: tensor.to(device) for name, tensor in collate([conditions(rows[i]) for i in chunk]).items()}
 
-    for chunk in chunks(rows, at_once):
+    for chunk in group_by_shape(rows, at_once):
         first = torch.stack([normal(tuple(rows[i]["latents"].shape), "sample", seeds[i]) for i in chunk]).to(device)
         captioned, bare = joined(rows, chunk), unconditional and joined(unconditional, chunk)
 

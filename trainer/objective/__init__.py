@@ -1,8 +1,9 @@
-"""What a network learns to predict: times, noising, loss and sampling of one formulation, in one file each."""
+"""Training objectives: distribution of times, noise, loss and sampler of one formulation in one file each."""
 
 from __future__ import annotations
 
+from trainer.objective.base import Objective, denoising_losses
 from trainer.objective.diffusion import Diffusion, Prediction, Schedule
-from trainer.objective.flow import Flow, Times
+from trainer.objective.flow import Flow, TimeDistribution
 
-__all__ = ["Diffusion", "Flow", "Prediction", "Schedule", "Times"]
+__all__ = ["Diffusion", "Flow", "Objective", "Prediction", "Schedule", "TimeDistribution", "denoising_losses"]

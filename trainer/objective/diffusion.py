@@ -1,4 +1,7 @@
-"""Denoising diffusion (Ho et al. 2020): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise at whole timesteps, and the network predicts noise or velocity."""
+"""Denoising diffusion (Ho et al. 2020): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise at whole timesteps t.
+
+a_t is the product of all 1 - b up to t, where b_t is the variance of the noise added at timestep t; diffusers calls it `alphas_cumprod`.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,27 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
+from trainer.objective.base import mean_squared_errors
 
 if TYPE_CHECKING:
     import torch
 
-OFFSET = 1
-"""Of the timesteps at which pictures are drawn: `steps_offset` in the scheduler configurations of the published models."""
+STEPS_OFFSET = 1
+"""Offset of the timesteps of sampling: `steps_offset` in the scheduler configurations of the published models."""
 
 
 class Prediction(Enum):
-    """What the network is asked for: the noise (Ho et al. 2020), or v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022)."""
+    """What the network predicts: the noise (Ho et al. 2020), or v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022)."""
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
 
 
 class Schedule(Enum):
-    """How the variances b_t of the noise added at each timestep grow; diffusers' names.
+    """How the variances b_t grow with t, by the names of diffusers.
 
-    `linear` in b (Ho et al. 2020), `scaled_linear` in its square root (latent diffusion, Rombach et al. 2022), `squaredcos_cap_v2` a squared
-    cosine in a_t (Nichol & Dhariwal 2021), which asks for no start and end.
+    `linear`: linear in b (Ho et al. 2020). `scaled_linear`: linear in sqrt(b) (latent diffusion, Rombach et al. 2022).
+    `squaredcos_cap_v2`: a_t is a squared cosine (Nichol & Dhariwal 2021); it does not use `beta_start` and `beta_end`.
     """
 
     linear = "linear"
@@ -40,7 +44,10 @@ class Schedule(Enum):
 
 @dataclass(slots=True)
 class Diffusion:
-    """Settings of the diffusion objective. `min_snr` is gamma of Min-SNR weighting (Hang et al. 2023, who take 5), null for none."""
+    """Settings of the diffusion objective; see `Objective` for its methods. Times are whole numbers 0 .. `timesteps` - 1.
+
+    `min_snr` is the gamma of Min-SNR weighting (Hang et al. 2023, who use 5); null disables it.
+    """
 
     prediction: Prediction = Prediction.epsilon
     schedule: Schedule = Schedule.scaled_linear
@@ -51,58 +58,60 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:
-            raise UsageError(
-                f"model.objective.timesteps={self.timesteps} leaves no way from noise to picture; type 1000, or another number from 2"
-            )
+            raise UsageError(f"model.objective.timesteps={self.timesteps} is too few; type 2 or more, such as 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UsageError(
-                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} are no variances that grow within 0 and 1; "
-                "type for example beta_start=0.00085 and beta_end=0.012"
+                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} must be between 0 and 1, the start not "
+                "above the end; type for example beta_start=0.00085 and beta_end=0.012"
             )
         if self.min_snr is not None and not self.min_snr > 0:
             raise UsageError(
-                f"model.objective.min_snr={self.min_snr:g} weighs everything away; type a number above 0 such as 5, or null for none"
+                f"model.objective.min_snr={self.min_snr:g} would make all losses zero; type a number above 0 such as 5, or null to disable it"
             )
 
-    def check(self, sample_steps: int) -> None:
-        """Raise errors.UsageError for more steps of drawing than there are timesteps."""
-        if sample_steps > self.timesteps:
+    def check_sample_steps(self, steps: int) -> None:
+        """Raises errors.UsageError if there are more sampling steps than timesteps."""
+        if steps > self.timesteps:
             raise UsageError(
-                f"sample.steps={sample_steps}: the model knows {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer"
+                f"sample.steps={steps}: the model has only {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer"
             )
 
-    def time(self, quantile: float, shift: float) -> float:
-        """The timestep (0, 1, ...) below or at which this share of training times lies: all are equally likely. `shift` is of flows alone."""
+    def quantile_to_time(self, quantile: float, shift: float) -> float:
+        """Quantile function of the training timesteps, which are all equally likely; `shift` is not used. See `Objective`."""
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
 
     def unweighted(self) -> Diffusion:
-        """The same where all times count alike, for losses that are compared between runs."""
+        """Returns the objective without Min-SNR weighting."""
         return replace(self, min_snr=None)
 
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x_t for `clean`, `noise` (B, ...) and timesteps `time` (B,)."""
-        signal = self._signal(clean, time)
-        return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns x_t = sqrt(a_t) latents + sqrt(1 - a_t) noise."""
+        a = self._alphas_cumprod_at(t, latents)
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the noise, or v."""
+        if self.prediction is Prediction.epsilon:
+            return noise
+        a = self._alphas_cumprod_at(t, latents)
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
 
     def losses(
         self,
         prediction: torch.Tensor,
-        clean: torch.Tensor,
+        latents: torch.Tensor,
         noise: torch.Tensor,
-        time: torch.Tensor,
+        t: torch.Tensor,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training. `weight` (B, 1, h, w) multiplies the errors."""
-        signal = self._signal(clean, time)
-        is_v = self.prediction is Prediction.v_prediction
-        wanted = signal.sqrt() * noise - (1 - signal).sqrt() * clean if is_v else noise
-        errors = (prediction.to(clean.dtype) - wanted).square()
-        losses = (errors if weight is None else errors * weight).flatten(1).mean(1)
+        """Mean squared error of each sample, (B,), times its Min-SNR weight; see `Objective`."""
+        losses = mean_squared_errors(prediction, self.target(latents, noise, t), weight)
         if self.min_snr is None:
             return losses
-        # Equal weights for x0 up to the cap: an error in v counts SNR + 1 times its square in x0, one in the noise SNR times.
-        snr = (signal / (1 - signal)).flatten()
-        return losses * snr.clamp(max=self.min_snr) / (snr + 1 if is_v else snr)
+        a = self._alphas_cumprod_at(t, latents)
+        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise SNR times that in x0.
+        snr = (a / (1 - a)).flatten()
+        return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
     def sample(
         self,
@@ -111,45 +120,51 @@ class Diffusion:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """DDIM without noise (Song et al. 2021, eq. 12) from `noise` (B, ...) down to clean latents, at the timesteps that diffusers' DDIMScheduler
-        takes with `leading` spacing."""
-        stride = self.timesteps // steps
-        times = [min(i * stride + OFFSET, self.timesteps - 1) for i in reversed(range(steps))]
-        # The last step ends at the first timestep, whose noise is too little to be seen (set_alpha_to_one=False).
-        x, signals = noise, signal_shares(self.schedule, self.beta_start, self.beta_end, self.timesteps)
-        for now, later in pairwise([*times, times[-1] - stride]):
-            signal, next_signal = signals[now], signals[max(later, 0)]
-            out = predict(x, x.new_full((len(x),), now)).to(x.dtype)
-            is_v = self.prediction is Prediction.v_prediction
-            epsilon = math.sqrt(signal) * out + math.sqrt(1 - signal) * x if is_v else out
-            clean = (x - math.sqrt(1 - signal) * epsilon) / math.sqrt(signal)
-            x = math.sqrt(next_signal) * clean + math.sqrt(1 - next_signal) * epsilon
-        return x
+        """Deterministic DDIM (Song et al. 2021, eq. 12) at the timesteps of diffusers' DDIMScheduler with `leading` spacing.
 
-    def _signal(self, like: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """a_t for timesteps (B,), to be multiplied with tensors like this (B, ...)."""
+        `shift` is not used. See `Objective`.
+        """
+        stride = self.timesteps // steps
+        times = [min(i * stride + STEPS_OFFSET, self.timesteps - 1) for i in reversed(range(steps))]
+        table = alphas_cumprod(self.schedule, self.beta_start, self.beta_end, self.timesteps)
+        latents = noise
+        # The last step ends at timestep 0, whose noise is too little to be visible (set_alpha_to_one=False).
+        for t, next_t in pairwise([*times, times[-1] - stride]):
+            a, next_a = table[t], table[max(next_t, 0)]
+            prediction = predict(latents, latents.new_full((len(latents),), t)).to(latents.dtype)
+            if self.prediction is Prediction.epsilon:
+                epsilon = prediction
+            else:
+                epsilon = math.sqrt(a) * prediction + math.sqrt(1 - a) * latents
+            clean = (latents - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
+            latents = math.sqrt(next_a) * clean + math.sqrt(1 - next_a) * epsilon
+        return latents
+
+    def _alphas_cumprod_at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Returns a_t for timesteps (B,), which broadcasts with `like` (B, ...) and has its type."""
         import torch
 
-        shares = signal_shares(self.schedule, self.beta_start, self.beta_end, self.timesteps)
-        return torch.tensor(shares, dtype=like.dtype, device=like.device)[time.long()].view(-1, *[1] * (like.dim() - 1))
+        values = alphas_cumprod(self.schedule, self.beta_start, self.beta_end, self.timesteps)
+        table = torch.tensor(values, dtype=like.dtype, device=like.device)
+        return table[t.long()].view(-1, *[1] * (like.dim() - 1))
 
 
 @cache
-def signal_shares(schedule: Schedule, start: float, end: float, timesteps: int) -> tuple[float, ...]:
-    """a_t of every timestep: the share of the clean picture's variance that is left in x_t, the product of all 1 - b up to t."""
+def alphas_cumprod(schedule: Schedule, start: float, end: float, timesteps: int) -> tuple[float, ...]:
+    """a_t of every timestep: the share of the variance of x_t that comes from the clean latents."""
 
-    def left(progress: float) -> float:
+    def cosine(progress: float) -> float:
         return math.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2
 
     def beta(t: int) -> float:
         if schedule is Schedule.squaredcos_cap_v2:
-            return min(1 - left((t + 1) / timesteps) / left(t / timesteps), 0.999)
+            return min(1 - cosine((t + 1) / timesteps) / cosine(t / timesteps), 0.999)
         power = 2 if schedule is Schedule.scaled_linear else 1
-        low, high = start ** (1 / power), end ** (1 / power)
-        return (low + (high - low) * t / (timesteps - 1)) ** power
+        first, last = start ** (1 / power), end ** (1 / power)
+        return (first + (last - first) * t / (timesteps - 1)) ** power
 
-    shares, share = [], 1.0
+    table, product = [], 1.0
     for t in range(timesteps):
-        share *= 1 - beta(t)
-        shares.append(share)
-    return tuple(shares)
+        product *= 1 - beta(t)
+        table.append(product)
+    return tuple(table)

@@ -11,13 +11,14 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
+from trainer.objective.base import mean_squared_errors
 
 if TYPE_CHECKING:
     import torch
 
 
-class Times(Enum):
-    """How training times are spread before the resolution shift."""
+class TimeDistribution(Enum):
+    """Distribution of training times before the resolution shift."""
 
     logit_normal = "logit_normal"
     uniform = "uniform"
@@ -25,12 +26,13 @@ class Times(Enum):
 
 @dataclass(slots=True)
 class Flow:
-    """Settings of the flow objective; `mean` and `std` are those of logit(t) where times are logit-normal.
+    """Settings of the flow objective; see `Objective` for its methods. Times are in [0, 1]: 0 is the clean image, 1 is pure noise.
 
-    `terminal` is the time at which sampling takes its last step, to which its times are stretched; 0: where they fall.
+    `mean` and `std` are those of logit(t) for logit-normal times. `terminal` is the time of the last step of sampling, to which the
+    sampling times are stretched; 0 disables this.
     """
 
-    times: Times = Times.logit_normal
+    times: TimeDistribution = TimeDistribution.logit_normal
     mean: float = 0.0
     std: float = 1.0
     terminal: float = 0.0
@@ -38,47 +40,43 @@ class Flow:
     def __post_init__(self) -> None:
         if not 0 <= self.terminal < 1:
             raise UsageError(
-                f"model.objective.terminal={self.terminal:g} is no time before noise; type a number from 0 to below 1, such as 0.02"
+                f"model.objective.terminal={self.terminal:g} is out of range; type a number from 0 to below 1, such as 0.02"
             )
         if self.std <= 0:
-            raise UsageError(f"model.objective.std={self.std:g} is no spread; type a number above 0, such as 1")
+            raise UsageError(f"model.objective.std={self.std:g} must be positive; type a number above 0, such as 1")
 
-    def check(self, sample_steps: int) -> None:
-        """Any number of steps draws."""
+    def check_sample_steps(self, steps: int) -> None:
+        """Accepts any number of steps."""
 
-    def time(self, quantile: float, shift: float) -> float:
-        """The time in (0, 1) below which this share of training times lies.
-
-        Drawing a uniform quantile draws a training time; fixed quantiles give the times of the held-out loss. The shift
-        s (Esser et al. 2024, eq. 23) moves times towards noise for larger pictures: t' = s t / (1 + (s - 1) t).
-        """
-        time = (
-            quantile
-            if self.times is Times.uniform
-            else 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
-        )
-        return shift * time / (1 + (shift - 1) * time)
+    def quantile_to_time(self, quantile: float, shift: float) -> float:
+        """Quantile function of the training times, which are in (0, 1); see `Objective`."""
+        if self.times is TimeDistribution.uniform:
+            return shift_time(quantile, shift)
+        return shift_time(1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile))), shift)
 
     def unweighted(self) -> Flow:
-        """The same where all times count alike, for losses that are compared between runs."""
+        """Returns itself: all times have equal weights."""
         return self
 
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x_t for `clean`, `noise` (B, ...) and `time` (B,)."""
-        time = time.view(-1, *[1] * (clean.dim() - 1))
-        return (1 - time) * clean + time * noise
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns x_t = (1 - t) latents + t noise."""
+        t = t.view(-1, *[1] * (latents.dim() - 1))
+        return (1 - t) * latents + t * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns noise - latents, the derivative of x_t by t."""
+        return noise - latents
 
     def losses(
         self,
         prediction: torch.Tensor,
-        clean: torch.Tensor,
+        latents: torch.Tensor,
         noise: torch.Tensor,
-        time: torch.Tensor,
+        t: torch.Tensor,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), in the type of `clean`: float32 in training. `weight` (B, 1, h, w) multiplies the errors."""
-        errors = (prediction.to(clean.dtype) - (noise - clean)).square()
-        return (errors if weight is None else errors * weight).flatten(1).mean(1)
+        """Mean squared error of each sample, (B,); see `Objective`."""
+        return mean_squared_errors(prediction, self.target(latents, noise, t), weight)
 
     def sample(
         self,
@@ -87,13 +85,19 @@ class Flow:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Euler steps from `noise` (B, ...) down to clean latents; the same times as diffusers' flow-match scheduler."""
-        times = [shift * t / (1 + (shift - 1) * t) for t in ((steps - i) / steps for i in range(steps))]
+        """Euler steps from t = 1 to t = 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler; see `Objective`."""
+        times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])
-            times = [1 - (1 - time) * stretch for time in times]
+            times = [1 - (1 - t) * stretch for t in times]
         times.append(0.0)
-        x = noise
-        for now, later in pairwise(times):
-            x = x + (later - now) * predict(x, x.new_full((x.shape[0],), now)).to(x.dtype)
-        return x
+        latents = noise
+        for t, next_t in pairwise(times):
+            prediction = predict(latents, latents.new_full((len(latents),), t))
+            latents = latents + (next_t - t) * prediction.to(latents.dtype)
+        return latents
+
+
+def shift_time(t: float, shift: float) -> float:
+    """Resolution shift (Esser et al. 2024, eq. 23): moves times towards noise for larger images."""
+    return shift * t / (1 + (shift - 1) * t)

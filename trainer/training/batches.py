@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trainer.cache import Cache
-from trainer.core.batch import Example, chunks, collate
+from trainer.core.batch import Example, collate, group_by_shape
 from trainer.core.errors import StorageError, TrainerError
 from trainer.core.rng import generator, normal, uniform
-from trainer.core.signals import in_worker
+from trainer.core.signals import reset_worker_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ class Batches:
         # Half a unit in the last place keeps the quantile off 0, where a normal distribution has no finite value.
         quantile = uniform(self.seed, "time", visit, name) + 2**-54
         row["noise"] = normal(shape, self.seed, "noise", visit, name)
-        row["time"] = torch.tensor(self.family.objective.time(quantile, self._shift(*shape[1:])))
+        row["t"] = torch.tensor(self.family.objective.quantile_to_time(quantile, self._shift(*shape[1:])))
         return row
 
     def _shift(self, height: int, width: int) -> float:
@@ -113,7 +113,7 @@ class Batches:
         import torch
 
         row = self.row(*visits(self.seed, step, self.batch, len(self.samples))[0])
-        return collate([row | {"counts": torch.tensor(0.0)}])
+        return collate([row | {"loss_mask": torch.tensor(0.0)}])
 
     def ids(self, step: int) -> list[str]:
         """The samples of this process's share of a step's batch."""
@@ -128,7 +128,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> tuple[int, list[Example]]:
         rows = [self.row(*visit) for visit in self.share(step)]
-        return step, [collate([rows[i] for i in chunk]) for chunk in chunks(rows, self.micro_batch)]
+        return step, [collate([rows[i] for i in chunk]) for chunk in group_by_shape(rows, self.micro_batch)]
 
 
 def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[Example]]]:
@@ -198,7 +198,7 @@ class _Told:
 def _start_worker(worker: int) -> None:
     import torch
 
-    in_worker()
+    reset_worker_signals()
     torch.set_num_threads(1)
 
 

@@ -1,0 +1,86 @@
+"""The interface of an objective, and the loss that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.core.batch import Example
+
+
+class Objective(Protocol):
+    """A denoising formulation: how noise is added to latents, what the network predicts, and how images are sampled.
+
+    Times `t` have shape (B,) and grow with the noise: the smallest time belongs to (almost) clean latents, the largest to pure noise.
+    `Flow` uses real numbers in [0, 1]; `Diffusion` uses whole timesteps 0 .. `timesteps` - 1, stored as floats. Latents, noise,
+    predictions and targets have the same shape (B, C, h, w), or any other that starts with B.
+    """
+
+    def check_sample_steps(self, steps: int) -> None:
+        """Raises errors.UsageError if the objective cannot sample with this number of steps."""
+
+    def quantile_to_time(self, quantile: float, shift: float) -> float:
+        """Quantile function of the distribution of training times.
+
+        A uniform random quantile in (0, 1) gives a random training time; fixed quantiles give the times of the held-out loss. `shift` is the
+        resolution shift of the model family (`Family.shift`), 1 for none.
+        """
+
+    def unweighted(self) -> Objective:
+        """Returns the same objective with equal weights for all times, so that losses of different runs can be compared."""
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the noisy latents x_t."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns what the network should predict for x_t."""
+
+    def losses(
+        self,
+        prediction: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the loss of each sample, (B,), in the type of `latents` (float32 in training).
+
+        `weight` (B, 1, h, w) multiplies the squared errors.
+        """
+
+    def sample(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        noise: torch.Tensor,
+        steps: int,
+        shift: float,
+    ) -> torch.Tensor:
+        """Returns clean latents, sampled from `noise` (B, ...) with `steps` calls of `predict(noisy latents, t)`."""
+
+
+def denoising_losses(
+    objective: Objective,
+    predict: Callable[[torch.Tensor, torch.Tensor, Example], torch.Tensor],
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    conditions: Example,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Adds noise to a batch of latents, predicts, and returns the loss of each sample, (B,).
+
+    `predict(noisy latents, t, conditions)` is the network; for the other arguments see `Objective`.
+    """
+    prediction = predict(objective.add_noise(latents, noise, t), t, conditions)
+    return objective.losses(prediction, latents, noise, t, weight)
+
+
+def mean_squared_errors(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error of each sample, (B,), in the type of `target`; `weight` (B, 1, h, w) multiplies the squared errors."""
+    errors = (prediction.to(target.dtype) - target).square()
+    return (errors if weight is None else errors * weight).flatten(1).mean(1)
