@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.cache import LITTER, Cache, CacheSettings, Part
+from trainer.cache import LITTER, Cache, Part
+from trainer.config.sections import CacheSettings
 from trainer.core import files
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.dataset import Pairs, Sample, read
 from trainer.dataset.view import TransformedSample
@@ -62,7 +64,7 @@ def save(path: Path, shade: int) -> None:
 
 def views(folder: Path, width: int = 16, height: int = 16, **changes: bool) -> list[TransformedSample]:
     """As a new process sees the folder."""
-    samples = read(Pairs(path=str(folder)), files.Digests(folder.parent / "digests.db"))
+    samples = read(Pairs(path=str(folder)), Digests(folder.parent / "digests.db"))
     return [TransformedSample(sample, width, height, **changes) for sample in samples]
 
 
@@ -118,7 +120,7 @@ def test_an_edited_caption_costs_one_prompt_and_no_picture(tmp_path: Path, folde
 
 def test_a_picture_replaced_under_its_name_size_and_time_is_made_again(tmp_path: Path, folder: Path, monkeypatch):
     monkeypatch.setattr(
-        files.Digests, "_RACY", 0
+        Digests, "_RACY", 0
     )  # else digests of files this young are not remembered, and nothing is shown
     pictures = [*(folder / "control_images").iterdir(), *(folder / "training_images").glob("*.png")]
     for path in pictures:
@@ -256,7 +258,7 @@ def test_a_killed_writer_leaves_no_torn_entry(tmp_path: Path, folder: Path):
                     assert torch.equal(cache.get(part, view), large(part.name, view))
     assert killed
     fill(Cache(root, PARTS), seen, large)
-    whole = {name: data for name, data in entries(root).items() if files.PARTIAL not in name}
+    whole = {name: data for name, data in entries(root).items() if files.PARTIAL_PREFIX not in name}
     assert whole == entries(tmp_path / "serial")
 
 
@@ -265,7 +267,7 @@ def test_what_a_killed_writer_left_is_swept_once_it_is_old(tmp_path: Path, folde
     made(root, seen)
     whole = entries(root)
     entry = next(root.rglob("*.safetensors"))
-    old, young = files.partial(entry), files.partial(entry)
+    old, young = files.temporary_path(entry), files.temporary_path(entry)
     for path in (old, young):
         path.write_bytes(entry.read_bytes()[:50])
     os.utime(old, (time.time() - 2 * LITTER,) * 2)

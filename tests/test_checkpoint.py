@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.config.sections import Save
 from trainer.core import errors, libraries, rng
-from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded, Save
+from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded
 
 ALL = [WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST]
 
@@ -139,7 +140,7 @@ def make_optimizer(name: str, parameters: list) -> torch.optim.Optimizer:
 
         return prodigyopt.Prodigy(parameters, weight_decay=0.01, safeguard_warmup=True)
     if name in ("adamw8bit", "adam8bit"):
-        optimizers = libraries.bitsandbytes().optim
+        optimizers = libraries.import_bitsandbytes().optim
         return (optimizers.AdamW8bit if name == "adamw8bit" else optimizers.Adam8bit)(parameters, lr=1e-2)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)

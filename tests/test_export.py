@@ -14,10 +14,12 @@ import torch
 
 from trainer import config, export, model
 from trainer.config import Run
-from trainer.core import files
+from trainer.config.sections import Export, Format
+from trainer.core import files, tensor_files
+from trainer.core.digests import sha256
+from trainer.core.dtypes import Dtype
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.rng import normal
-from trainer.export import Dtype, Export, Format
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, Lora, trained
 from trainer.method.adapter import frozen, load_adapter, merged, parts
 from trainer.model import Family
@@ -73,7 +75,7 @@ def assert_alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): files.sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @EACH_ADAPTER
@@ -96,10 +98,10 @@ def test_a_method_that_some_format_cannot_hold_is_refused_with_those_that_can(me
     for format in Format:
         settings = Export([format])
         if format.name in method.formats:
-            assert settings.chosen(method.formats) == [format]
+            assert settings.select(method.formats) == [format]
         else:
             with pytest.raises(UsageError, match=re.escape(f"type export.formats=[{','.join(method.formats)}]")):
-                settings.chosen(method.formats)
+                settings.select(method.formats)
 
 
 def as_comfyui_does(weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -131,7 +133,7 @@ def test_comfyui_makes_of_a_loha_or_lokr_the_weights_that_were_trained(family: F
     run = run_of(family, Format.comfyui, method=method)
     network = network_of(run)
     (path,) = write(run, network, tmp_path)
-    tensors, layers = files.load_tensors(path), parts(network)
+    tensors, layers = tensor_files.load_tensors(path), parts(network)
     for name in layers:
         start = family.export_name(f"{name}.alpha").removesuffix("alpha")
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
@@ -195,9 +197,9 @@ def test_whole_weights_are_exported_as_a_checkpoint(family: Family, tmp_path: Pa
 
 def test_formats_for_adapters_are_refused_where_there_is_no_adapter():
     with pytest.raises(UsageError, match="type export.formats=\\[pipeline\\]"):
-        Export([Format.pipeline, Format.peft]).chosen(Full.formats)
-    assert Export().chosen(Lora.formats) == [Format.diffusers]
-    assert Export().chosen(Full.formats) == [Format.pipeline]
+        Export([Format.pipeline, Format.peft]).select(Full.formats)
+    assert Export().select(Lora.formats) == [Format.diffusers]
+    assert Export().select(Full.formats) == [Format.pipeline]
 
 
 @EACH_ADAPTER
@@ -294,7 +296,7 @@ def test_a_second_export_replaces_the_first_and_leaves_nothing_else(family: Fami
     paths = write(run, network, tmp_path)
     first = contents(tmp_path)
     (tmp_path / "pipeline" / "old.txt").write_text("")
-    litter = tmp_path / f"{files.PARTIAL}1-2-peft"
+    litter = tmp_path / f"{files.PARTIAL_PREFIX}1-2-peft"
     litter.mkdir()
     os.utime(litter, (time.time() - 1e6,) * 2)
     write(run, network, tmp_path)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from trainer import export
 from trainer.config import Run
+from trainer.config.sections import Export, Format
 from trainer.core.batch import collate
-from trainer.core.batch import conditions as conditions_of
+from trainer.core.batch import get_conditions
 from trainer.dataset import Sample
 from trainer.dataset.view import Transform
-from trainer.export import Export, Format
 from trainer.method import Lora, trained
 from trainer.model.flux_kontext import FluxKontext, pack
 from trainer.precision import Precision
@@ -150,7 +150,7 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
     )
     x = noise(family)[:1]
     with torch.no_grad():
-        found = family.predict(network, x, torch.tensor([0.5], device=DEVICE), conditions_of(row))
+        found = family.predict(network, x, torch.tensor([0.5], device=DEVICE), get_conditions(row))
     (call,) = calls
     theirs = network.__class__.forward
     pipe = pipeline(family)

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from trainer import config, export
 from trainer.config import Run
-from trainer.core import files
+from trainer.config.sections import Export, Format
+from trainer.core import tensor_files
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
-from trainer.export import Export, Format
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
 from trainer.method.adapter import is_noop, layers, merged, parts, probe_outputs
 from trainer.model import Family, Weights
@@ -249,7 +249,7 @@ def test_an_adapter_of_other_trainers_is_read_by_its_names(
         tensors |= {f"{start}.{other_name(leaf)}": tensor for leaf, tensor in part.tensors.items()} | {
             f"{start}.alpha": torch.tensor(alpha)
         }
-    files.save_tensors(tmp_path / "other.safetensors", tensors)
+    tensor_files.save_tensors(tmp_path / "other.safetensors", tensors)
     run = run_of(family, dataclasses.replace(method, init_from=str(tmp_path / "other.safetensors")))
     again = attached(run)
     begin_from(run, again)

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from trainer import export
 from trainer.config import Run
+from trainer.config.sections import Export
 from trainer.core.batch import collate
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
-from trainer.export import Export
 from trainer.method import SoftPrompt, trained
 from trainer.method.soft_prompt import Reader
 from trainer.method.soft_prompt import SoftPrompt as Prompt

@@ -23,7 +23,7 @@ from trainer import export
 from trainer.config import Run
 from trainer.config.sections import Export, Format
 from trainer.core.batch import collate
-from trainer.core.batch import conditions as conditions_of
+from trainer.core.batch import get_conditions
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
@@ -144,7 +144,7 @@ def noise(family: QwenImageEdit) -> torch.Tensor:
 
 
 def ours(family: QwenImageEdit, network, controls: int = 1) -> np.ndarray:
-    cond, bare = (conditions_of(collate(rows(family, controls, dropped))) for dropped in (False, True))
+    cond, bare = (get_conditions(collate(rows(family, controls, dropped))) for dropped in (False, True))
     start = noise(family)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(
 
 
 def test_padding_is_not_read(edit: QwenImageEdit):
-    network, cond = edit.network(torch.float32), conditions_of(collate(rows(edit, 1)))
+    network, cond = edit.network(torch.float32), get_conditions(collate(rows(edit, 1)))
     x, t = noise(edit), torch.tensor([0.3, 0.7])
     short = cond["prompt_mask"].sum(1).argmin()
     junk = cond | {"prompt": torch.where(cond["prompt_mask"][..., None], cond["prompt"], 7.0)}
@@ -305,7 +305,7 @@ def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
     network = edit.network(torch.float32)
     Lora(rank=2, alpha=2.0).attach(network, ("add_q_proj", "add_k_proj", "to_add_out", "txt_mlp.net.2"), seed=0)
     parameters = trained(network)
-    cond, x, t = conditions_of(collate(rows(edit, 1))), noise(edit), torch.tensor([0.3, 0.7])
+    cond, x, t = get_conditions(collate(rows(edit, 1))), noise(edit), torch.tensor([0.3, 0.7])
     optimizer = AdamW(lr=1e-2).build(parameters.values())
     edit.predict(network, x, t, cond).square().sum().backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -363,7 +363,7 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
             clean = row["latents"]
             noises = torch.stack([normal(tuple(clean.shape[1:]), "noise", step, i) for i in range(8)])
             times = torch.tensor([edit.objective.quantile_to_time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)])
-            prediction = edit.predict(network, edit.objective.add_noise(clean, noises, times), times, conditions_of(row))
+            prediction = edit.predict(network, edit.objective.add_noise(clean, noises, times), times, get_conditions(row))
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 10) * (1 - step / STEPS_TO_LEARN)
             optimizer.zero_grad()
             edit.objective.losses(prediction, clean, noises, times).mean().backward()

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from trainer import export
 from trainer.config import Run
+from trainer.config.sections import Export, Format
 from trainer.core.errors import DataError
 from trainer.core.rng import normal
 from trainer.dataset import Sample
 from trainer.dataset.view import TransformedSample
-from trainer.export import Export, Format
 from trainer.method import Full, Lora, trained
 from trainer.model import Dtype, families
 from trainer.model.unet import Posterior, UNet
@@ -158,7 +158,7 @@ def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet
 
 
 def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path):
-    from trainer.core.files import Digests
+    from trainer.core.digests import Digests
 
     other = tmp_path / "other"
     shutil.copytree(Path(family.path) / "vae", other)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.core import files
-from trainer.core.errors import DataError, UsageError
+from trainer.core.errors import DataError
+from trainer.core.lock import Lock
 from trainer.dataset.sample import FAULTS_LISTED
 from trainer.dataset.view import TransformedSample
 
@@ -32,24 +33,6 @@ LITTER = 3600
 """Seconds after which an unfinished file belongs to a writer that was killed; an entry is written in less than one."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class CacheSettings:
-    """`path`: the cache's folder, null for `<out>/cache`. `verify`: quick checks an entry when it is first used; full checks all that a run
-    needs before it starts and makes the damaged ones again. `workers`: processes that encode. `drop_unused`: stage=cache deletes what neither
-    this run nor any whose folder is there uses."""
-
-    path: str | None = None
-    verify: str = "quick"
-    workers: int = 1
-    drop_unused: bool = False
-
-    def __post_init__(self) -> None:
-        if self.verify not in ("quick", "full"):
-            raise UsageError(f"cache.verify={self.verify} is unknown: type quick or full.")
-        if self.workers < 1:
-            raise UsageError(f"cache.workers={self.workers} encodes nothing: type 1 or more.")
 
 
 @dataclass(slots=True, frozen=True)
@@ -160,7 +143,7 @@ class Cache:
         # A list each set of entries: the members of a sweep share one.
         folder = self.root / USES / hashlib.sha256(text.encode()).hexdigest()[:16]
         name = str(owner.absolute())
-        with files.Lock(self.root / "uses.lock", wait=True):
+        with Lock(self.root / "uses.lock", wait=True):
             files.write(folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.owner", name)
             if not (folder / ENTRIES).exists():
                 files.write(folder / ENTRIES, text)
@@ -169,7 +152,7 @@ class Cache:
         """Delete the entries that neither these views nor any run whose folder is there uses; how many, and their bytes."""
         used = {f"{part.name}/{self.key(part, view)}" for view in views for part in self.parts}
         count = freed = 0
-        with files.Lock(self.root / "uses.lock", wait=True), files.Lock(self.root / "filling", wait=True):
+        with Lock(self.root / "uses.lock", wait=True), Lock(self.root / "filling", wait=True):
             for folder in sorted((self.root / USES).glob("*")):
                 owners = [Path(path.read_text()) for path in folder.glob("*.owner")]
                 if any(owner.is_dir() for owner in owners):
@@ -178,7 +161,7 @@ class Cache:
                     files.remove(folder)
             for part, path in self._entries():
                 if f"{part}/{path.stem}" not in used:
-                    with files.storage("remove", path):
+                    with files.storage_errors("remove", path):
                         freed += path.stat().st_size
                         path.unlink()
                     count += 1
@@ -195,7 +178,7 @@ class Cache:
     def _entries(self) -> Iterator[tuple[str, Path]]:
         """The part and the file of every entry, also of other models' parts."""
         for path in sorted(self.root.glob("*/[0-9a-f][0-9a-f]/*.safetensors")):
-            if not path.name.startswith(files.PARTIAL):
+            if not path.name.startswith(files.PARTIAL_PREFIX):
                 yield path.parent.parent.name, path
 
     def put(self, part: Part, view: TransformedSample, tensor: Tensor) -> None:
@@ -239,10 +222,10 @@ class Cache:
         """The keys on disk, by listing folders: no look at each file."""
         present = set()
         folder = self.root / part.name
-        with files.storage("read", folder):
+        with files.storage_errors("read", folder):
             for shard in (path for path in folder.glob("[0-9a-f][0-9a-f]") if path.is_dir()):
                 for name in os.listdir(shard):
-                    if name.startswith(files.PARTIAL):
+                    if name.startswith(files.PARTIAL_PREFIX):
                         _sweep(shard / name)
                     elif name.endswith(".safetensors"):
                         present.add(name.removesuffix(".safetensors"))
@@ -263,7 +246,7 @@ class Cache:
         from safetensors.torch import load
 
         path = self._path(part, key)
-        with files.storage("read", path):
+        with files.storage_errors("read", path):
             data = path.read_bytes()
         try:
             value = load(data)["value"]
@@ -279,8 +262,8 @@ class Cache:
 
     def _write(self, path: Path, data: bytes) -> None:
         # Not files.write: it waits for the disk, some 6 ms an entry. An entry torn by a power cut is found by its digest.
-        temporary = files.partial(path)
-        with files.storage("write", path):
+        temporary = files.temporary_path(path)
+        with files.storage_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_bytes(data)

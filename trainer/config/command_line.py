@@ -51,7 +51,7 @@ writes (`hydra.run.dir`) happens before any rule of ours is asked."""
 
 def read(arguments: Sequence[str]) -> Namespace:
     """The command line in its parts, `flags` and `overrides` among them, with what must not reach Hydra refused. Raises errors.UsageError."""
-    if any(redaction.inside(argument) for argument in arguments):
+    if any(redaction.contains_secret(argument) for argument in arguments):
         # Which one is not said: this line would end up in logs as well.
         raise UsageError(
             "An argument holds an access token or a password. Command lines end up in logs and process lists: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from trainer.core.batch import Example, collate, conditions, group_by_shape
+from trainer.core.batch import Example, collate, get_conditions, group_by_shape
 from trainer.core.rng import normal
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def pictures(
     import torch
 
     def joined(rows: list[Example], chunk: list[int]) -> Example:
-        return {name: tensor.to(device) for name, tensor in collate([conditions(rows[i]) for i in chunk]).items()}
+        return {name: tensor.to(device) for name, tensor in collate([get_conditions(rows[i]) for i in chunk]).items()}
 
     for chunk in group_by_shape(rows, at_once):
         first = torch.stack([normal(tuple(rows[i]["latents"].shape), "sample", seeds[i]) for i in chunk]).to(device)

@@ -9,60 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.core import files
-from trainer.core.errors import DataError, UsageError
+from trainer.config.sections import Format
+from trainer.core import files, tensor_files
+from trainer.core.dtypes import Dtype
+from trainer.core.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
     from trainer.config import Run
-
-
-class Format(Enum):
-    """`soft_prompt`: a file for `method.init_from`. `diffusers`: a file for a pipeline's `load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained`. `comfyui`: a file for
-    ComfyUI, which reads no metadata. `pipeline`: the whole checkpoint with what was trained merged into it, for `model.path` and diffusers."""
-
-    diffusers = "pytorch_lora_weights.safetensors"
-    peft = "peft"
-    comfyui = "comfyui.safetensors"
-    pipeline = "pipeline"
-    soft_prompt = "soft_prompt.safetensors"
-
-
-class Dtype(Enum):
-    """torch's own names."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-@dataclass(slots=True)
-class Export:
-    """`formats` null: the first that holds what the method trains; a pipeline, which is large, is then left to `stage=export`.
-
-    `dtype` null: adapters float32, as they were trained; a pipeline the type of the weights in training, that of the products where they
-    were quantised.
-    """
-
-    formats: list[Format] | None = None
-    dtype: Dtype | None = None
-
-    def chosen(self, possible: tuple[str, ...]) -> list[Format]:
-        """The formats asked for, of those that hold what a method trains. Raises errors.UsageError for others."""
-        if self.formats is None:
-            return [Format[possible[0]]]
-        wrong = [format.name for format in self.formats if format.name not in possible]
-        if wrong:
-            raise UsageError(
-                f"export.formats: {', '.join(wrong)} cannot hold what this method trains; type export.formats=[{','.join(possible)}]"
-            )
-        return list(dict.fromkeys(self.formats))
 
 
 LITTER = 24 * 3600
@@ -106,7 +64,7 @@ def write(
     from trainer.method import swapped
     from trainer.method.adapter import is_noop
 
-    chosen = run.export.chosen(run.method.formats)
+    chosen = run.export.select(run.method.formats)
     _clean(folder)
     network.eval()
     with (
@@ -130,8 +88,8 @@ def write(
 
 def _clean(folder: Path) -> None:
     """Delete what dead processes left unfinished."""
-    with files.storage("clean", folder):
-        for path in folder.glob(f"{files.PARTIAL}*"):
+    with files.storage_errors("clean", folder):
+        for path in folder.glob(f"{files.PARTIAL_PREFIX}*"):
             if time.time() - path.stat().st_mtime > LITTER:
                 files.remove(path)
 
@@ -148,7 +106,7 @@ def _write_adapter(run: Run, network: torch.nn.Module, format: Format, path: Pat
         return {name: tensor.detach().to(getattr(torch, dtype.value)).contiguous() for name, tensor in tensors.items()}
 
     weights, configuration = adapter.adapter(network)
-    replacing = files.replacing_folder if format is Format.peft else files.replacing
+    replacing = files.replace_folder if format is Format.peft else files.replace_file
     with replacing(path) as unfinished:
         if format is Format.peft:
             adapter.save_adapter(written(weights), configuration, unfinished)
@@ -159,7 +117,7 @@ def _write_adapter(run: Run, network: torch.nn.Module, format: Format, path: Pat
         else:
             tensors = adapter.to_comfyui(adapter.parts(network), family.export_name)
             alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
-            files.save_tensors(unfinished, written(tensors) | alphas, {"format": "pt"})
+            tensor_files.save_tensors(unfinished, written(tensors) | alphas, {"format": "pt"})
             again = _spelled_again(run, unfinished)
         _compare(adapter.probe_outputs(network), adapter.probe_outputs(again), ROUNDING[dtype.value], path)
 
@@ -180,9 +138,9 @@ def _write_soft_prompt(run: Run, network: torch.nn.Module, path: Path) -> None:
         )
     dtype = getattr(torch, (run.export.dtype or Dtype.float32).value)
     written = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    with files.replacing(path) as unfinished:
-        files.save_tensors(unfinished, written, {"format": "pt", "method": json.dumps(config.plain(run.method))})
-        again = files.load_tensors(unfinished)
+    with files.replace_file(path) as unfinished:
+        tensor_files.save_tensors(unfinished, written, {"format": "pt", "method": json.dumps(config.plain(run.method))})
+        again = tensor_files.load_tensors(unfinished)
         if again.keys() != written.keys() or not all(
             torch.equal(again[name], tensor) for name, tensor in written.items()
         ):
@@ -227,7 +185,7 @@ def _write_pipeline(run: Run, network: torch.nn.Module, path: Path) -> None:
 
     dtype = run.export.dtype.value if run.export.dtype else str(run.precision.dtype()).removeprefix("torch.")
     shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}
-    with files.replacing_folder(path) as unfinished:
+    with files.replace_folder(path) as unfinished:
         run.model.save_checkpoint(
             ((name, merged(network, name).to(getattr(torch, dtype))) for name in shapes), unfinished
         )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from trainer import config
 from trainer.config import Run, Stage
+from trainer.config.sections import SplitName
 from trainer.core import files
 from trainer.core.console import print_line
+from trainer.core.digests import Digests
 from trainer.core.errors import UsageError
 from trainer.dataset import Sample
-from trainer.evaluation.sampling import Side
 from trainer.training.data import TrainingData, drawn, held_out, prepare, unconditional
 from trainer.training.encoding import encode
 from trainer.training.run_folder import find
@@ -102,12 +103,12 @@ def sample(run: Run, material: TrainingData, judge: Evaluator, root: Path, step:
 
 def _of_split(run: Run, material: TrainingData) -> list[TransformedSample]:
     side = run.sample.split
-    if side is Side.validation:
+    if side is SplitName.validation:
         return held_out(run, material, run.sample.count or run.evaluation.images)
     samples = getattr(material.split, side.value)
     if not samples:
         raise UsageError(f"sample.split={side.value}: this data set has no such part; type sample.split=validation")
-    count = run.sample.count or (len(samples) if side is Side.test else run.evaluation.images)
+    count = run.sample.count or (len(samples) if side is SplitName.test else run.evaluation.images)
     return [material.transform.apply(sample) for sample in samples[:count]]
 
 
@@ -121,7 +122,7 @@ def _prompted(run: Run, material: TrainingData) -> list[TransformedSample]:
         )
     if names and not material.controls:
         raise UsageError("this run draws from prompts alone: leave sample.images out")
-    digests = files.Digests(material.cache.root / "digests.sqlite")
+    digests = Digests(material.cache.root / "digests.sqlite")
     sources = [(FileSource(Path(name).expanduser(), digests),) for name in names] or [()]
     target = material.split.train[0].image
     samples = [Sample(f"prompt-{i}", target, prompt, sources[i % len(sources)]) for i, prompt in enumerate(prompts)]

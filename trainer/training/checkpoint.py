@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import errors, files
+from trainer.core import errors, files, tensor_files
+from trainer.core.digests import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,26 +41,6 @@ _DISCARDED = ".discarded-"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced-\w+)?")
 # What a damaged disk or a half-copied folder answers; anything else (no rights, no descriptors) is no fault of the checkpoint.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
-
-
-@dataclass(slots=True)
-class Save:
-    """How often a checkpoint is saved, and how many stay."""
-
-    every: int = 100
-    """Steps between two checkpoints."""
-    keep: int = 3
-    """How many of the last ones are kept; the best is kept beside them."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise errors.UsageError(
-                f"save.every={self.every} is not possible: it counts steps. Type save.every=1 or more."
-            )
-        if self.keep < 1:
-            raise errors.UsageError(
-                f"save.keep={self.keep} would leave nothing to resume from. Type save.keep=1 or more."
-            )
 
 
 @dataclass(slots=True)
@@ -101,8 +82,8 @@ class Checkpoints:
         Raises errors.NonFiniteError where a tensor is not finite, errors.StorageError where the disk does not take it; older ones stay as they were.
         """
         folder = self.folder / f"step-{step:08d}"
-        temporary = files.partial(folder)
-        with files.storage("save", folder):
+        temporary = files.temporary_path(folder)
+        with files.storage_errors("save", folder):
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
                 files.fsync_folder(self.folder.parent)
@@ -181,9 +162,9 @@ class Checkpoints:
     def clean(self) -> None:
         """Delete what dead processes left unfinished. To be called by the run that holds the lock, before its first save."""
         if self.folder.is_dir():
-            with files.storage("clean", self.folder):
+            with files.storage_errors("clean", self.folder):
                 for path in self.folder.iterdir():
-                    if path.name.startswith((files.PARTIAL, _DISCARDED)):
+                    if path.name.startswith((files.PARTIAL_PREFIX, _DISCARDED)):
                         files.remove(path)
 
     def _fill(self, folder: Path, step: int, weights: dict, optimizer: dict, ema: dict | None, state: dict) -> None:
@@ -192,12 +173,12 @@ class Checkpoints:
         contents = {WEIGHTS: weights, OPTIMIZER: tensors} | ({} if ema is None else {EMA: ema})
         for name, content in contents.items():
             _check_finite(step, name, content)
-            files.save_tensors(folder / name, content)
+            tensor_files.save_tensors(folder / name, content)
         (folder / STATE).write_text(json.dumps({"state": state, "optimizer": packed}), encoding="utf-8")
         entries = {}
         for name in [*contents, STATE]:
             files.fsync(folder / name)
-            entries[name] = {"sha256": files.sha256(folder / name), "size": (folder / name).stat().st_size}
+            entries[name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
         body = json.dumps(
             {"schema": SCHEMA, "step": step, "files": entries}, sort_keys=True, separators=(",", ":")
         ).encode()
@@ -265,7 +246,7 @@ class Checkpoints:
 
     def _set_aside(self, folder: Path) -> Path:
         quarantine = self.folder.parent / "quarantine"
-        with files.storage("set aside the damaged checkpoint", folder):
+        with files.storage_errors("set aside the damaged checkpoint", folder):
             quarantine.mkdir(exist_ok=True)
             target, number = quarantine / folder.name, 1
             while os.path.lexists(target):
@@ -326,7 +307,7 @@ def _verified(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
 
 def _read(path: Path, size: int | None = None) -> bytes:
     """A file's bytes; errors.DataError where it is missing or not of this size."""
-    with files.storage("read", path):
+    with files.storage_errors("read", path):
         try:
             status = path.stat()
             # Asked before it is opened, so that neither a pipe nor an endless device is waited for.

@@ -1,0 +1,156 @@
+"""Settings that belong to no config group: the stage, and the sections `sample`, `save`, `export`, `log` and `cache`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from trainer.core.dtypes import Dtype
+from trainer.core.errors import UsageError
+
+
+class Stage(Enum):
+    """What a command does."""
+
+    train = "train"
+    check = "check"
+    cache = "cache"
+    evaluate = "evaluate"
+    sample = "sample"
+    export = "export"
+
+
+POST_TRAINING_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
+"""Stages that work on an existing run, with the settings of that run."""
+
+
+@dataclass(slots=True)
+class Log:
+    """How often metrics are written to the journal."""
+
+    every: int = 1
+    """Steps between two entries."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UsageError(f"log.every={self.every} is not a number of steps; type log.every=1 or more")
+
+
+@dataclass(slots=True)
+class Save:
+    """How often checkpoints are saved, and how many are kept."""
+
+    every: int = 100
+    """Steps between two checkpoints."""
+    keep: int = 3
+    """Number of most recent checkpoints that are kept. The best one is kept as well."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UsageError(f"save.every={self.every} is not a number of steps; type save.every=1 or more")
+        if self.keep < 1:
+            raise UsageError(f"save.keep={self.keep} would leave no checkpoint to resume from; type save.keep=1 or more")
+
+
+class SplitName(Enum):
+    """Part of a dataset."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@dataclass(slots=True)
+class Sampling:
+    """How images are generated, and which ones `stage=sample` generates."""
+
+    steps: int | None = None
+    """Sampling steps; null: the model's default."""
+    seed: int = 0
+    guidance: float | None = None
+    """Guidance scale; null: the model's default."""
+    prompts: list[str] | None = None
+    """Prompts for `stage=sample`; null: it generates images for samples of the dataset."""
+    images: list[str] | None = None
+    """Control images for `prompts`: one for all prompts, or one for each."""
+    split: SplitName = SplitName.validation
+    """Split from which `stage=sample` takes samples if there are no prompts."""
+    count: int | None = None
+    """Number of samples from the split; null: the whole test split, or `evaluation.images` of another split."""
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"sample.count={self.count} generates no image; type sample.count=1 or more, or null")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"sample.steps={self.steps} generates no image; type sample.steps=1 or more")
+        if self.images and not self.prompts:
+            raise UsageError("sample.images needs prompts; type sample.prompts=['what the image shows'] as well")
+        if self.images and self.prompts and len(self.images) not in (1, len(self.prompts)):
+            raise UsageError(
+                f"sample.images names {len(self.images)} images for {len(self.prompts)} prompts; name one image for all "
+                "prompts, or one for each prompt"
+            )
+
+
+class Format(Enum):
+    """Format of an export. The value is the name of the file or folder in the export folder.
+
+    - `diffusers`: a file for a pipeline's `load_lora_weights`.
+    - `peft`: a folder for `PeftModel.from_pretrained`.
+    - `comfyui`: a file for ComfyUI, which reads no metadata.
+    - `pipeline`: a complete checkpoint with the trained weights merged into it, for `model.path` and diffusers.
+    - `soft_prompt`: a file for `method.init_from`.
+    """
+
+    diffusers = "pytorch_lora_weights.safetensors"
+    peft = "peft"
+    comfyui = "comfyui.safetensors"
+    pipeline = "pipeline"
+    soft_prompt = "soft_prompt.safetensors"
+
+
+@dataclass(slots=True)
+class Export:
+    """In which formats the trained weights are exported."""
+
+    formats: list[Format] | None = None
+    """Null: the first format that the method supports. A pipeline, which is large, is then written by `stage=export` only."""
+    dtype: Dtype | None = None
+    """Null: float32 for adapters; for a pipeline the dtype in which the weights are stored during training, or the compute
+    dtype if they are quantized."""
+
+    def select(self, supported: tuple[str, ...]) -> list[Format]:
+        """Returns the formats to write, given the names of those that the method supports.
+
+        Raises errors.UsageError if `formats` has others.
+        """
+        if self.formats is None:
+            return [Format[supported[0]]]
+        wrong = [format.name for format in self.formats if format.name not in supported]
+        if wrong:
+            raise UsageError(
+                f"export.formats: {', '.join(wrong)} cannot hold what this method trains; type "
+                f"export.formats=[{','.join(supported)}]"
+            )
+        return list(dict.fromkeys(self.formats))
+
+
+@dataclass(slots=True)
+class CacheSettings:
+    """Where encoder outputs are cached, and how they are checked."""
+
+    path: str | None = None
+    """Folder of the cache; null: `<out>/cache`."""
+    verify: str = "quick"
+    """`quick` checks an entry when it is first used. `full` checks all entries of a run before it starts, and encodes
+    damaged ones again."""
+    workers: int = 1
+    """Number of processes that encode."""
+    drop_unused: bool = False
+    """With `stage=cache`: delete the entries that neither this run nor any run in the output folder uses."""
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("quick", "full"):
+            raise UsageError(f"cache.verify={self.verify} is unknown; type quick or full")
+        if self.workers < 1:
+            raise UsageError(f"cache.workers={self.workers} encodes nothing; type cache.workers=1 or more")
