@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from trainer import config
 from trainer.dataset import demo, strip
-from trainer.evaluation import psnr
+from trainer.evaluation.metrics import psnr
 from trainer.tracking.journal import read
 from trainer.training.data import drawn, prepare
 

@@ -10,11 +10,11 @@ import torch
 from drawn import Noise, view
 
 from trainer import method as method_module
-from trainer.core.batch import collate, conditions
+from trainer.core.batch import collate, get_conditions
 from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
 from trainer.dataset.view import TransformedSample
-from trainer.evaluation import held_out_loss
+from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.method import trained
 from trainer.model import Family
 from trainer.objective import Diffusion, Flow, Prediction
@@ -35,30 +35,30 @@ def digests(family: Family) -> dict[str, str]:
 
 def row(family: Family, caption: str, controls: int | None = None) -> dict[str, torch.Tensor]:
     """What is cached of a sample; with as many controls as the family takes, up to one, where none are asked for."""
-    controls = min(1, max(family.controls)) if controls is None else controls
-    encoder, seen = family.encoder(torch.device("cpu")), view(caption, WIDTH, HEIGHT, controls)
-    return {part: encoder.encode(part, seen) for part in family.parts(digests(family), controls)}
+    controls = min(1, max(family.control_counts)) if controls is None else controls
+    encoder, seen = family.build_encoder(torch.device("cpu")), view(caption, WIDTH, HEIGHT, controls)
+    return {part: encoder.encode(part, seen) for part in family.recipes(digests(family), controls)}
 
 
 def network_of(family: Family, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The network with what the family's first method trains in it."""
-    network, method = family.network(dtype), method_module.OPTIONS[family.methods[0]]()
+    network, method = family.load_network(dtype), method_module.OPTIONS[family.methods[0]]()
     if method.is_adapter:
         method.rank, method.alpha = 2, 2.0
-    method.attach(network, family.targets, seed=0)
+    method.attach(network, family.target_modules, seed=0)
     return network
 
 
 def prediction(
     family: Family, network, rows: list[dict[str, torch.Tensor]], x: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
-    return family.predict(network, x, t, conditions(collate(rows)))
+    return family.predict(network, x, t, get_conditions(collate(rows)))
 
 
 def test_cached_tensors_have_the_shapes_that_the_family_announces(family: Family):
-    for controls in {min(family.controls), min(2, max(family.controls))}:
+    for controls in {min(family.control_counts), min(2, max(family.control_counts))}:
         made = row(family, "make it night", controls)
-        spec = family.spec(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * controls)
+        spec = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * controls)
         # What is padded in a batch is announced at its longest.
         longest = {
             name: (made[name].shape[0] if name.startswith(("prompt", "tokens")) else shape[0], *shape[1:])
@@ -70,7 +70,7 @@ def test_cached_tensors_have_the_shapes_that_the_family_announces(family: Family
 
 
 def test_latents_decode_to_pictures_of_the_size_they_were_made_from(family: Family):
-    images = family.encoder(torch.device("cpu")).decode(row(family, "")["latents"][None])
+    images = family.build_encoder(torch.device("cpu")).decode(row(family, "")["latents"][None])
     assert images.shape == (1, 3, HEIGHT, WIDTH)
     assert images.dtype == torch.float32
     assert 0 <= images.min() <= images.max() <= 1
@@ -111,7 +111,7 @@ def test_a_sample_is_predicted_alike_alone_and_in_a_batch(family: Family):
 
 
 def test_the_skeleton_is_the_network_without_its_weights(family: Family):
-    whole = {name: tuple(parameter.shape) for name, parameter in family.network(torch.float32).named_parameters()}
+    whole = {name: tuple(parameter.shape) for name, parameter in family.load_network(torch.float32).named_parameters()}
     assert {name: tuple(parameter.shape) for name, parameter in family.meta_model().named_parameters()} == whole
     assert all(parameter.is_meta for parameter in family.meta_model().parameters())
 
@@ -131,10 +131,10 @@ def test_every_adapter_trains_in_float32_and_gets_a_gradient(family: Family, dty
 
 
 def test_cached_parts_are_named_by_all_that_makes_them(family: Family):
-    controls = min(1, max(family.controls))
-    before = family.parts(digests(family), controls)
+    controls = min(1, max(family.control_counts))
+    before = family.recipes(digests(family), controls)
     for component in family.components:
-        after = family.parts(digests(family) | {component: "another"}, controls)
+        after = family.recipes(digests(family) | {component: "another"}, controls)
         changed = {part for part in before if before[part].maker != after[part].maker}
         # The denoiser and its noise table make nothing that is cached.
         assert bool(changed) == (component not in ("transformer", "unet", "scheduler")), component
@@ -142,7 +142,7 @@ def test_cached_parts_are_named_by_all_that_makes_them(family: Family):
 
 
 def test_times_move_towards_noise_as_pictures_grow(family: Family):
-    shifts = [family.shift(side, side) for side in (32, 64, 128)]
+    shifts = [family.time_shift(side, side) for side in (32, 64, 128)]
     assert shifts == sorted(shifts)
     assert all(shift >= 1 for shift in shifts)
 
@@ -153,13 +153,13 @@ STEPS, BATCH, RATE = 50, 8, 3e-3
 
 def learned(family: Family, shuffled: bool) -> float:
     """Held-out loss after a short training of all weights on samples whose caption decides their latents, or, `shuffled`, does not."""
-    controls = tuple(Noise("control", WIDTH, HEIGHT) for _ in range(min(1, max(family.controls))))
-    encoder, told = family.encoder(torch.device("cpu")), []
-    parts = [part for part in family.parts(digests(family), len(controls)) if not part.startswith("latents")]
+    controls = tuple(Noise("control", WIDTH, HEIGHT) for _ in range(min(1, max(family.control_counts))))
+    encoder, told = family.build_encoder(torch.device("cpu")), []
+    parts = [part for part in family.recipes(digests(family), len(controls)) if not part.startswith("latents")]
     for caption in CAPTIONS:
         seen = TransformedSample(Sample(caption, Noise("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
         told.append({part: encoder.encode(part, seen) for part in parts})
-    shape = family.spec(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
+    shape = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
 
     def sample(name: str, kind: int, said: int) -> dict[str, torch.Tensor]:
         # One colour for each caption, and a little noise.
@@ -171,7 +171,7 @@ def learned(family: Family, shuffled: bool) -> float:
             rows = []
             for i in range(BATCH):
                 row = sample(f"{step} {i}", i % 2, int(generator("said", step, i).integers(2)) if shuffled else i % 2)
-                time = family.objective.quantile_to_time(uniform("time", step, i), family.shift(*shape[-2:]))
+                time = family.objective.quantile_to_time(uniform("time", step, i), family.time_shift(*shape[-2:]))
                 rows.append(row | {"noise": normal(shape, "noise", step, i), "t": torch.tensor(time)})
             yield step, [collate(rows)]
 
@@ -183,11 +183,11 @@ def learned(family: Family, shuffled: bool) -> float:
     def losses(row: dict[str, torch.Tensor]) -> torch.Tensor:
         clean, noise, time = row["latents"], row["noise"], row["t"]
         return family.objective.losses(
-            predict(family.objective.add_noise(clean, noise, time), time, conditions(row)), clean, noise, time
+            predict(family.objective.add_noise(clean, noise, time), time, get_conditions(row)), clean, noise, time
         )
 
-    network = family.network(torch.float32).train()
-    method_module.Full().attach(network, family.targets, seed=0)
+    network = family.load_network(torch.float32).train()
+    method_module.Full().attach(network, family.target_modules, seed=0)
     weights = list(trained(network).values())
     optimizer = AdamW(lr=RATE).build(weights)
     for _ in fit(

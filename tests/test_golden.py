@@ -16,7 +16,7 @@ from conftest import Tiny
 
 from trainer import model
 from trainer.cache import Cache, Part
-from trainer.core.batch import conditions
+from trainer.core.batch import get_conditions
 from trainer.core.digests import Digests
 from trainer.dataset import Demo, read, split, transform
 from trainer.lr_scheduler import Cosine
@@ -107,7 +107,7 @@ def machine() -> str:
 def losses(name: str, folder: Path) -> list[float]:
     """Five steps of LoRA (or what a family has in its place) on its tiny self: loss and gradient norm of each."""
     torch.set_num_threads(1)
-    tiny = Tiny(name, model.families()[name].tiny(folder / "model"))
+    tiny = Tiny(name, model.families()[name].save_tiny_checkpoint(folder / "model"))
     family = tiny.family()
     dataset = Demo(
         resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"],
@@ -115,22 +115,22 @@ def losses(name: str, folder: Path) -> list[float]:
         held_out=1,
         edits=["night"],
     )
-    controls = min(1, max(family.controls))
+    controls = min(1, max(family.control_counts))
     samples = [
         replace(sample, controls=sample.controls[:controls])
         for sample in split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
     ]
-    made = family.parts(dict.fromkeys(family.components, ""), controls)
+    made = family.recipes(dict.fromkeys(family.components, ""), controls)
     cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
     batches = Batches(
-        samples, cache, family, dataset, transform(dataset, family.multiple), seed=0, batch=5, micro_batch=2
+        samples, cache, family, dataset, transform(dataset, family.size_multiple), seed=0, batch=5, micro_batch=2
     )
-    encoder = family.encoder(torch.device("cpu"))
+    encoder = family.build_encoder(torch.device("cpu"))
     views = [batches.view(0, index) for index in range(len(samples))]
     cache.fill(cache.missing(views), encoder.encode)
-    network = family.network(torch.float64)
+    network = family.load_network(torch.float64)
     method = Lora(rank=2, alpha=2.0, init=Init.gaussian) if "lora" in family.methods else OPTIONS[family.methods[0]]()
-    method.attach(network, family.targets, seed=0)
+    method.attach(network, family.target_modules, seed=0)
     network.double()
     parameters = list(trained(network).values())
 
@@ -138,7 +138,7 @@ def losses(name: str, folder: Path) -> list[float]:
         rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
         clean, noise, times = rows["latents"], rows["noise"], rows["t"]
         x = family.objective.add_noise(clean, noise, times)
-        return family.objective.losses(family.predict(network, x, times, conditions(rows)), clean, noise, times)
+        return family.objective.losses(family.predict(network, x, times, get_conditions(rows)), clean, noise, times)
 
     steps = fit(
         parameters,

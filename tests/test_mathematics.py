@@ -12,7 +12,8 @@ import torch
 
 from trainer.core.errors import UsageError
 from trainer.core.rng import generator, normal, uniform
-from trainer.evaluation import QUANTILES, psnr
+from trainer.evaluation.held_out_loss import QUANTILES
+from trainer.evaluation.metrics import psnr
 from trainer.lr_scheduler import Constant, Cosine
 from trainer.objective import Flow, TimeDistribution
 from trainer.training.batches import visits

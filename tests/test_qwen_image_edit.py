@@ -28,7 +28,7 @@ from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
 from trainer.dataset.view import Transform, TransformedSample
-from trainer.evaluation import held_out_loss
+from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.method import Full, Lora, trained
 from trainer.model.flux_kontext import pack
 from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenImageEdit
@@ -49,7 +49,7 @@ STEPS_TO_LEARN = 160
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("qwen")
-    QwenImageEdit.tiny(folder)
+    QwenImageEdit.save_tiny_checkpoint(folder)
     return folder
 
 
@@ -131,15 +131,15 @@ def samples(controls: int) -> list[Sample]:
 
 
 def rows(family: QwenImageEdit, controls: int, drop_caption: bool = False) -> list[dict[str, torch.Tensor]]:
-    encoder = family.encoder(torch.device("cpu"))
+    encoder = family.build_encoder(torch.device("cpu"))
     transform = Transform(((WIDTH, HEIGHT),), tuple(CONTROLS))
     views = [transform.apply(sample, drop_caption=drop_caption) for sample in samples(controls)]
-    parts = family.parts(dict.fromkeys(family.components, ""), controls)
+    parts = family.recipes(dict.fromkeys(family.components, ""), controls)
     return [{part: encoder.encode(part, view) for part in parts} for view in views]
 
 
 def noise(family: QwenImageEdit) -> torch.Tensor:
-    shape = family.spec(HEIGHT, WIDTH)["latents"]
+    shape = family.shapes(HEIGHT, WIDTH)["latents"]
     return torch.stack([normal(shape, "noise", i) for i in range(len(CAPTIONS))])
 
 
@@ -148,11 +148,11 @@ def ours(family: QwenImageEdit, network, controls: int = 1) -> np.ndarray:
     start = noise(family)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return family.guided(family.predict(network, x, t, cond), family.predict(network, x, t, bare), 4.0)
+        return family.apply_guidance(family.predict(network, x, t, cond), family.predict(network, x, t, bare), 4.0)
 
     with torch.no_grad():
-        latents = family.objective.sample(step, start, STEPS, family.shift(*start.shape[2:]))
-        return family.encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
+        latents = family.objective.sample(step, start, STEPS, family.time_shift(*start.shape[2:]))
+        return family.build_encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
 
 
 def theirs(family: QwenImageEdit, pipe, chosen: slice = slice(None), controls: int = 1) -> np.ndarray:
@@ -191,7 +191,7 @@ def compared(mine: dict, other: dict, place: slice = slice(None)) -> None:
 
 def test_transformer_inputs_predictions_and_pictures_equal_those_of_the_pipeline(edit: QwenImageEdit, monkeypatch):
     """Two captions of different lengths at once, with guidance."""
-    pipe, network = pipeline(edit, monkeypatch), edit.network(torch.float32)
+    pipe, network = pipeline(edit, monkeypatch), edit.load_network(torch.float32)
     expected, found = [], []
     watch(pipe.transformer, expected)
     watch(network, found)
@@ -205,7 +205,7 @@ def test_transformer_inputs_predictions_and_pictures_equal_those_of_the_pipeline
 
 def test_plus_reads_two_controls_as_its_pipeline_does(plus: QwenImageEdit, monkeypatch):
     """That pipeline takes one sample at a time, so ours pads where it does not."""
-    pipe, network = pipeline(plus, monkeypatch), plus.network(torch.float32)
+    pipe, network = pipeline(plus, monkeypatch), plus.load_network(torch.float32)
     found = []
     watch(network, found)
     drawn = ours(plus, network, controls=2)
@@ -226,7 +226,7 @@ def test_the_language_model_is_given_what_the_pipeline_gives_it(name: str, contr
     pipe, calls = pipeline(family, monkeypatch), []
     forward = pipe.text_encoder.forward
     pipe.text_encoder.forward = lambda **arguments: calls.append(arguments) or forward(**arguments)
-    encoder = family.encoder(torch.device("cpu"))
+    encoder = family.build_encoder(torch.device("cpu"))
     for i, sample in enumerate(samples(controls)):
         theirs(family, pipe, slice(i, i + 1), controls)
         # The second call is for the empty prompt, which sees the pictures too.
@@ -238,13 +238,13 @@ def test_the_language_model_is_given_what_the_pipeline_gives_it(name: str, contr
 
 
 def test_what_is_dropped_of_the_prompt_is_the_system_text(edit: QwenImageEdit):
-    encoder = edit.encoder(torch.device("cpu"))
+    encoder = edit.build_encoder(torch.device("cpu"))
     ids = encoder.inputs(Transform(((WIDTH, HEIGHT),)).apply(samples(1)[0]))["input_ids"][0]
     assert encoder._tokenizer.decode(ids[:DROPPED]) == SYSTEM
 
 
 def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(plus: QwenImageEdit):
-    encoder, transform = plus.encoder(torch.device("cpu")), Transform(((WIDTH, HEIGHT),))
+    encoder, transform = plus.build_encoder(torch.device("cpu")), Transform(((WIDTH, HEIGHT),))
     one, other = (sample.controls for sample in samples(2))
     for caption in ("", "make it night"):
         made = [
@@ -252,12 +252,12 @@ def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(
             for second in (one[1], other[1])
         ]
         assert (made[0] - made[1]).abs().max() > 0.01
-    made = plus.parts(dict.fromkeys(plus.components, ""), 2)
+    made = plus.recipes(dict.fromkeys(plus.components, ""), 2)
     assert all(made[name].fields == ("caption", "controls") for name in ("prompt", "prompt_mask"))
 
 
 def test_padding_is_not_read(edit: QwenImageEdit):
-    network, cond = edit.network(torch.float32), get_conditions(collate(rows(edit, 1)))
+    network, cond = edit.load_network(torch.float32), get_conditions(collate(rows(edit, 1)))
     x, t = noise(edit), torch.tensor([0.3, 0.7])
     short = cond["prompt_mask"].sum(1).argmin()
     junk = cond | {"prompt": torch.where(cond["prompt_mask"][..., None], cond["prompt"], 7.0)}
@@ -267,14 +267,14 @@ def test_padding_is_not_read(edit: QwenImageEdit):
 
 def test_resolution_shift_has_the_published_values(edit: QwenImageEdit):
     # Tokens of the real model's latents: f = 8 and 2 x 2 patches.
-    assert [f"{edit.shift(side // 8, side // 8):.2f}" for side in (512, 768, 1024)] == ["1.71", "1.83", "2.00"]
+    assert [f"{edit.time_shift(side // 8, side // 8):.2f}" for side in (512, 768, 1024)] == ["1.71", "1.83", "2.00"]
 
 
 def test_instructions_that_are_too_long_are_refused(edit: QwenImageEdit):
     few = dataclasses.replace(edit, text_length=10)
     view = Transform(((WIDTH, HEIGHT),)).apply(samples(1)[1])
     with pytest.raises(DataError, match="sample paint the photo of a house and a tree.*type model.text_length="):
-        few.encoder(torch.device("cpu")).encode("prompt", view)
+        few.build_encoder(torch.device("cpu")).encode("prompt", view)
     for wrong in ({"text_length": 0}, {"vision_area": 100}):
         with pytest.raises(UsageError, match=f"model.{next(iter(wrong))}="):
             dataclasses.replace(edit, **wrong)
@@ -292,7 +292,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> QwenImageEdit:
 def test_the_default_targets_of_the_published_network_are_all_that_see_the_picture(real: QwenImageEdit):
     network = real.meta_model()
     assert sum(p.numel() for p in network.parameters()) == 20_430_401_088
-    Lora(rank=16, alpha=16.0).attach(network, real.targets, seed=0)
+    Lora(rank=16, alpha=16.0).attach(network, real.target_modules, seed=0)
     parameters = trained(network)
     assert len(parameters) == 2 * 4 * 60
     assert sum(p.numel() for p in parameters.values()) == 60 * 4 * 16 * (3072 + 3072)
@@ -302,7 +302,7 @@ def test_the_default_targets_of_the_published_network_are_all_that_see_the_pictu
 
 def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
     """The text's stream ends in the last block."""
-    network = edit.network(torch.float32)
+    network = edit.load_network(torch.float32)
     Lora(rank=2, alpha=2.0).attach(network, ("add_q_proj", "add_k_proj", "to_add_out", "txt_mlp.net.2"), seed=0)
     parameters = trained(network)
     cond, x, t = get_conditions(collate(rows(edit, 1))), noise(edit), torch.tensor([0.3, 0.7])
@@ -341,7 +341,7 @@ class Colour:
 
 def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
     """Targets are the negatives of their controls. Where each has the control and prompt of another, there is less to learn."""
-    encoder, parts = edit.encoder(torch.device("cpu")), edit.parts(dict.fromkeys(edit.components, ""), 1)
+    encoder, parts = edit.build_encoder(torch.device("cpu")), edit.recipes(dict.fromkeys(edit.components, ""), 1)
     views = [
         TransformedSample(Sample(str(i), Colour(str(i), negative=True), "make it night", (Colour(str(i)),)), 16, 16)
         for i in range(64)
@@ -354,8 +354,8 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
     def reached(moved: int) -> float:
         told = [whole[i // 16 * 16 + (i + moved) % 16] for i in range(64)]
         rows = [row | {"latents": own} for row, own in zip(told, latents, strict=True)]
-        network = edit.network(torch.float32)
-        Full().attach(network, edit.targets, seed=0)
+        network = edit.load_network(torch.float32)
+        Full().attach(network, edit.target_modules, seed=0)
         parameters = list(trained(network).values())
         optimizer = AdamW(lr=1e-2).build(parameters)
         for step in range(1, STEPS_TO_LEARN):
@@ -378,14 +378,14 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
 @pytest.fixture(scope="module")
 def lora(edit: QwenImageEdit) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
-    network = edit.network(torch.float32)
+    network = edit.load_network(torch.float32)
     method = Lora(
         rank=4,
         alpha=8.0,
         dropout=0.5,
-        targets=[*edit.targets, "add_k_proj", "img_mlp.net.2", "img_mod.1", "proj_out", "img_in"],
+        targets=[*edit.target_modules, "add_k_proj", "img_mlp.net.2", "img_mod.1", "proj_out", "img_in"],
     )
-    method.attach(network, edit.targets, seed=0)
+    method.attach(network, edit.target_modules, seed=0)
     before = ours(edit, network.eval())
     with torch.no_grad():
         for name, parameter in trained(network).items():
@@ -431,7 +431,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     (path,) = export.write(
         run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path
     )
-    tensors, fresh = load_file(path), run.model.network(torch.float32).eval()
+    tensors, fresh = load_file(path), run.model.load_network(torch.float32).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")
         up, down = tensors.pop(key), tensors.pop(f"{layer}.lora_A.weight")

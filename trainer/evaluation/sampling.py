@@ -1,56 +1,66 @@
-"""Pictures from a network: the settings of sampling, and the loop from noise to pixels."""
+"""Generates images from noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from trainer.core.batch import Example, collate, get_conditions, group_by_shape
+from trainer.core.batch import Batch, Example, collate, get_conditions, group_by_shape
 from trainer.core.rng import normal
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from trainer.config.sections import Sampling
     from trainer.model import Encoder, Family
 
 
-def pictures(
+def generate_images(
     family: Family,
-    predict: Callable[[torch.Tensor, torch.Tensor, Example, float | None], torch.Tensor],
+    predict: Callable[[torch.Tensor, torch.Tensor, Batch, float], torch.Tensor],
     encoder: Encoder,
-    rows: list[Example],
+    examples: list[Example],
     unconditional: list[Example] | None,
     seeds: list[int],
-    settings: Sampling,
+    *,
+    steps: int,
+    guidance: float,
     device: torch.device,
-    at_once: int,
+    batch_size: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The place of a row and its picture, uint8 (H, W, 3), for each row of conditions (its `latents` give the shape) and seed; sizes one by one.
+    """Generates one image for each example and its seed, and yields (index of the example, image).
 
-    `unconditional` are the rows of the same samples without their captions, for classifier-free guidance (Ho & Salimans 2022); None: none.
+    Images are uint8 (H, W, 3); those of one size come one after another.
+
+    `examples` give the conditions and, by the shape of their `latents`, the size. `unconditional` are the
+    examples of the same samples without captions, for classifier-free guidance (Ho & Salimans 2022); None
+    disables it. `predict(noisy latents, t, conditions, guidance)` is the network.
     """
     import torch
 
-    def joined(rows: list[Example], chunk: list[int]) -> Example:
-        return {name: tensor.to(device) for name, tensor in collate([get_conditions(rows[i]) for i in chunk]).items()}
+    def collate_conditions(examples: list[Example], indices: list[int]) -> Batch:
+        batch = collate([get_conditions(examples[i]) for i in indices])
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    for chunk in group_by_shape(rows, at_once):
-        first = torch.stack([normal(tuple(rows[i]["latents"].shape), "sample", seeds[i]) for i in chunk]).to(device)
-        captioned, bare = joined(rows, chunk), unconditional and joined(unconditional, chunk)
+    for indices in group_by_shape(examples, batch_size):
+        noise = torch.stack([normal(tuple(examples[i]["latents"].shape), "sample", seeds[i]) for i in indices])
+        conditional = collate_conditions(examples, indices)
+        without_captions = collate_conditions(unconditional, indices) if unconditional else None
 
-        def step(
-            x: torch.Tensor, t: torch.Tensor, captioned: Example = captioned, bare: Example | None = bare
+        def guided_prediction(
+            latents: torch.Tensor,
+            t: torch.Tensor,
+            conditional: Batch = conditional,
+            without_captions: Batch | None = without_captions,
         ) -> torch.Tensor:
-            prediction = predict(x, t, captioned, settings.guidance)
-            return (
-                family.guided(prediction, predict(x, t, bare, settings.guidance), settings.guidance)
-                if bare
-                else prediction
-            )
+            prediction = predict(latents, t, conditional, guidance)
+            if without_captions is None:
+                return prediction
+            return family.apply_guidance(prediction, predict(latents, t, without_captions, guidance), guidance)
 
         with torch.no_grad():
-            latents = family.objective.sample(step, first, settings.steps, family.shift(*first.shape[2:]))
+            latents = family.objective.sample(
+                guided_prediction, noise.to(device), steps, family.time_shift(*noise.shape[2:])
+            )
         images = encoder.decode(latents).permute(0, 2, 3, 1).mul(255).round().byte().cpu().numpy()
-        yield from zip(chunk, images, strict=True)
+        yield from zip(indices, images, strict=True)

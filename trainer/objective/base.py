@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from trainer.core.batch import Example
+    from trainer.core.batch import Batch
 
 
 class Objective(Protocol):
     """A denoising formulation: how noise is added to latents, what the network predicts, and how images are sampled.
 
-    Times `t` have shape (B,) and grow with the noise: the smallest time belongs to (almost) clean latents, the largest to pure noise.
-    `Flow` uses real numbers in [0, 1]; `Diffusion` uses whole timesteps 0 .. `timesteps` - 1, stored as floats. Latents, noise,
-    predictions and targets have the same shape (B, C, h, w), or any other that starts with B.
+    Times `t` have shape (B,) and grow with the noise: the smallest time belongs to clean latents, the largest to
+    pure noise. `Flow` uses real numbers from 0 to 1, `Diffusion` whole timesteps from 0 to `timesteps` - 1, both
+    stored as floats. Latents, noise, predictions and targets have one shape, (B, C, h, w) for images.
     """
 
     def check_sample_steps(self, steps: int) -> None:
@@ -25,12 +25,12 @@ class Objective(Protocol):
     def quantile_to_time(self, quantile: float, shift: float) -> float:
         """Quantile function of the distribution of training times.
 
-        A uniform random quantile in (0, 1) gives a random training time; fixed quantiles give the times of the held-out loss. `shift` is the
-        resolution shift of the model family (`Family.shift`), 1 for none.
+        A uniform random quantile in (0, 1) gives a random training time; fixed quantiles give the times of the
+        held-out loss. `shift` is the resolution shift of the model family (`Family.time_shift`), 1 for none.
         """
 
     def unweighted(self) -> Objective:
-        """Returns the same objective with equal weights for all times, so that losses of different runs can be compared."""
+        """Returns the objective with equal weights for all times, so that losses of different runs can be compared."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the noisy latents x_t."""
@@ -63,11 +63,11 @@ class Objective(Protocol):
 
 def denoising_losses(
     objective: Objective,
-    predict: Callable[[torch.Tensor, torch.Tensor, Example], torch.Tensor],
+    predict: Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor],
     latents: torch.Tensor,
     noise: torch.Tensor,
     t: torch.Tensor,
-    conditions: Example,
+    conditions: Batch,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds noise to a batch of latents, predicts, and returns the loss of each sample, (B,).
@@ -81,6 +81,9 @@ def denoising_losses(
 def mean_squared_errors(
     prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error of each sample, (B,), in the type of `target`; `weight` (B, 1, h, w) multiplies the squared errors."""
+    """Mean squared error of each sample, (B,), in the type of `target`.
+
+    `weight` (B, 1, h, w) multiplies the squared errors.
+    """
     errors = (prediction.to(target.dtype) - target).square()
     return (errors if weight is None else errors * weight).flatten(1).mean(1)

@@ -1,6 +1,7 @@
 """Denoising diffusion (Ho et al. 2020): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise at whole timesteps t.
 
-a_t is the product of all 1 - b up to t, where b_t is the variance of the noise added at timestep t; diffusers calls it `alphas_cumprod`.
+a_t is the product of all 1 - b up to t, where b_t is the variance of the noise added at timestep t; diffusers
+calls it `alphas_cumprod`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ STEPS_OFFSET = 1
 
 
 class Prediction(Enum):
-    """What the network predicts: the noise (Ho et al. 2020), or v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022)."""
+    """What the network predicts.
+
+    `epsilon`: the noise (Ho et al. 2020). `v_prediction`: v = sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022).
+    """
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
@@ -44,9 +48,9 @@ class Schedule(Enum):
 
 @dataclass(slots=True)
 class Diffusion:
-    """Settings of the diffusion objective; see `Objective` for its methods. Times are whole numbers 0 .. `timesteps` - 1.
+    """Settings of the diffusion objective; see `Objective` for its methods.
 
-    `min_snr` is the gamma of Min-SNR weighting (Hang et al. 2023, who use 5); null disables it.
+    Times are whole numbers from 0 to `timesteps` - 1.
     """
 
     prediction: Prediction = Prediction.epsilon
@@ -55,29 +59,32 @@ class Diffusion:
     beta_end: float = 0.012
     timesteps: int = 1000
     min_snr: float | None = None
+    """Gamma of Min-SNR weighting (Hang et al. 2023, who use 5); null disables it."""
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:
             raise UsageError(f"model.objective.timesteps={self.timesteps} is too few; type 2 or more, such as 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UsageError(
-                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} must be between 0 and 1, the start not "
-                "above the end; type for example beta_start=0.00085 and beta_end=0.012"
+                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} are out of order or range; "
+                "type for example beta_start=0.00085 and beta_end=0.012"
             )
         if self.min_snr is not None and not self.min_snr > 0:
             raise UsageError(
-                f"model.objective.min_snr={self.min_snr:g} would make all losses zero; type a number above 0 such as 5, or null to disable it"
+                f"model.objective.min_snr={self.min_snr:g} would make all losses zero; "
+                "type a number above 0 such as 5, or null to disable it"
             )
 
     def check_sample_steps(self, steps: int) -> None:
         """Raises errors.UsageError if there are more sampling steps than timesteps."""
         if steps > self.timesteps:
             raise UsageError(
-                f"sample.steps={steps}: the model has only {self.timesteps} timesteps; type sample.steps={self.timesteps} or fewer"
+                f"sample.steps={steps}: the model has only {self.timesteps} timesteps; "
+                f"type sample.steps={self.timesteps} or fewer"
             )
 
     def quantile_to_time(self, quantile: float, shift: float) -> float:
-        """Quantile function of the training timesteps, which are all equally likely; `shift` is not used. See `Objective`."""
+        """Quantile function of the training timesteps, which are all equally likely; `shift` is not used."""
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
 
     def unweighted(self) -> Diffusion:
@@ -104,12 +111,13 @@ class Diffusion:
         t: torch.Tensor,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), times its Min-SNR weight; see `Objective`."""
+        """Mean squared error of each sample, (B,), times its Min-SNR weight."""
         losses = mean_squared_errors(prediction, self.target(latents, noise, t), weight)
         if self.min_snr is None:
             return losses
         a = self._alphas_cumprod_at(t, latents)
-        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise SNR times that in x0.
+        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise
+        # SNR times that in x0.
         snr = (a / (1 - a)).flatten()
         return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
@@ -120,9 +128,9 @@ class Diffusion:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Deterministic DDIM (Song et al. 2021, eq. 12) at the timesteps of diffusers' DDIMScheduler with `leading` spacing.
+        """Deterministic DDIM (Song et al. 2021, eq. 12); `shift` is not used.
 
-        `shift` is not used. See `Objective`.
+        The timesteps are those of diffusers' DDIMScheduler with `leading` spacing.
         """
         stride = self.timesteps // steps
         times = [min(i * stride + STEPS_OFFSET, self.timesteps - 1) for i in reversed(range(steps))]

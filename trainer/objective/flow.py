@@ -1,4 +1,7 @@
-"""Rectified flow (Liu et al. 2022; Esser et al. 2024): x_t = (1 - t) x0 + t noise, and the network predicts noise - x0."""
+"""Rectified flow: x_t = (1 - t) x0 + t noise, and the network predicts noise - x0.
+
+Liu et al. 2022; Esser et al. 2024.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,24 @@ class TimeDistribution(Enum):
 
 @dataclass(slots=True)
 class Flow:
-    """Settings of the flow objective; see `Objective` for its methods. Times are in [0, 1]: 0 is the clean image, 1 is pure noise.
+    """Settings of the flow objective; see `Objective` for its methods.
 
-    `mean` and `std` are those of logit(t) for logit-normal times. `terminal` is the time of the last step of sampling, to which the
-    sampling times are stretched; 0 disables this.
+    Times are in [0, 1]: 0 is the clean image, 1 is pure noise.
     """
 
     times: TimeDistribution = TimeDistribution.logit_normal
     mean: float = 0.0
+    """Mean of logit(t) for logit-normal times."""
     std: float = 1.0
+    """Standard deviation of logit(t) for logit-normal times."""
     terminal: float = 0.0
+    """Time at the last step of sampling, to which the sampling times are stretched; 0 disables this."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.terminal < 1:
             raise UsageError(
-                f"model.objective.terminal={self.terminal:g} is out of range; type a number from 0 to below 1, such as 0.02"
+                f"model.objective.terminal={self.terminal:g} is out of range; "
+                "type a number from 0 to below 1, such as 0.02"
             )
         if self.std <= 0:
             raise UsageError(f"model.objective.std={self.std:g} must be positive; type a number above 0, such as 1")
@@ -49,7 +55,7 @@ class Flow:
         """Accepts any number of steps."""
 
     def quantile_to_time(self, quantile: float, shift: float) -> float:
-        """Quantile function of the training times, which are in (0, 1); see `Objective`."""
+        """Quantile function of the training times, which are in (0, 1)."""
         if self.times is TimeDistribution.uniform:
             return shift_time(quantile, shift)
         return shift_time(1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile))), shift)
@@ -75,7 +81,7 @@ class Flow:
         t: torch.Tensor,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,); see `Objective`."""
+        """Mean squared error of each sample, (B,)."""
         return mean_squared_errors(prediction, self.target(latents, noise, t), weight)
 
     def sample(
@@ -85,7 +91,7 @@ class Flow:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Euler steps from t = 1 to t = 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler; see `Objective`."""
+        """Euler's method from t = 1 to 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler."""
         times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from trainer.config import Run
 from trainer.core.console import print_line
 from trainer.core.errors import StorageError, is_out_of_memory
-from trainer.evaluation import held_out_loss, psnr
-from trainer.evaluation.sampling import pictures
+from trainer.evaluation.held_out_loss import held_out_loss
+from trainer.evaluation.metrics import psnr
+from trainer.evaluation.sampling import generate_images
 from trainer.method import swapped
 from trainer.training.data import TrainingData, drawn, held_out, unconditional
 
@@ -43,7 +44,7 @@ class Evaluator:
     ):
         self.run, self.material, self.network, self.device, self.average = run, material, network, device, average
         self.may_halve = may_halve
-        self.encoder = run.model.encoder(device)
+        self.encoder = run.model.build_encoder(device)
         self.at_once = run.hardware.micro_batch_for(AT_ONCE, sum(p.numel() for p in network.parameters()))
 
     def predict(
@@ -102,8 +103,17 @@ class Evaluator:
         rows = [cache.row(view) for view in views]
         bare = [cache.row(view) for view in unconditional(run, views)] or None
         with self._judged():
-            yield from pictures(
-                run.model, self._judging, self.encoder, rows, bare, seeds, run.sample, self.device, self.at_once
+            yield from generate_images(
+                run.model,
+                self._judging,
+                self.encoder,
+                rows,
+                bare,
+                seeds,
+                steps=run.sample.steps,
+                guidance=run.sample.guidance,
+                device=self.device,
+                batch_size=self.at_once,
             )
 
     def _judged(self):
