@@ -19,7 +19,8 @@ import torch
 
 from trainer.config.sections import Save
 from trainer.core import errors, libraries, rng
-from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints, Loaded
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint_format import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoint
 
 ALL = [WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST]
 
@@ -39,7 +40,7 @@ def save(checkpoints: Checkpoints, step: int, mark: float | None = None, **state
     )
 
 
-def assert_holds(loaded: Loaded | None, step: int, mark: float | None = None) -> None:
+def assert_holds(loaded: Checkpoint | None, step: int, mark: float | None = None) -> None:
     mark = step if mark is None else mark
     assert loaded is not None and loaded.step == step and loaded.state["mark"] == mark
     state = loaded.optimizer["state"][0]

@@ -52,7 +52,8 @@ from program import (
 from safetensors.torch import load_file, save_file
 
 from trainer.core import rng
-from trainer.training.checkpoint import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoints
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint_format import EMA, MANIFEST, OPTIMIZER, STATE, WEIGHTS
 
 Trial = Callable[[Lab, Path, int], None]
 """Does one thing to a run under the folder `out`; the number, from 0, says which moment or variant."""
@@ -84,7 +85,7 @@ def fault(number: str, what: str, count: int, short: list[int] | None = None) ->
 # Where a run can be met, for `at`.
 FORWARD = "trainer.run:Training._losses"
 READ = "trainer.training.batches:Batches.row"
-SAVE = "trainer.core.files:save_tensors"
+SAVE = "trainer.core.tensor_files:save_tensors"
 ONE_BY_ONE = "hardware.micro_batch=1"
 
 
@@ -337,7 +338,7 @@ def five_stops(lab: Lab, out: Path, trial: int) -> None:
     for step in range(1, 5):
         folder = stopped(lab, out, 2, number=signal.SIGTERM)
         assert checkpoint(folder).step == last_step(folder) == step
-    assert lab.run(out, before=at("trainer.export:after_training", 1, to_itself(signal.SIGTERM))).code == 143
+    assert lab.run(out, before=at("trainer.export.write:export_after_training", 1, to_itself(signal.SIGTERM))).code == 143
     assert_continues(lab, out)
 
 
@@ -372,7 +373,7 @@ MOMENTS = [
     ("trainer.dataset.strip:save", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
-    ("trainer.tracking.journal:Journal.metrics", 4, False),
+    ("trainer.tracking.journal:Journal.log_metrics", 4, False),
     (SAVE, 1, False),
     (SAVE, 4, True),
     ("trainer.training.checkpoint:Checkpoints._retain", 2, False),
@@ -669,10 +670,10 @@ def two_runs(lab: Lab, out: Path, trial: int) -> None:
 
 @fault("F26", "eight runs at once on a fresh MLflow store", 1, [])
 def eight_at_once(lab: Lab, out: Path, trial: int) -> None:
-    from trainer.tracking import sink
+    from trainer.tracking.mlflow_store import import_mlflow
 
     lab.reference()
-    sink._mlflow()
+    import_mlflow()
     runs = [lab.start(out, "tracking=mlflow", f"seed={seed}") for seed in range(1, 9)]
     for seed, run in enumerate(runs, 1):
         ended = run.wait()
@@ -703,9 +704,10 @@ def journaled(folder: Path) -> list[tuple[str, int]]:
 def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
     from test_tracking import server
 
-    from trainer.tracking import sink, ui
+    from trainer.tracking import ui
+    from trainer.tracking.mlflow_store import import_mlflow
 
-    sink._mlflow()
+    import_mlflow()
     port = ui.free_port(5700)
     settings = ["tracking=mlflow"] + ([] if trial == 2 else [f"tracking.uri=http://127.0.0.1:{port}"])
     with contextlib.ExitStack() as stack:
@@ -726,7 +728,7 @@ def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
     assert fingerprint(folder) == fingerprint(lab.reference())
     with server(out, port) if trial < 2 else contextlib.nullcontext():
         ended = lab.run(out, *settings)
-    assert ended.code == 0 and "sending to MLflow what it lacks" in ended.text, ended
+    assert ended.code == 0 and "sending the rest of this run to the tracker" in ended.text, ended
     assert points(out) == Counter(point for path in out.glob("*/run.json") for point in journaled(path.parent))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import config, dataset, sweep
 from trainer.config import Run, Stage
 from trainer.core import files, redaction, rng
-from trainer.core.batch import Example, conditions
+from trainer.core.batch import Example, get_conditions
 from trainer.core.console import format_bytes, print_line
 from trainer.core.errors import (
     DataError,
@@ -32,7 +32,8 @@ from trainer.distributed import sharding
 from trainer.distributed.processes import Processes
 from trainer.stages.check import cut, enlarged
 from trainer.stages.check import data as report_data
-from trainer.training.checkpoint import Checkpoints, Loaded
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint_format import Checkpoint as Loaded
 from trainer.training.data import TrainingData, prepare, views
 from trainer.training.encoding import encode
 from trainer.training.provenance import Progress
@@ -41,9 +42,9 @@ from trainer.training.run_folder import CHECKPOINTS, SUMMARY, RunFolder, acquire
 if TYPE_CHECKING:
     import torch
 
-    from trainer import tracking
     from trainer.dataset.view import TransformedSample
     from trainer.tracking.journal import Journal
+    from trainer.tracking.tracker import Tracker
     from trainer.training.batches import Batches
     from trainer.training.loop import Step
 
@@ -99,7 +100,7 @@ def check(run: Run, material: TrainingData) -> None:
 
     foresee(run)
     network = run.model.meta_model()
-    run.method.attach(network, run.model.targets, run.seed)
+    run.method.attach(network, run.model.target_modules, run.seed)
     whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trained(network).values()))
     micro_batch = run.hardware.micro_batch_for(run.batch, whole)
     steps, cache = total_steps(run, material), material.cache
@@ -122,7 +123,7 @@ def check(run: Run, material: TrainingData) -> None:
     print_line(f"precision   {in_types(run)}")
     print_line(f"cache       {cache.root}: {len(missing)} entries to make, up to {format_bytes(bytes_missing)}")
     print_line(f"checkpoints up to {format_bytes(kept)} for {run.save.keep} and the best")
-    for remark in run.model.remarks():
+    for remark in run.model.warnings():
         print_line(f"remark      {remark}")
     report_data(run, material)
 
@@ -138,7 +139,7 @@ def in_types(run: Run) -> str:
 
 def shapes(run: Run, view: TransformedSample) -> dict[str, tuple[int, ...]]:
     """The shapes of what is cached of a view."""
-    return run.model.spec(view.height, view.width, [view.size(name)[::-1] for name in view.controls])
+    return run.model.shapes(view.height, view.width, [view.size(name)[::-1] for name in view.controls])
 
 
 def train(
@@ -179,7 +180,7 @@ def train(
             "cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all")
         )
         if faults := material.listing.faults:
-            journal.event("left_out", faults=faults)
+            journal.log_event("left_out", faults=faults)
             print_line(
                 f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check"
             )
@@ -241,7 +242,7 @@ class Training:
             return self._accompany()
         run = self.run
         self._begin()
-        with shown(run, self.place, self.journal, overrides), Progress(self.steps, self.step, run.batch) as progress:
+        with open_tracker(run, self.place, self.journal, overrides), Progress(self.steps, self.step, run.batch) as progress:
             try:
                 self._save_if_due(self._evaluate_if_due())
                 for done in self._steps():
@@ -281,7 +282,7 @@ class Training:
     def warn(self, text: str) -> None:
         """Say it, and keep it in the journal."""
         if self.journal:
-            self.journal.event("warning", text=text)
+            self.journal.log_event("warning", text=text)
         print_line(text)
 
     # The pieces, in the order of their use
@@ -334,10 +335,10 @@ class Training:
         several += ", which hold a part of the network each" if self.processes.sharded else ""
         print_line(f"{self.place.folder}: {counts}, on {self.device}{several}")
         print_line(f"precision: {in_types(run)}")
-        for remark in run.model.remarks():
+        for remark in run.model.warnings():
             self.warn(remark)
         number = 1 + self.journal.counts["attempt"]
-        self.journal.event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
+        self.journal.log_event("attempt", number=number, start=self.step, counts=counts, machine=provenance(self.device))
 
     def _steps(self) -> Iterator[Step]:
         from trainer.training.batches import Batches, load
@@ -398,7 +399,7 @@ class Training:
         """Write down a step that is not finite; raises errors.NonFiniteError where it is one more in a row than may be skipped."""
         values = {"loss": done.loss, "grad_norm": done.grad_norm}
         if self.processes.is_main:
-            self.journal.event("not_finite", step=done.number, samples=samples, **values)
+            self.journal.log_event("not_finite", step=done.number, samples=samples, **values)
         more = f" and {len(samples) - 16} more" if len(samples) > 16 else ""
         text = (
             f"At step {done.number} the loss is {done.loss} and the gradient norm {done.grad_norm}; nothing was updated with them. "
@@ -428,7 +429,7 @@ class Training:
         row = {name: tensor.to(self.device, non_blocking=True) for name, tensor in row.items()}
         clean, noise, times = row["latents"].float(), row["noise"], row["t"]
         objective = self.run.model.objective
-        prediction = self.judge.predict(objective.add_noise(clean, noise, times), times, conditions(row))
+        prediction = self.judge.predict(objective.add_noise(clean, noise, times), times, get_conditions(row))
         losses = objective.losses(prediction, clean, noise, times, row.get("weight"))
         return losses * row["loss_mask"] if "loss_mask" in row else losses
 
@@ -440,7 +441,7 @@ class Training:
             values["train/lr_effective"] = effective
         if self.loss_scale is not None:
             values["train/loss_scale"] = self.loss_scale.value
-        self.journal.metrics(done.number, values | speed | memory(self.device))
+        self.journal.log_metrics(done.number, values | speed | memory(self.device))
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate each step that asks for it once, however often the run is resumed there; whether it is the best so far."""
@@ -494,10 +495,10 @@ class Training:
                 return
             self.saved = self.step
             if self.processes.is_main:
-                self.journal.event("checkpoint", step=self.step)
+                self.journal.log_event("checkpoint", step=self.step)
 
     def _finish(self) -> None:
-        from trainer import export, tracking
+        from trainer.export.write import export_after_training
         from trainer.hardware import memory
         from trainer.training.build import weights_of
 
@@ -506,13 +507,11 @@ class Training:
         exported: list[Path] = []
         try:
             # First, for a run that dies meanwhile must not count as finished.
-            exported = export.after_training(
-                self.run, self.network, self.trained, weights_of(folder)[1], folder / "export"
-            )
+            exported = export_after_training(self.run, self.network, weights_of(folder)[1], folder / "export")
         except (DataError, UsageError) as error:
             # An adapter that changes nothing is no result, but the run is finished all the same.
             refusal = error
-        self.journal.event("finished", step=self.step, how=how)
+        self.journal.log_event("finished", step=self.step, how=how)
         self._sum_up("finished", how)
         best, last = self.state["best"], self.state["val_loss"]
         print_line(
@@ -521,7 +520,7 @@ class Training:
         used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory(self.device).items()}
         print_line(", ".join(f"{name.replace('_', ' ')} {value:.2f} GiB" for name, value in used.items()))
         print_line(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}")
-        if where := tracking.page(self.run.tracking, Path(self.run.out)):
+        if where := self.run.tracking.page(Path(self.run.out)):
             print_line(f"compare runs: {where}")
         for path in exported:
             print_line(f"exported {path}")
@@ -539,18 +538,15 @@ class Training:
         curves.write_summary(folder, {"status": status, "how": how, "id": self.place.id, "steps": self.step, **losses})
 
 
-def shown(run: Run, place: RunFolder, journal: Journal, overrides: list[str]) -> tracking.Sink:
-    """A context in which MLflow (or what else tracks) follows the journal, whose last attempt it describes."""
-    from trainer import tracking
+def open_tracker(run: Run, place: RunFolder, journal: Journal, overrides: list[str]) -> Tracker:
+    """Returns the tracker of the run, a context manager that follows the journal and describes its last attempt."""
     from trainer.training import provenance
 
     attempt = [record for record in journal.records() if record["kind"] == "attempt"][-1]
     settings = config.flat(place.manifest["settings"])
-    return tracking.open_sink(
-        run.tracking,
-        Path(run.out),
-        place.folder,
+    return run.tracking.open(
         journal,
+        Path(run.out),
         name=provenance.name_of(run, place.id, overrides),
         params={name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()},
         tags=provenance.tags(run, place.folder, place.id, place.manifest, attempt["number"], attempt["machine"]),
@@ -560,14 +556,12 @@ def shown(run: Run, place: RunFolder, journal: Journal, overrides: list[str]) ->
 
 
 def send_missing_to_tracker(run: Run, place: RunFolder, overrides: list[str]) -> None:
-    """A run that finished while MLflow was away is shown when it is back."""
-    from trainer import tracking
+    """Sends the rest of a finished run whose tracker did not answer when the run ended."""
     from trainer.tracking.journal import Journal
-    from trainer.tracking.sink import is_complete
 
-    if isinstance(run.tracking, tracking.MLflow) and not is_complete(place.folder):
-        with Journal(place.folder) as journal, shown(run, place, journal, overrides):
-            print_line("sending to MLflow what it lacks of this run")
+    if not run.tracking.is_complete(place.folder):
+        with Journal(place.folder) as journal, open_tracker(run, place, journal, overrides):
+            print_line("sending the rest of this run to the tracker")
 
 
 def total_steps(run: Run, material: TrainingData) -> int:
@@ -606,7 +600,7 @@ def _logged(folder: Path, journal: Journal) -> Iterator[None]:
         yield
     except BaseException as error:
         how = "stopped" if isinstance(error, Interrupted) else "failed"
-        journal.event(how, reason=redaction.redact(str(error)) or type(error).__name__)
+        journal.log_event(how, reason=redaction.redact(str(error)) or type(error).__name__)
         handler.stream.write(redaction.redact(traceback.format_exc()))
         if not isinstance(error, TrainerError | Interrupted | KeyboardInterrupt | SystemExit):
             error.add_note(f"log: {folder / 'log.txt'}")

@@ -1,0 +1,233 @@
+"""The files of one checkpoint: written, hashed, and verified when they are read.
+
+A checkpoint is a folder `step-00000100` with `weights.safetensors`, `optimizer.safetensors`, `ema.safetensors` if the
+run keeps an average, `state.json`, and `MANIFEST`, which holds the size and sha256 of each file and of itself.
+Neither safetensors nor JSON notices a flipped bit, so a file that differs from its manifest is never used. Only
+safetensors and JSON are read, never a pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.core import files, tensor_files
+from trainer.core.digests import sha256
+from trainer.core.errors import DataError, NonFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+EMA = "ema.safetensors"
+STATE = "state.json"
+MANIFEST = "MANIFEST"
+
+REPLACED = ".replaced-"
+"""Marks the folder name of a checkpoint that is being replaced by another one of the same step."""
+_FOLDER_NAME = re.compile(r"step-(\d{8,})(\.replaced-\w+)?")
+_DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
+"""Errors caused by a damaged disk or a half-copied folder. Others, such as missing permissions, do not mean that the
+checkpoint is damaged."""
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """The contents of a checkpoint. Tensors are on the CPU, in the dtype and shape they were saved with."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    """Argument for `optimizer.load_state_dict`."""
+    ema: dict[str, Tensor] | None
+    """Exponential moving average of the weights, if the run keeps one."""
+    state: dict[str, Any]
+    """Values that JSON can represent. `val_loss`, if finite, is the held-out loss of these weights."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a folder with the name of a checkpoint. Its contents are not verified."""
+    return _FOLDER_NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name of a checkpoint folder."""
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write all files into an existing folder and wait until they are on the disk.
+
+    Raises errors.NonFiniteError if a tensor is not finite, and OSError.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(checkpoint.optimizer, "", tensors)
+    contents = {WEIGHTS: checkpoint.weights, OPTIMIZER: tensors}
+    if checkpoint.ema is not None:
+        contents[EMA] = checkpoint.ema
+    for name, content in contents.items():
+        _check_finite(checkpoint.step, name, content)
+        tensor_files.save_tensors(folder / name, content)
+    state = json.dumps({"state": checkpoint.state, "optimizer": packed})
+    (folder / STATE).write_text(state, encoding="utf-8")
+    entries = {}
+    for name in [*contents, STATE]:
+        files.fsync(folder / name)
+        entries[name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
+    manifest = {"schema": SCHEMA, "step": checkpoint.step, "files": entries}
+    body = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    (folder / MANIFEST).write_bytes(_with_digest(body))
+    files.fsync(folder / MANIFEST)
+    files.fsync_folder(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises errors.DataError if it is damaged; the message is the reason alone."""
+    manifest = _read_manifest(folder)
+    names = [WEIGHTS, OPTIMIZER, STATE] + ([EMA] if EMA in manifest["files"] else [])
+    contents = {name: _read_content(folder, manifest, name) for name in names}
+    try:
+        return Checkpoint(
+            step=manifest["step"],
+            weights=contents[WEIGHTS],
+            optimizer=_unpack(contents[STATE]["optimizer"], contents[OPTIMIZER]),
+            ema=contents.get(EMA),
+            state=contents[STATE]["state"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{STATE} is not the state of a checkpoint: {error!r}") from None
+
+
+def read_val_loss(folder: Path) -> float | None:
+    """Held-out loss in a checkpoint; None if there is none, if it is not finite, or if the file is damaged."""
+    try:
+        loss = json.loads(_read_verified(folder, _read_manifest(folder), STATE))["state"].get("val_loss")
+    except (DataError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def _with_digest(body: bytes) -> bytes:
+    """The manifest file for a body: a second line holds the sha256 of the first."""
+    return body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    data = _read(folder / MANIFEST)
+    body = data.partition(b"\n")[0]
+    if data != _with_digest(body):
+        raise DataError(f"{MANIFEST} is torn or altered")
+    try:
+        manifest = json.loads(body)
+        step, schema, entries = manifest["step"], manifest["schema"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{MANIFEST} cannot be read: {error!r}") from None
+    if schema != SCHEMA:
+        raise DataError(f"it has the format {schema!r}, and this version of the program reads {SCHEMA}")
+    if step != step_of(folder) or not isinstance(entries, dict):
+        raise DataError(f"{MANIFEST} is that of step {step}")
+    return manifest
+
+
+def _read_content(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    import safetensors
+    from safetensors.torch import load
+
+    data = _read_verified(folder, manifest, name)
+    try:
+        return json.loads(data) if name == STATE else load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, AssertionError, RecursionError) as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+
+
+def _read_verified(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
+    """Read a file once, so that the bytes that are used are the bytes that were hashed."""
+    entry = manifest["files"].get(name)
+    if not isinstance(entry, dict):
+        raise DataError(f"{MANIFEST} does not list {name}")
+    data = _read(folder / name, entry.get("size"))
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise DataError(f"the bytes of {name} are not those that were saved: their sha256 differs")
+    return data
+
+
+def _read(path: Path, expected_size: int | None = None) -> bytes:
+    """Read a file. Raises errors.DataError if it is missing or has another size."""
+    with files.storage_errors("read", path):
+        try:
+            status = path.stat()
+            # Checked before the file is opened: opening a pipe or reading an endless device would block.
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path.name} is not a file")
+            if expected_size is not None and status.st_size != expected_size:
+                raise DataError(f"{path.name} has {status.st_size} bytes, and {expected_size} were saved")
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno in _DAMAGE_ERRNOS:
+                raise DataError(f"{path.name}: {error.strerror}") from None
+            raise
+
+
+def _check_finite(step: int, file_name: str, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        # isfinite is not implemented for one-byte floats. Integers (8-bit optimizer states) are always finite.
+        one_byte_float = tensor.is_floating_point() and tensor.element_size() == 1
+        if not (tensor.float() if one_byte_float else tensor).isfinite().all():
+            raise NonFiniteError(
+                f"Step {step} was not saved: {key!r} of {file_name} contains NaN or infinity. "
+                "The checkpoints before it are unchanged; the usual remedy is a lower optimizer.lr."
+            )
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Convert `value` to JSON and move its tensors to `tensors`, under their dotted path. `_unpack` restores types of
+    containers and keys."""
+    from torch import Tensor
+
+    def child_name(key: object) -> str:
+        return f"{name}.{key}" if name else str(key)
+
+    if isinstance(value, Tensor):
+        while name in tensors:  # {"a.b": x, "a": {"b": y}}
+            name += "'"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        if not all(type(key) in (int, str) for key in value):
+            raise TypeError(f"the optimizer state has keys that JSON cannot represent, in {name!r}")
+        return {"dict": [[key, _pack(item, child_name(key), tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(item, child_name(index), tensors) for index, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [_pack(item, child_name(index), tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"the optimizer state has a {type(value).__name__} at {name!r}, which is neither a tensor nor JSON")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in content)
+    return {key: _unpack(item, tensors) for key, item in content}
