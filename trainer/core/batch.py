@@ -1,4 +1,4 @@
-"""Rows, the named tensors of one sample, and the batches that are made of them."""
+"""Examples (the named tensors of one sample) and the batches they are collated into."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ if TYPE_CHECKING:
     import torch
 
 Example = dict[str, "torch.Tensor"]
+"""Tensors of one sample, without a batch dimension."""
+Batch = dict[str, "torch.Tensor"]
+"""Tensors of several samples, each of shape (B, ...)."""
+
+OBJECTIVE_KEYS = ("latents", "latents_std", "noise", "t", "mask", "weight", "loss_mask")
+"""Tensors that only the objective reads; all other tensors condition the network."""
 
 
-def chunks(rows: Sequence[Example], at_most: int) -> Iterator[list[int]]:
-    """The indices of the rows in groups of at most so many that `collate` can join: those of one size of pictures."""
+def group_by_shape(examples: Sequence[Example], max_size: int) -> Iterator[list[int]]:
+    """Yields the indices of examples in groups of at most `max_size` that `collate` can stack: those with images of the
+    same size.
+    """
     groups: dict[tuple, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(tuple((name, row[name].shape[1:]) for name in sorted(row)), []).append(index)
+    for index, example in enumerate(examples):
+        shapes = tuple((name, example[name].shape[1:]) for name in sorted(example))
+        groups.setdefault(shapes, []).append(index)
     for group in groups.values():
-        yield from (group[start : start + at_most] for start in range(0, len(group), at_most))
+        yield from (group[start : start + max_size] for start in range(0, len(group), max_size))
 
 
-def collate(rows: Sequence[Example]) -> Example:
-    """Rows of one group -> one row of tensors (B, ...); what is of several lengths (dimension 0 only) is filled up with zeros behind."""
+def collate(examples: Sequence[Example]) -> Batch:
+    """Returns the examples of one group as a batch.
+
+    Sequences of different lengths are padded with zeros at the end of dimension 0.
+    """
     import torch
 
     batch = {}
-    for name in rows[0]:
-        tensors = [row[name] for row in rows]
+    for name in examples[0]:
+        tensors = [example[name] for example in examples]
         if len({tensor.shape for tensor in tensors}) > 1:
             batch[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
         else:
@@ -34,9 +46,6 @@ def collate(rows: Sequence[Example]) -> Example:
     return batch
 
 
-def conditions(row: Example) -> Example:
-    """A row less what the objective takes from it: what the network is told of the sample."""
-    return {name: tensor for name, tensor in row.items() if name not in OBJECTIVE}
-
-
-OBJECTIVE = ("latents", "latents_std", "noise", "time", "mask", "weight", "counts")
+def get_conditions(example: Example) -> Example:
+    """Returns the tensors of an example (or batch) that condition the network."""
+    return {name: tensor for name, tensor in example.items() if name not in OBJECTIVE_KEYS}

@@ -14,7 +14,7 @@ def hide_bitsandbytes() -> None:
     sys.modules.setdefault("bitsandbytes", None)
 
 
-def bitsandbytes() -> ModuleType:
+def import_bitsandbytes() -> ModuleType:
     """bitsandbytes, imported without a look at the hub."""
     if sys.modules.get("bitsandbytes") is None:
         sys.modules.pop("bitsandbytes", None)

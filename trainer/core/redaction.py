@@ -1,4 +1,4 @@
-"""Access tokens and passwords: told from other text, so that they are kept out of settings, logs and messages."""
+"""Detects access tokens and passwords in text, to keep them out of settings, logs and messages."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ import logging
 import os
 import re
 
-FORM = re.compile(
+TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})"
 )
-"""As Hugging Face, OpenAI and its likes, GitHub and Amazon make them."""
-NAME = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-LEAST = 8
-"""Characters below which a value of the environment stands in other text by chance."""
+"""Access tokens of Hugging Face, OpenAI (and similar services), GitHub and Amazon."""
+SECRET_VARIABLE = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+"""Names of environment variables whose values are secret."""
+MIN_LENGTH = 8
+"""Shorter values of such variables are ignored, because they occur in other text by chance."""
 
 
-def known() -> list[str]:
-    """The values of the environment that are secrets by the names of their variables, the longest first."""
+def secrets_in_environment() -> list[str]:
+    """Returns the values of environment variables whose names mark them as secret, longest first."""
     return sorted(
-        (value for name, value in os.environ.items() if NAME.search(name) and len(value) >= LEAST),
+        (value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= MIN_LENGTH),
         key=len,
         reverse=True,
     )
 
 
-def inside(text: str) -> bool:
-    """Whether the text holds one."""
-    return bool(FORM.search(text)) or any(value in text for value in known())
+def contains_secret(text: str) -> bool:
+    """Returns whether the text contains an access token or a secret of the environment."""
+    return bool(TOKEN.search(text)) or any(secret in text for secret in secrets_in_environment())
 
 
-def redacted(text: str) -> str:
-    """The text with *** in place of each."""
-    for value in known():
-        text = text.replace(value, "***")
-    return FORM.sub("***", text)
+def redact(text: str) -> str:
+    """Returns the text with every secret replaced by `***`."""
+    for secret in secrets_in_environment():
+        text = text.replace(secret, "***")
+    return TOKEN.sub("***", text)
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter of log lines without secrets."""
+    """A log formatter that removes secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return redact(super().format(record))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that comes at once, but never in the middle of an update or a save."""
+"""Turns SIGINT and SIGTERM into an exception that never interrupts a weight update or a save."""
 
 from __future__ import annotations
 
@@ -11,82 +11,94 @@ from trainer.core.errors import Interrupted
 
 
 class Signals:
-    """While open, the first SIGINT or SIGTERM raises errors.Interrupted, at the end of the block that holds it back; a second ends the
-    process at once. Only one is open in a process, in its main thread."""
+    """Context manager that handles SIGINT and SIGTERM. Open one per process, in the main thread.
+
+    The first signal raises `errors.Interrupted`, at once or later:
+
+    - by default: at once, wherever the program is;
+    - inside `deferred`: when the block ends;
+    - inside `recorded`, after `record_only`, and from the start of `deferred_until_release` until `release`: never. The
+      signal is only stored in `seen`, and the caller decides when to stop.
+
+    A second signal ends the process immediately in all states.
+    """
 
     def __init__(self) -> None:
-        self._held = 0
-        self._waiting = False
+        self._deferrals = 0
+        self._awaits_release = False
         self._seen = 0
         self._process = os.getpid()
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+            self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._held:
-            # After `note` the process is ending, and has the time to say why.
+        if self._deferrals:
+            # After `record_only` the process is about to end; keep the handlers so that it can still print why.
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """What must not be torn: a signal that comes inside is raised at the end."""
+    def deferred(self) -> Iterator[None]:
+        """Defers signals inside the block. Raises `errors.Interrupted` at its end if one arrived."""
         seen = self._seen
-        self._held += 1
+        self._deferrals += 1
         try:
             yield
         finally:
-            self._held -= 1
-        if self._seen != seen and not self._held and not self._waiting:
+            self._deferrals -= 1
+        if self._seen != seen and not self._deferrals and not self._awaits_release:
             raise Interrupted(self._seen)
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """What must not be torn and whose end is no place to stop at either: a signal that comes inside is only `seen`."""
-        self._held += 1
+    def recorded(self) -> Iterator[None]:
+        """Defers signals inside the block and does not raise when it ends; check `seen`."""
+        self._deferrals += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._deferrals -= 1
 
     @contextmanager
-    def until_released(self) -> Iterator[None]:
-        """What must not be torn, and all that follows up to `release`: a signal that comes meanwhile is only `seen`."""
-        self._waiting = True
+    def deferred_until_release(self) -> Iterator[None]:
+        """Only records signals from the start of the block until `release` is called, which may be long after its end."""
+        self._awaits_release = True
         yield
 
     def release(self) -> None:
-        """The end of `until_released`."""
-        self._waiting = False
+        """Ends the deferral that `deferred_until_release` started. Does not raise; check `seen`."""
+        self._awaits_release = False
 
-    def note(self) -> None:
-        """From now on a signal is only `seen`, to the end of the process; a second one still ends it."""
-        self._held += 1
+    def record_only(self) -> None:
+        """Only records signals from now until the process ends. A second signal still ends the process."""
+        self._deferrals += 1
 
     @property
     def seen(self) -> int:
-        """The number of the first signal that came, 0 before."""
+        """Number of the first signal that arrived, or 0."""
         return self._seen
 
     def _handle(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:
-            # A child that was forked a moment ago, and has not come to `in_worker` yet.
-            in_worker()
+            # A newly forked worker that has not called `reset_worker_signals` yet.
+            reset_worker_signals()
             os.kill(os.getpid(), number)
             return
         if self._seen:
             os._exit(128 + number)
         self._seen = number
-        if not self._held and not self._waiting:
+        if not self._deferrals and not self._awaits_release:
             raise Interrupted(number)
 
 
-def in_worker() -> None:
-    """For child processes: Ctrl-C in a terminal reaches them too, and is their parent's to answer."""
+def reset_worker_signals() -> None:
+    """Call this in worker processes: SIGINT is ignored, SIGTERM ends the worker.
+
+    A terminal sends Ctrl-C to the workers too, but only the main process should react to it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

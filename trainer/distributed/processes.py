@@ -1,8 +1,9 @@
-"""Several processes that train one run together: who is who, what the main one does alone, and where they meet.
+"""Data-parallel training in several processes, and the work that only the main process does.
 
-`accelerate launch` (or torchrun) starts the whole program once a device. Each process takes its share of every batch and sums gradients with
-the others, so that all hold the same weights; process 0, the main one, alone owns the folder, measures, saves and speaks. With one process
-nothing here does anything, and torch.distributed is not touched.
+`accelerate launch` (or torchrun) starts the program once per device. Each process trains on its share of every batch
+and the gradients are summed, so that all processes hold the same weights. Rank 0 is the main process: only it writes to
+the run folder, evaluates, saves and prints. The other processes are followers. With a single process nothing here does
+anything, and torch.distributed is not initialized.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-ALONE = timedelta(days=14)
-"""How long the others wait for the main process, which may have a large cache to fill."""
-STALLED = timedelta(minutes=30)
-"""How long a process waits for another one's gradients. One that died is noticed at once; this is for a machine that lost its network."""
+FOLLOWER_TIMEOUT = timedelta(days=14)
+"""How long followers wait for the main process, which may have to fill a large cache."""
+GRADIENT_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the gradients of another.
+
+A process that dies is noticed at once; this covers a machine that lost its network.
+"""
 
 
 def owns_stderr() -> bool:
-    """Whether this process is the one that says why the run ends: of several the first that asks.
+    """Returns whether this process prints why the run ends: among several processes, only the first that asks.
 
-    What ends one ends all, most often for the same reason, which need not be told by each. The launcher holds the store that they ask, so
-    that it outlives them; where there is none, each speaks for itself.
+    An error usually ends all processes for the same reason, which needs to be printed once. The processes ask the
+    launcher's store, which outlives them. Without such a store every process prints.
     """
     if rank_and_world_size()[1] == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
@@ -50,262 +54,298 @@ def owns_stderr() -> bool:
 
 
 class Processes:
-    """A context in which the processes of a run know each other; `open_device` is asked for the device once it is needed.
+    """Context manager that connects the processes of a run. `open_device` returns the device and is called when it is
+    needed.
 
-    `led` and `first` are meetings: each process must come to the same ones in the same order. Where another process is gone, a meeting raises
-    errors.StorageError; where the main one ended for a reason of its own, errors.FollowerExit with its exit code in all others; where it was asked to
-    stop, errors.Interrupted in all.
+    The methods `run_on_main`, `main_first`, `run_on_all`, `build_network`, `max_over_ranks`, `gather` and
+    `sum_gradients` are collective: every process must call the same ones in the same order. They raise
+    errors.StorageError if another process is gone. If the main process ends with an error, its followers raise
+    errors.FollowerExit with its exit code; if it received a signal, all raise errors.Interrupted.
     """
 
     def __init__(self, signals: Signals, open_device: Callable[[], torch.device]):
-        self.rank, self.count = rank_and_world_size()
+        self.rank, self.world_size = rank_and_world_size()
         self.signals, self._open_device = signals, open_device
-        self.sharded = self.count > 1 and sharding.asked()
-        """Whether each holds only a part of the network, so that all must take part in every forward pass and in gathering weights."""
-        self._control: Any = None
-        self._asked = 0
-        """The signal on which all have agreed to stop."""
+        self.sharded = self.world_size > 1 and sharding.is_requested()
+        """Whether each process holds only its shard of the network.
+
+        Then forward passes and reading weights are collective too.
+        """
+        self._control_group: Any = None
+        self._agreed_signal = 0
+        """Number of the signal on which all processes have agreed to stop, or 0."""
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def __enter__(self) -> Self:
-        if self.count == 1:
-            _check_alone()
+        if self.world_size == 1:
+            _check_single_process()
             return self
-        if not self.main:
-            # A follower is told when to stop: one that left on its own would take the others down in the midst of a step.
-            self.signals.note()
+        if not self.is_main:
+            # The main process tells its followers when to stop. A follower that left alone would break the step of all
+            # others.
+            self.signals.record_only()
         from accelerate import PartialState
         from torch import distributed
 
         device = self._open_device()
-        _check(device)
-        with self._meeting():
-            PartialState(cpu=device.type == "cpu", timeout=STALLED)
-            # Short words over gloo on every device: it waits without turning a GPU's wheels, and knows at once when a process is gone.
-            self._control = distributed.new_group(backend="gloo", timeout=ALONE)
+        _check_devices(device)
+        with self._collective():
+            PartialState(cpu=device.type == "cpu", timeout=GRADIENT_TIMEOUT)
+            # Small messages use gloo on every device: waiting does not keep a GPU busy, and it notices at once if a
+            # process is gone.
+            self._control_group = distributed.new_group(backend="gloo", timeout=FOLLOWER_TIMEOUT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.count == 1:
+        if self.world_size == 1:
             return
         if error is None:
             self.run_on_main(lambda: None)
             from accelerate import PartialState
 
             PartialState().destroy_process_group()
-        elif not self.main and isinstance(error, FollowerExit | Interrupted | NonFiniteError):
-            # All end so, and the main process says why. Who ends first has the launcher stop the others, so it goes first.
+        elif not self.is_main and isinstance(error, FollowerExit | Interrupted | NonFiniteError):
+            # All processes end for this reason, and the main process prints it. It must exit first, because the
+            # launcher stops all processes as soon as one has exited. This call returns or fails when the main process
+            # is gone.
             with suppress(StorageError, FollowerExit):
-                self._heard()
+                self._receive()
             raise FollowerExit(error.code) from error
 
     def run_on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work`, done by the main process alone while the others wait, returned there: something that JSON has."""
-        if self.count == 1:
+        """Runs `work` on the main process while the followers wait.
+
+        Returns its result, which must be JSON-serializable, on all processes.
+        """
+        if self.world_size == 1:
             return work()
-        if not self.main:
-            told = self._heard()
-            if told.get("code", 0) > 128:
-                raise Interrupted(told["code"] - 128)
-            if "code" in told:
-                raise FollowerExit(told["code"])
-            return told["result"]
+        if not self.is_main:
+            message = self._receive()
+            if message.get("code", 0) > 128:
+                raise Interrupted(message["code"] - 128)
+            if "code" in message:
+                raise FollowerExit(message["code"])
+            return message["result"]
         try:
-            if number := self._asked or self.signals.seen:
+            if number := self._agreed_signal or self.signals.seen:
                 raise Interrupted(number)
             result = work()
         except BaseException as error:
             with suppress(StorageError):
-                self._tell({"code": getattr(error, "code", 1)})
+                self._broadcast({"code": getattr(error, "code", 1)})
             raise
-        self._tell({"result": result})
+        self._broadcast({"result": result})
         return result
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """`work`, done by all, by the main process first: the others find what it left on the disk."""
-        done: list[Result] = []
-        self.run_on_main(lambda: done.append(work()))
-        return done[0] if self.main else work()
+        """Runs `work` on the main process, then on the followers, which find the files that the main process has
+        written.
+        """
+        results: list[Result] = []
+        self.run_on_main(lambda: results.append(work()))
+        return results[0] if self.is_main else work()
 
-    def run_on_all(self, work: Callable[[], Result], beside: Callable[[], None]) -> Result:
-        """`led`, for work in which the network is asked: where it is sharded the others do `beside`, the same forward passes."""
+    def run_on_all(self, work: Callable[[], Result], follow: Callable[[], None]) -> Result:
+        """`run_on_main` for work that calls the network.
+
+        If it is sharded, followers run `follow`, which must do the same forward passes.
+        """
         if not self.sharded:
             return self.run_on_main(work)
-        # All begin, or none where a signal came.
+        # All processes start the work, or none if a signal has arrived.
         self.run_on_main(lambda: None)
-        with self._meeting():
-            if not self.main:
-                beside()
-                return self._heard()["result"]
+        with self._collective():
+            if not self.is_main:
+                follow()
+                return self._receive()["result"]
             result = work()
-        self._tell({"result": result})
+        self._broadcast({"result": result})
         return result
 
-    def build(self, build: Callable[[Callable[[torch.nn.Module], None] | None], Result]) -> Result:
-        """What `build` returns, given what divides a network among the processes (None: it stays whole)."""
+    def build_network(self, build: Callable[[Callable[[torch.nn.Module], None] | None], Result]) -> Result:
+        """Returns the result of `build`, whose argument is a function that shards a network in place, or None if it is
+        not sharded.
+        """
         if not self.sharded:
             return build(None)
         from torch.distributed.device_mesh import init_device_mesh
 
-        # accelerate's default, by which transformers leaves the weights of all but the first process empty.
+        # accelerate sets this to true, which makes transformers leave the weights empty on all ranks but the first.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        # From here on a signal is answered where all do, at the end of a step: one alone can neither go on nor save.
-        self.signals.note()
-        with self._meeting():
-            mesh = init_device_mesh(self._open_device().type, (self.count,))
-        built: list[Result] = []
-        for rank in range(self.count):
-            # One after the other: before it is divided each has the whole network in memory.
+        # From here on all processes react to a signal together, at the end of a step: a single one could neither
+        # continue nor save.
+        self.signals.record_only()
+        with self._collective():
+            mesh = init_device_mesh(self._open_device().type, (self.world_size,))
+        results: list[Result] = []
+        for rank in range(self.world_size):
+            # One process at a time, because each holds the whole network in memory until it is sharded.
             if rank == self.rank:
-                built.append(build(lambda network: sharding.divide(network, mesh)))
+                results.append(build(lambda network: sharding.shard(network, mesh)))
             self.max_over_ranks(0)
-        return built[0]
+        return results[0]
 
     def max_over_ranks(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Returns the largest `number` of all processes."""
         import torch
         from torch import distributed
 
         largest = torch.tensor([number])
-        with self._meeting():
-            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._control)
+        with self._collective():
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._control_group)
         return int(largest)
 
-    def gathered(self, value: Any) -> Any:
-        """Nested dicts of tensors with none of them a part any more; of a sharded network all must ask, and only the main process gets them."""
-        if not self.sharded:
-            return value
-        with self._meeting():
-            return sharding.gathered(value, self.main)
+    def gather(self, state: Any) -> Any:
+        """Returns nested dicts of tensors with all sharded tensors gathered.
 
-    def steps(self, steps: Iterator[Result]) -> Iterator[Result]:
-        """The same steps, in the midst of which no process stops alone: a signal waits for `stop_if_asked`."""
-        if self.count == 1:
+        Only the main process gets the full tensors.
+        """
+        if not self.sharded:
+            return state
+        with self._collective():
+            return sharding.gather(state, self.is_main)
+
+    def guard_steps(self, steps: Iterator[Result]) -> Iterator[Result]:
+        """Yields the steps and defers signals during each of them until `stop_if_signaled`, so that no process stops
+        alone.
+        """
+        if self.world_size == 1:
             yield from steps
             return
         try:
             while True:
-                with self.signals.noted(), self._meeting():
+                with self.signals.recorded(), self._collective():
                     step = next(steps, None)
                 if step is None:
                     return
                 yield step
         except BaseException:
-            # When one process ends the launcher sends SIGTERM to the others, which is not why they end.
-            self.signals.note()
+            # When one process ends, the launcher sends SIGTERM to the others, which is not the reason why they end.
+            self.signals.record_only()
             raise
 
-    def stop_if_asked(self) -> None:
-        """Raise errors.Interrupted where a signal was noted during the last step; in all processes after the same one. What the step did must be
-        written down: until then a signal waits."""
+    def stop_if_signaled(self) -> None:
+        """Raises errors.Interrupted, on all processes after the same step, if a signal arrived during the last step.
+
+        Call this after the results of the step have been written down: until then signals are deferred.
+        """
         self.signals.release()
-        if number := self.signals.seen if self.count == 1 else self._asked:
+        if number := self.signals.seen if self.world_size == 1 else self._agreed_signal:
             raise Interrupted(number)
 
-    def reduce(self, parameters: list[torch.nn.Parameter], loss: float) -> float:
-        """Sum gradients (in place) and loss over all processes, and agree whether to stop.
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], loss: float) -> float:
+        """Sums the gradients (in place) and the loss over all processes and agrees whether to stop. Returns the summed
+        loss.
 
-        One flat sum after the last micro-batch, and no DistributedDataParallel: its buckets hide the transfer behind the backward pass, which
-        is nothing to gain for adapters of some megabytes, and its wrapper would have to be taken off wherever weights have names.
+        This is one flat all-reduce after the last micro-batch instead of DistributedDataParallel, whose buckets overlap
+        communication with the backward pass. Adapters of a few megabytes gain nothing from that, and its wrapper would
+        change the names of all weights.
         """
         import torch
         from torch import distributed
 
-        # Also of bfloat16 gradients: torch.cat takes them along.
-        kind = {"dtype": torch.float32, "device": parameters[0].device}
+        # float32 also for bfloat16 gradients, which torch.cat converts.
+        options: Any = {"dtype": torch.float32, "device": parameters[0].device}
         if self.sharded:
-            # Of parts the backward pass has summed the gradients.
-            parameters = [p for p in parameters if not sharding.is_part(p)]
+            # FSDP has already summed the gradients of sharded parameters in the backward pass.
+            parameters = [p for p in parameters if not sharding.is_sharded(p)]
         seen = self.signals.seen
-        # A parameter that no process has a gradient of keeps none: an optimizer leaves it alone, and would let zeros decay it.
-        notes = [float(p.grad is not None) for p in parameters] + [
-            loss,
-            float(seen == signal.SIGINT),
-            float(seen == signal.SIGTERM),
-        ]
-        parts = [torch.zeros(p.numel(), **kind) if p.grad is None else p.grad.flatten() for p in parameters]
-        flat = torch.cat([*parts, torch.tensor(notes, **kind)])
-        del parts
-        with self._meeting():
+        # A parameter without a gradient on any process must keep none: the optimizer skips it, but would apply weight
+        # decay to zeros.
+        flags = [float(p.grad is not None) for p in parameters]
+        scalars = [*flags, loss, float(seen == signal.SIGINT), float(seen == signal.SIGTERM)]
+        gradients = [torch.zeros(p.numel(), **options) if p.grad is None else p.grad.flatten() for p in parameters]
+        flat = torch.cat([*gradients, torch.tensor(scalars, **options)])
+        del gradients
+        with self._collective():
             distributed.all_reduce(flat)
-            *there, loss, interrupt, terminate = flat[-len(notes) :].tolist()
+            *gradient_counts, loss, interrupted, terminated = flat[-len(scalars) :].tolist()
         start = 0
-        for parameter, count in zip(parameters, there, strict=True):
-            part = flat[start : start + parameter.numel()].view_as(parameter)
+        for parameter, count in zip(parameters, gradient_counts, strict=True):
+            gradient = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
             if parameter.grad is not None:
-                parameter.grad.copy_(part)
+                parameter.grad.copy_(gradient)
             elif count:
-                parameter.grad = part.clone()
-        self._asked = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+                parameter.grad = gradient.clone()
+        self._agreed_signal = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         return loss
 
-    def _tell(self, value: Any) -> None:
-        """What the main process says to all others. As JSON: a pickle from a socket would be code."""
+    def _broadcast(self, message: Any) -> None:
+        """Sends a message from the main process to all followers, as JSON: unpickling data from a socket could execute
+        code.
+        """
         import torch
         from torch import distributed
 
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with self.signals.noted(), self._meeting():
-            distributed.broadcast(torch.tensor([data.numel()]), 0, group=self._control)
-            distributed.broadcast(data, 0, group=self._control)
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        with self.signals.recorded(), self._collective():
+            distributed.broadcast(torch.tensor([data.numel()]), 0, group=self._control_group)
+            distributed.broadcast(data, 0, group=self._control_group)
 
-    def _heard(self) -> Any:
-        """What the main process says."""
+    def _receive(self) -> Any:
+        """Returns the next message of the main process."""
         import torch
         from torch import distributed
 
-        with self._meeting():
+        with self._collective():
             length = torch.zeros(1, dtype=torch.int64)
-            distributed.broadcast(length, 0, group=self._control)
+            distributed.broadcast(length, 0, group=self._control_group)
             data = torch.zeros(int(length), dtype=torch.uint8)
-            distributed.broadcast(data, 0, group=self._control)
+            distributed.broadcast(data, 0, group=self._control_group)
         return json.loads(data.numpy().tobytes())
 
     @contextmanager
-    def _meeting(self) -> Iterator[None]:
-        """For a block that waits for other processes, which may be gone."""
+    def _collective(self) -> Iterator[None]:
+        """Wraps communication between processes.
+
+        Raises errors.StorageError or errors.FollowerExit if another process is gone.
+        """
         from torch import distributed
 
         try:
             yield
         except RuntimeError as error:
-            # gloo has no class of error of its own.
+            # gloo raises plain RuntimeErrors.
             if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
                 raise
-            self.signals.note()
-            if not self.main and self.signals.seen:
-                # The main process was asked to stop as well, and has said so.
+            self.signals.record_only()
+            if not self.is_main and self.signals.seen:
+                # The main process received the signal as well and has reported it.
                 raise FollowerExit(128 + self.signals.seen) from error
             raise StorageError(
-                f"Another of the {self.count} processes of this run has ended or cannot be reached, so this one ends too "
-                f"({' '.join(str(error).split())[:200]}). If none says why above, it was killed, for lack of memory perhaps. "
-                "The same command continues from the last checkpoint, with as many processes as you like."
+                f"Another of the {self.world_size} processes of this run has ended or cannot be reached, so this one "
+                f"ends too ({' '.join(str(error).split())[:200]}). If no process reports a reason above, it was killed, "
+                "possibly for lack of memory. The same command continues from the last checkpoint, with any number of "
+                "processes."
             ) from error
 
 
-def _check_alone() -> None:
-    """Raise errors.UsageError where this process was to be one of several."""
-    # accelerate gives an address to meet at to who should meet others, and then starts one process.
+def _check_single_process() -> None:
+    """Raises errors.UsageError if accelerate was asked for several processes but started only this one."""
+    # accelerate sets an address where the processes should connect, and then starts a single process.
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         raise UsageError(
-            "accelerate launch was asked for several processes and has started this one alone, as it does with --cpu and on a machine without "
-            "GPUs. Type --multi_gpu, which starts them on CPUs too: accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu "
-            "and your settings. For one process, type python -m trainer"
+            "accelerate launch was asked for several processes but started only this one, as it does with --cpu and on "
+            "machines without GPUs. Type --multi_gpu, which starts several processes on CPUs too: accelerate launch "
+            "--multi_gpu --num_processes 2 -m trainer hardware=cpu and your settings. For one process, type "
+            "python -m trainer"
         )
 
 
-def _check(device: torch.device) -> None:
-    """Raise errors.UsageError where processes and devices do not match."""
+def _check_devices(device: torch.device) -> None:
+    """Raises errors.UsageError if this machine has fewer devices than processes."""
     import torch
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "mps" and here > 1:
-        raise UsageError("A Mac's GPU is used by one process: type --num_processes 1, or leave accelerate launch out")
-    if device.type == "cuda" and here > torch.cuda.device_count():
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "mps" and local_world_size > 1:
         raise UsageError(
-            f"{here} processes are started on a machine with {torch.cuda.device_count()} GPUs: type --num_processes {torch.cuda.device_count()}"
+            "The GPU of a Mac can be used by one process only: type --num_processes 1, or leave out accelerate launch"
+        )
+    if device.type == "cuda" and local_world_size > (gpus := torch.cuda.device_count()):
+        raise UsageError(
+            f"{local_world_size} processes were started on a machine with {gpus} GPUs: type --num_processes {gpus}"
         )

@@ -1,8 +1,10 @@
-"""A network divided among processes, so that together they hold what one device cannot: FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Shards a network that does not fit on one device over several processes with FSDP2
+(`torch.distributed.fsdp.fully_shard`).
 
-Each process keeps its part of every tensor; those of a block are put together for the block's forward and backward pass and dropped after it.
-All that is done to weights one by one (optimizer, average, norm) is done to the parts. On the disk tensors are whole: a checkpoint does not tell
-how it was made. What trains beside frozen weights is small, and stays whole in each process.
+Each process holds its shard of every tensor. The tensors of a block are gathered for its forward and backward pass and
+freed afterwards. Operations on individual weights (optimizer, moving average, gradient norm) work on shards.
+Checkpoints hold full tensors, so they do not depend on the number of processes. Trainable parameters beside frozen
+weights are small and are replicated on each process.
 """
 
 from __future__ import annotations
@@ -10,127 +12,154 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
-def asked() -> bool:
-    """Whether the launcher's settings ask for a network in parts. Raises errors.UsageError for what they ask for that is not done."""
-    if not _on("ACCELERATE_USE_FSDP"):
+def is_requested() -> bool:
+    """Returns whether the launcher's settings request a sharded network.
+
+    Raises errors.UsageError if they request an unsupported option.
+    """
+    if not _is_true("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError(
-            "accelerate's settings ask for FSDP 1; type fsdp_version: 2 there (launch/fsdp2.yaml), or --fsdp_version 2"
+            "accelerate's settings request FSDP 1; type fsdp_version: 2 there (launch/fsdp2.yaml), or --fsdp_version 2"
         )
-    if _on("FSDP_OFFLOAD_PARAMS"):
+    if _is_true("FSDP_OFFLOAD_PARAMS"):
         raise UsageError(
-            "accelerate's fsdp_offload_params is not supported; set it to false, and start more processes where memory lacks"
+            "accelerate's fsdp_offload_params is not supported; set it to false, and start more processes if memory is "
+            "short"
         )
-    if _on("FSDP_ACTIVATION_CHECKPOINTING"):
+    if _is_true("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UsageError(
-            "accelerate's fsdp_activation_checkpointing is not used; set it to false and type hardware.gradient_checkpointing=true"
+            "accelerate's fsdp_activation_checkpointing is not used; set it to false and type "
+            "hardware.gradient_checkpointing=true"
         )
     return True
 
 
-def _on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
-def divide(network: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Keep this process's part of each tensor, on the mesh's device; the network may lie elsewhere, and need not fit there whole."""
+def shard(network: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Shards a network in place, on the device of the mesh.
+
+    The network may be on another device and need not fit on this one.
+    """
     import torch
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    # Of views it warns, for who might write on them in place; that fails in the backward pass, where it is done.
+    # FSDP2 warns that its outputs are views and should not be modified in place. If they are, the backward pass fails.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     parameters = list(network.parameters())
-    # An adapter in float32 beside frozen weights of another type, where one group of tensors should have one.
-    whole = {p for p in parameters if p.requires_grad} if not all(p.requires_grad for p in parameters) else set()
-    options = {"mesh": mesh, "ignored_params": whole, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    for called in entered(network):
-        for block in blocks(called):
+    # FSDP2 requires one dtype per group of tensors, but adapters are float32 and frozen weights often are not.
+    trains_all = all(p.requires_grad for p in parameters)
+    replicated = set() if trains_all else {p for p in parameters if p.requires_grad}
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    options: Any = {"mesh": mesh, "ignored_params": replicated, "mp_policy": policy}
+    for module in entry_modules(network):
+        for block in repeated_blocks(module):
             fully_shard(block, **options)
-        # Else torch leaves the outermost tensors whole until a backward pass, which an evaluation does not have.
-        fully_shard(called, reshard_after_forward=True, **options)
+        # By default torch keeps the outermost tensors gathered until the backward pass, which an evaluation does not
+        # have.
+        fully_shard(module, reshard_after_forward=True, **options)
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            # Sums, as everywhere: each process's loss is divided by the global batch.
+            # Sum gradients instead of averaging them: each process has already divided its loss by the global batch
+            # size.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # Each now has a class of torch's; transformers looks up by its class's full name what a network can be asked for.
-            _, _, own, *_ = type(module).__mro__
-            type(module).__module__, type(module).__qualname__ = own.__module__, own.__qualname__
+            # fully_shard changes the class of a module. transformers looks up what a model supports by the full name of
+            # its class.
+            _, _, original, *_ = type(module).__mro__
+            type(module).__module__, type(module).__qualname__ = original.__module__, original.__qualname__
     network.to(mesh.device_type)
 
 
-def entered(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose forward pass is entered from outside: the network, or where it only holds networks, each of them."""
+def entry_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yields the modules whose `forward` is called from outside: the network itself, or, for a container of networks,
+    each of them.
+    """
     from torch.nn import Module
 
     if type(module).forward is not Module.forward:
         yield module
         return
     for child in module.children():
-        yield from entered(child)
+        yield from entry_modules(child)
 
 
-def blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What is put together at a time: the items of the outermost lists of modules, which are a network's repeated blocks."""
+def repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yields the items of the outermost `ModuleList`s, which are a network's repeated blocks and are gathered one at a
+    time.
+    """
     from torch.nn import ModuleList
 
     for child in module.children():
-        yield from child if isinstance(child, ModuleList) else blocks(child)
+        yield from child if isinstance(child, ModuleList) else repeated_blocks(child)
 
 
-def is_part(tensor: Any) -> bool:
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Returns whether this process holds only a shard of the tensor."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this process keeps of a whole tensor where it keeps `like` of another of this shape; no process is asked."""
-    if not is_part(like):
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns this process's shard of a full tensor, laid out like `like`. Without communication between processes."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def parts(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """An optimizer's `state_dict` of whole tensors -> that of this process's parts of `parameters`; as it is where they are whole."""
+def shard_optimizer_state(state: dict[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
+    """Shards the full tensors of an optimizer's `state_dict` like `parameters`.
+
+    Returns it unchanged if these are not sharded.
+    """
     import torch
 
-    if not any(map(is_part, parameters)):
+    if not any(map(is_sharded, parameters)):
         return state
 
-    def divided(value: Any, parameter: torch.Tensor) -> Any:
-        is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        return part(value, parameter) if is_like else value
+    def shard_value(value: Any, parameter: torch.Tensor) -> Any:
+        has_its_shape = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return shard_like(value, parameter) if has_its_shape else value
 
-    moments = {
-        i: {name: divided(value, parameters[i]) for name, value in of_one.items()}
-        for i, of_one in state["state"].items()
+    sharded = {
+        index: {name: shard_value(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
     }
-    return state | {"state": moments}
+    return state | {"state": sharded}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which this process may have only a part; all processes must ask for it."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the full tensor of a shard. All processes must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """Nested dicts with every part in them made whole, which all processes must do; only who keeps them has them afterwards, on the CPU."""
-    if isinstance(value, dict):
-        return {key: gathered(item, keep) for key, item in value.items()}
-    if not is_part(value):
-        return value
-    tensor = whole(value.detach())
+def gather(state: Any, keep: bool) -> Any:
+    """Returns nested dicts with the full tensors, on the CPU, of all shards; None in their place unless `keep`. All
+    processes must call this.
+
+    torch's `get_model_state_dict` and `get_optimizer_state_dict` would need a module for the moving average too, and
+    key optimizer state by name, while checkpoints key it by index.
+    """
+    if isinstance(state, dict):
+        return {key: gather(value, keep) for key, value in state.items()}
+    if not is_sharded(state):
+        return state
+    tensor = full_tensor(state.detach())
     return tensor.cpu() if keep else None
