@@ -14,13 +14,13 @@ from drawn import DEVICE, Noise, normal
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from trainer import export
 from trainer.config import Run
 from trainer.config.sections import Export, Format
 from trainer.core.batch import collate
 from trainer.core.batch import get_conditions
 from trainer.dataset import Sample
 from trainer.dataset.view import Transform
+from trainer.export.write import write_exports
 from trainer.method import Lora, trained
 from trainer.model.flux_kontext import FluxKontext, pack
 from trainer.precision import Precision
@@ -33,7 +33,7 @@ CAPTIONS = ["make it night", "paint the photo"]
 def family(tmp_path_factory: pytest.TempPathFactory) -> FluxKontext:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("flux")
-    FluxKontext.tiny(folder)
+    FluxKontext.save_tiny_checkpoint(folder)
     return FluxKontext(path=str(folder), text_length=8)
 
 
@@ -50,13 +50,13 @@ def control_pictures(width: int, height: int) -> list[Noise]:
 
 
 def noise(family: FluxKontext) -> torch.Tensor:
-    shape = family.spec(HEIGHT, WIDTH)["latents"]
+    shape = family.shapes(HEIGHT, WIDTH)["latents"]
     return torch.stack([normal(shape, "noise", i) for i in range(2)])
 
 
 def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, torch.Tensor]:
     """Of two samples with control pictures of this (width, height)."""
-    encoder, target = family.encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
+    encoder, target = family.build_encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
     samples = [
         Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)
     ]
@@ -87,9 +87,9 @@ def ours(family: FluxKontext, network, steps: int = 3, size: tuple[int, int] = (
     cond, start = conditions(family, size), noise(family)
     with torch.no_grad():
         latents = family.objective.sample(
-            lambda x, t: family.predict(network, x, t, cond, 2.5), start, steps, family.shift(*start.shape[2:])
+            lambda x, t: family.predict(network, x, t, cond, 2.5), start, steps, family.time_shift(*start.shape[2:])
         )
-        return family.encoder(DEVICE).decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+        return family.build_encoder(DEVICE).decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def watch(network, calls: list) -> None:
@@ -107,7 +107,7 @@ def watch(network, calls: list) -> None:
 @pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (80, 64)])
 def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: FluxKontext, size: tuple[int, int]):
     """Also with control pictures of another size than their targets."""
-    pipe, network = pipeline(family), family.network(torch.float32, DEVICE).eval()
+    pipe, network = pipeline(family), family.load_network(torch.float32, DEVICE).eval()
     expected, found = [], []
     watch(pipe.transformer, expected)
     watch(network, found)
@@ -132,9 +132,9 @@ def test_transformer_inputs_and_predictions_equal_those_of_the_pipeline(family: 
 
 def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(family: FluxKontext):
     """diffusers' pipeline reads one; the paper numbers them, and the transformer is the same."""
-    network, calls = family.network(torch.float32, DEVICE).eval(), []
+    network, calls = family.load_network(torch.float32, DEVICE).eval(), []
     watch(network, calls)
-    encoder = family.encoder(DEVICE)
+    encoder = family.build_encoder(DEVICE)
     sources = control_pictures(WIDTH, HEIGHT)
     sample = Sample(
         "id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64))
@@ -144,7 +144,7 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
         [
             {
                 part: encoder.encode(part, view).to(DEVICE)
-                for part in family.parts(dict.fromkeys(family.components, ""), 2)
+                for part in family.recipes(dict.fromkeys(family.components, ""), 2)
             }
         ]
     )
@@ -173,20 +173,20 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
 
 def test_resolution_shift_has_the_published_values(family: FluxKontext):
     # Tokens of the real model's latents: f = 8 and 2 x 2 patches.
-    assert [round(family.shift(side // 8, side // 8), 2) for side in (512, 768, 1024)] == [1.88, 2.33, 3.16]
+    assert [round(family.time_shift(side // 8, side // 8), 2) for side in (512, 768, 1024)] == [1.88, 2.33, 3.16]
 
 
 @pytest.fixture(scope="module")
 def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
-    network = family.network(torch.float32, DEVICE)
+    network = family.load_network(torch.float32, DEVICE)
     method = Lora(
         rank=4,
         alpha=8.0,
         dropout=0.5,
         targets=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm_out.linear"],
     )
-    method.attach(network, family.targets, seed=0)
+    method.attach(network, family.target_modules, seed=0)
     before = ours(family, network.eval())
     with torch.no_grad():
         for name, parameter in trained(network).items():
@@ -207,10 +207,10 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[format]))
     weights = {name: parameter.detach() for name, parameter in trained(network).items()}
-    (path,) = export.write(run, network, trained(network), weights, tmp_path)
+    (path,) = write_exports(run, network, weights, tmp_path)
     if format is Format.pipeline:
         again = dataclasses.replace(run.model, path=str(path))
-        np.testing.assert_allclose(ours(again, again.network(torch.float32, DEVICE).eval()), expected, atol=1e-5)
+        np.testing.assert_allclose(ours(again, again.load_network(torch.float32, DEVICE).eval()), expected, atol=1e-5)
         pipe = pipeline(again)
     else:
         pipe = pipeline(run.model)
@@ -232,10 +232,8 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = export.write(
-        run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path
-    )
-    tensors, fresh = load_file(path), run.model.network(torch.float32, DEVICE).eval()
+    (path,) = write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    tensors, fresh = load_file(path), run.model.load_network(torch.float32, DEVICE).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")
         up, down = tensors.pop(key), tensors.pop(f"{layer}.lora_A.weight")

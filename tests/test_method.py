@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer import config, export
+from trainer import config
 from trainer.config import Run
 from trainer.config.sections import Export, Format
 from trainer.core import tensor_files
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
+from trainer.export.write import write_exports
 from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
 from trainer.method.adapter import is_noop, layers, merged, parts, probe_outputs
 from trainer.model import Family, Weights
@@ -45,7 +46,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """One for all: what families answer is asked in test_export and test_families."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tiny")
-    FluxKontext.tiny(folder)
+    FluxKontext.save_tiny_checkpoint(folder)
     return FluxKontext(path=str(folder), text_length=8)
 
 
@@ -55,9 +56,9 @@ def run_of(family: Family, method: Adapter | Full, *formats: Format, **rooms) ->
 
 def attached(run: Run, size: float | None = None) -> torch.nn.Module:
     """The run's network; where a size is given with adapters of normal numbers."""
-    stored = run.precision.stored(run.model.keep_high, CPU)
-    network = run.model.network(run.method.dtype(run.precision.dtype()), CPU, stored)
-    run.method.attach(network, run.model.targets, seed=0)
+    stored = run.precision.stored(run.model.unquantized_modules, CPU)
+    network = run.model.load_network(run.method.dtype(run.precision.dtype()), CPU, stored)
+    run.method.attach(network, run.model.target_modules, seed=0)
     if size is not None:
         with torch.no_grad():
             for name, parameter in trained(network).items():
@@ -66,17 +67,15 @@ def attached(run: Run, size: float | None = None) -> torch.nn.Module:
 
 
 def prediction(run: Run, network: torch.nn.Module) -> torch.Tensor:
-    spec = run.model.spec(32, 48, ((32, 48),) if 1 in run.model.controls else ())
+    spec = run.model.shapes(32, 48, ((32, 48),) if 1 in run.model.control_counts else ())
     rows = {name: normal(shape, name)[None] for name, shape in spec.items()}
     with run.precision.autocast(CPU):
         return run.model.predict(network, rows.pop("latents"), torch.tensor([0.4]), rows).float()
 
 
 def written(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
-    parameters = trained(network)
-    return export.write(
-        run, network, parameters, {name: parameter.detach().clone() for name, parameter in parameters.items()}, folder
-    )
+    weights = {name: parameter.detach().clone() for name, parameter in trained(network).items()}
+    return write_exports(run, network, weights, folder)
 
 
 # Adapters
@@ -91,7 +90,7 @@ def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(
 ):
     run = run_of(family, method, precision=precision)
     network = attached(run)
-    plain = family.network(precision.dtype(), CPU, precision.stored(family.keep_high, CPU))
+    plain = family.load_network(precision.dtype(), CPU, precision.stored(family.unquantized_modules, CPU))
     found, expected = prediction(run, network), prediction(run, plain)
     torch.testing.assert_close(
         found, expected, rtol=0, atol=0 if not isinstance(method, Dora) else 1e-6 if precision == Precision() else 0.01

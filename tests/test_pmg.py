@@ -15,12 +15,12 @@ from program import start
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from trainer import export
 from trainer.config import Run
 from trainer.config.sections import Export
 from trainer.core.batch import collate
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
+from trainer.export.write import export_after_training, write_exports
 from trainer.method import SoftPrompt, trained
 from trainer.method.soft_prompt import Reader
 from trainer.method.soft_prompt import SoftPrompt as Prompt
@@ -37,18 +37,18 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> PMG:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pmg")
     return PMG(
-        **dict(setting.removeprefix("model.").split("=") for setting in PMG.tiny(folder)[:2]), max_sequence_length=64
+        **dict(setting.removeprefix("model.").split("=") for setting in PMG.save_tiny_checkpoint(folder)[:2]), max_sequence_length=64
     )
 
 
 def network_of(family: PMG, **settings) -> torch.nn.Module:
-    network = family.network(torch.float32)
+    network = family.load_network(torch.float32)
     SoftPrompt(**settings).attach(network, (), seed=0)
     return network.eval()
 
 
 def words(family: PMG, captions: list[str]) -> dict[str, torch.Tensor]:
-    encoder = family.encoder(torch.device("cpu"))
+    encoder = family.build_encoder(torch.device("cpu"))
     return collate(
         [
             {part: encoder.encode(part, view(caption, 32, 32)) for part in ("tokens", "tokens_mask")}
@@ -101,12 +101,12 @@ def test_a_picture_equals_that_of_the_pipeline_given_the_same_condition(family: 
     pipe.set_progress_bar_config(disable=True)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return family.guided(*(family.predict(network, x, t, row) for row in rows), 3.0)
+        return family.apply_guidance(*(family.predict(network, x, t, row) for row in rows), 3.0)
 
     with torch.no_grad():
         liked, nothing = (network.condition(row["tokens"].long(), row["tokens_mask"].long()) for row in rows)
         latents = family.objective.sample(predict, start, 4, 1.0)
-        mine = family.encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
+        mine = family.build_encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
         theirs = pipe(
             prompt_embeds=liked,
             negative_prompt_embeds=nothing,
@@ -168,7 +168,7 @@ def trained_run(family: PMG) -> tuple[Run, torch.nn.Module]:
 def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_path: Path):
     run, network = trained_run
     parameters = trained(network)
-    (path,) = export.after_training(run, network, parameters, dict(parameters), tmp_path)
+    (path,) = export_after_training(run, network, dict(parameters), tmp_path)
     assert path.name == "soft_prompt.safetensors" and safe_open(path, "pt").metadata()["method"]
     fresh = network_of(run.model)
     begin_from(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
@@ -183,13 +183,13 @@ def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_pat
 def test_a_soft_prompt_that_did_not_move_is_not_written(trained_run, tmp_path: Path):
     run, _ = trained_run
     network = network_of(run.model)
-    with pytest.raises(DataError, match="the one that training began with"):
-        export.write(run, network, trained(network), dict(trained(network)), tmp_path)
+    with pytest.raises(DataError, match="the one that training started with"):
+        write_exports(run, network, dict(trained(network)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_histories_train_resume_and_are_drawn_for_users_of_the_test_split(tmp_path: Path):
-    settings = PMG.tiny(tmp_path / "tiny")
+    settings = PMG.save_tiny_checkpoint(tmp_path / "tiny")
     histories = write_histories(tmp_path / "set")
     line = [
         "experiment=pmg_flickr",

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from trainer import export
 from trainer.config import Run
 from trainer.config.sections import Export, Format
 from trainer.core.batch import collate
@@ -29,6 +28,7 @@ from trainer.core.rng import generator, normal, uniform
 from trainer.dataset import Sample
 from trainer.dataset.view import Transform, TransformedSample
 from trainer.evaluation.held_out_loss import held_out_loss
+from trainer.export.write import write_exports
 from trainer.method import Full, Lora, trained
 from trainer.model.flux_kontext import pack
 from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenImageEdit
@@ -405,7 +405,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[format]))
     weights = {name: parameter.detach() for name, parameter in trained(network).items()}
-    (path,) = export.write(run, network, trained(network), weights, tmp_path)
+    (path,) = write_exports(run, network, weights, tmp_path)
     if format is Format.pipeline:
         pipe = pipeline(dataclasses.replace(run.model, path=str(path)), monkeypatch)
     else:
@@ -428,9 +428,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = export.write(
-        run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, tmp_path
-    )
+    (path,) = write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, tmp_path)
     tensors, fresh = load_file(path), run.model.load_network(torch.float32).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")

@@ -15,13 +15,13 @@ from drawn import view
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from trainer import export
 from trainer.config import Run
 from trainer.config.sections import Export, Format
 from trainer.core.errors import DataError
 from trainer.core.rng import normal
 from trainer.dataset import Sample
 from trainer.dataset.view import TransformedSample
+from trainer.export.write import write_exports
 from trainer.method import Full, Lora, trained
 from trainer.model import Dtype, families
 from trainer.model.unet import Posterior, UNet
@@ -38,7 +38,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
     kind = families()[request.param]
-    kind.tiny(folder)
+    kind.save_tiny_checkpoint(folder)
     return kind(path=str(folder))
 
 
@@ -49,13 +49,13 @@ def pipeline(family: UNet):
 
 
 def noise(family: UNet) -> torch.Tensor:
-    shape = family.spec(HEIGHT, WIDTH)["latents"]
+    shape = family.shapes(HEIGHT, WIDTH)["latents"]
     return torch.stack([normal(shape, "noise", i) for i in range(2)])
 
 
 def conditions(family: UNet, captions: list[str]) -> dict[str, torch.Tensor]:
-    encoder = family.encoder(torch.device("cpu"))
-    parts = [part for part in family.parts(dict.fromkeys(family.components, ""), 0) if not part.startswith("latents")]
+    encoder = family.build_encoder(torch.device("cpu"))
+    parts = [part for part in family.recipes(dict.fromkeys(family.components, ""), 0) if not part.startswith("latents")]
     rows = [{part: encoder.encode(part, view(caption, WIDTH, HEIGHT)) for part in parts} for caption in captions]
     return {part: torch.stack([row[part] for row in rows]) for part in parts}
 
@@ -78,14 +78,14 @@ def ours(family: UNet, network, guidance: float, steps: int = 3) -> np.ndarray:
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         captioned = family.predict(network, x, t, cond, guidance)
         return (
-            family.guided(captioned, family.predict(network, x, t, bare, guidance), guidance)
+            family.apply_guidance(captioned, family.predict(network, x, t, bare, guidance), guidance)
             if guidance != 1
             else captioned
         )
 
     with torch.no_grad():
         latents = family.objective.sample(predict, noise(family), steps, 1.0)
-    return family.encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
+    return family.build_encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
 
 
 def watch(network, calls: list) -> None:
@@ -111,7 +111,7 @@ def watch(network, calls: list) -> None:
 
 
 def test_what_reaches_the_unet_and_what_it_predicts_equal_the_pipelines(family: UNet):
-    pipe, network = pipeline(family), family.network(torch.float32).eval()
+    pipe, network = pipeline(family), family.load_network(torch.float32).eval()
     expected, found = [], []
     watch(pipe.unet, expected)
     watch(network, found)
@@ -125,7 +125,7 @@ def test_what_reaches_the_unet_and_what_it_predicts_equal_the_pipelines(family: 
 
 
 def test_a_picture_drawn_with_guidance_equals_the_pipelines(family: UNet):
-    pipe, network = pipeline(family), family.network(torch.float32).eval()
+    pipe, network = pipeline(family), family.load_network(torch.float32).eval()
     drawn = ours(family, network, 7.5)
     np.testing.assert_allclose(drawn, theirs(family, pipe, 7.5), atol=1e-4)
     assert np.abs(drawn - ours(family, network, 1.0)).max() > 0.01
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_predicts_velocity_is_drawn_with_as_the_pipeline_draws
     pipe = pipeline(family)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **family._noise())
     np.testing.assert_allclose(
-        ours(family, family.network(torch.float32).eval(), 3.0), theirs(family, pipe, 3.0), atol=1e-4
+        ours(family, family.load_network(torch.float32).eval(), 3.0), theirs(family, pipe, 3.0), atol=1e-4
     )
 
 
@@ -147,14 +147,14 @@ def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(family.path, subfolder="vae")
-    seen, encoder = view("a photo", WIDTH, HEIGHT), family.encoder(torch.device("cpu"))
+    seen, encoder = view("a photo", WIDTH, HEIGHT), family.build_encoder(torch.device("cpu"))
     pixels = torch.from_numpy(seen.pixels()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     torch.testing.assert_close(encoder.encode("latents", seen), posterior.mean[0] * vae.config.scaling_factor)
     torch.testing.assert_close(encoder.encode("latents_std", seen), posterior.std[0] * vae.config.scaling_factor)
-    assert "latents_std" in family.spec(HEIGHT, WIDTH)
-    assert "latents_std" not in dataclasses.replace(family, posterior=Posterior.mean).spec(HEIGHT, WIDTH)
+    assert "latents_std" in family.shapes(HEIGHT, WIDTH)
+    assert "latents_std" not in dataclasses.replace(family, posterior=Posterior.mean).shapes(HEIGHT, WIDTH)
 
 
 def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path):
@@ -166,13 +166,13 @@ def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path)
     (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
     changed = dataclasses.replace(family, vae=str(other))
     seen = view("a photo", WIDTH, HEIGHT)
-    mine, theirs = (each.encoder(torch.device("cpu")).encode("latents", seen) for each in (changed, family))
+    mine, theirs = (each.build_encoder(torch.device("cpu")).encode("latents", seen) for each in (changed, family))
     torch.testing.assert_close(mine, theirs / config["scaling_factor"])
     digests = Digests(tmp_path / "digests")
-    before, after = family.digest(digests), changed.digest(digests)
+    before, after = family.component_digests(digests), changed.component_digests(digests)
     assert {name for name in before if before[name] != after[name]} == {"vae"}
-    changed.save_checkpoint(
-        ((name, tensor.detach()) for name, tensor in changed.network(torch.float32).state_dict().items()),
+    changed.save_pipeline(
+        ((name, tensor.detach()) for name, tensor in changed.load_network(torch.float32).state_dict().items()),
         tmp_path / "out",
     )
     assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text())["scaling_factor"] == 1.0
@@ -187,15 +187,15 @@ def test_latents_that_overflow_are_refused_with_what_to_type(family: UNet, tmp_p
     save_file(tensors, weights, {"format": "pt"})
     half = dataclasses.replace(family, vae=str(folder), vae_dtype=Dtype.float16)
     with pytest.raises(DataError, match=r"target.* NaN or infinity in float16; type model.vae_dtype=float32"):
-        half.encoder(torch.device("cpu")).encode("latents", view("a photo", WIDTH, HEIGHT))
+        half.build_encoder(torch.device("cpu")).encode("latents", view("a photo", WIDTH, HEIGHT))
 
 
 def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: UNet):
-    if "time_ids" not in family.spec(HEIGHT, WIDTH):
+    if "time_ids" not in family.shapes(HEIGHT, WIDTH):
         pytest.skip("this model is told no sizes")
     seen = view("a photo", 100, 80)
     cut = TransformedSample(Sample("1", seen.sample.image, "a photo"), WIDTH, HEIGHT)
-    sizes = family.encoder(torch.device("cpu")).encode("time_ids", cut)
+    sizes = family.build_encoder(torch.device("cpu")).encode("time_ids", cut)
     # 100 x 80 becomes 56 x 45 to cover 56 x 32: 6 or 7 rows are cut above.
     assert sizes.tolist() == [80.0, 100.0, 6.0, 0.0, 32.0, 56.0]
     cond = {"time_ids": sizes[None], "pooled": torch.zeros(1, 16)}
@@ -222,10 +222,10 @@ LAYERS = [
 def adapted(request: pytest.FixtureRequest, family: UNet) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
     family = dataclasses.replace(family, train_text_encoder=request.param)
-    network = family.network(torch.float32)
+    network = family.load_network(torch.float32)
     before = ours(family, network, 2.0)
-    method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=[*family.targets, *LAYERS])
-    method.attach(network, family.targets, seed=0)
+    method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=[*family.target_modules, *LAYERS])
+    method.attach(network, family.target_modules, seed=0)
     with torch.no_grad():
         for name, parameter in trained(network).items():
             parameter.copy_(0.2 * normal(tuple(parameter.shape), name))
@@ -237,7 +237,7 @@ def adapted(request: pytest.FixtureRequest, family: UNet) -> tuple[Run, torch.nn
 def exported(adapted: tuple, format: Format, folder: Path) -> Path:
     run, network, _ = adapted
     run = dataclasses.replace(run, export=Export(formats=[format]))
-    return export.write(run, network, trained(network), {n: p.detach() for n, p in trained(network).items()}, folder)[0]
+    return write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, folder)[0]
 
 
 @pytest.mark.parametrize("format", [Format[name] for name in Lora.formats])
@@ -247,7 +247,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
     family, expected, path = adapted[0].model, adapted[2], exported(adapted, format, tmp_path)
     if format is Format.peft:
         # A folder of peft's is for one network, which here may hold the text encoders too.
-        again = PeftModel.from_pretrained(family.network(torch.float32), str(path)).get_base_model().eval()
+        again = PeftModel.from_pretrained(family.load_network(torch.float32), str(path)).get_base_model().eval()
         np.testing.assert_allclose(ours(family, again, 2.0), expected, atol=1e-4)
         return
     pipe = pipeline(dataclasses.replace(family, path=str(path)) if format is Format.pipeline else family)
@@ -267,7 +267,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(adapted, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, _, expected = adapted
     family, tensors = run.model, load_file(exported(adapted, Format.comfyui, tmp_path))
-    fresh = family.network(torch.float32).eval()
+    fresh = family.load_network(torch.float32).eval()
     layers = {name.replace(".", "_"): layer for name, layer in fresh.named_modules()}
     for key in [key for key in tensors if key.endswith(".lora_up.weight")]:
         layer = key.removesuffix(".lora_up.weight")
@@ -295,32 +295,32 @@ def test_comfyui_finds_every_layer_and_its_alpha(adapted, tmp_path: Path):
 def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(family: UNet, words: bool, tmp_path: Path):
     objective = Diffusion(prediction=Prediction.v_prediction, timesteps=500)
     family = dataclasses.replace(family, train_text_encoder=words, objective=objective)
-    network = family.network(torch.float32)
-    Full().attach(network, family.targets, seed=0)
+    network = family.load_network(torch.float32)
+    Full().attach(network, family.target_modules, seed=0)
     with torch.no_grad():
         for name, parameter in trained(network).items():
             parameter.add_(0.02 * normal(tuple(parameter.shape), name))
     expected = ours(family, network.eval(), 2.0)
     run = Run(model=family, method=Full(), precision=Precision(), export=Export(formats=[Format.pipeline]))
     weights = {name: parameter.detach() for name, parameter in trained(network).items()}
-    (path,) = export.write(run, network, trained(network), weights, tmp_path)
+    (path,) = write_exports(run, network, weights, tmp_path)
     np.testing.assert_allclose(
         theirs(family, pipeline(dataclasses.replace(family, path=str(path))), 2.0), expected, atol=1e-4
     )
-    assert family.remarks() and "v_prediction" in family.remarks()[0]
-    assert dataclasses.replace(family, path=str(path)).remarks() == []
+    assert family.warnings() and "v_prediction" in family.warnings()[0]
+    assert dataclasses.replace(family, path=str(path)).warnings() == []
 
 
 def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(family: UNet):
     live = dataclasses.replace(family, train_text_encoder=True)
-    frozen_net, live_net = family.network(torch.float32).eval(), live.network(torch.float32).eval()
+    frozen_net, live_net = family.load_network(torch.float32).eval(), live.load_network(torch.float32).eval()
     x, t = noise(family), torch.tensor([10.0, 700.0])
     for captions in (CAPTIONS, ["", "make it night"]):
         mine = live.predict(live_net, x, t, conditions(live, captions))
         torch.testing.assert_close(
             mine, family.predict(frozen_net, x, t, conditions(family, captions)), rtol=0, atol=1e-5
         )
-    Lora(rank=2, alpha=2.0).attach(live_net, live.targets, seed=0)
+    Lora(rank=2, alpha=2.0).attach(live_net, live.target_modules, seed=0)
     live_net.enable_gradient_checkpointing()
     live.predict(live_net.train(), x, t, conditions(live, CAPTIONS)).square().sum().backward()
     gradients = {name.partition(".")[0] for name, parameter in trained(live_net).items() if parameter.grad is not None}

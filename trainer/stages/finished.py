@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 def execute(run: Run) -> float | None:
     """Carry out `run.stage` on the run that `run.run` names, whose settings these are; for evaluate the held-out loss."""
-    from trainer import export
-    from trainer.method import trained
+    from trainer.export.write import write_exports
     from trainer.training.build import build, weights_of
     from trainer.training.evaluator import Evaluator
 
@@ -38,7 +37,7 @@ def execute(run: Run) -> float | None:
     step, weights = weights_of(folder)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
     if run.stage is Stage.export:
-        for path in export.write(run, network, trained(network), weights, folder / "export"):
+        for path in write_exports(run, network, weights, folder / "export"):
             print_line(f"exported step {step} to {path}")
         return None
     material = prepare(run)
@@ -52,7 +51,7 @@ def execute(run: Run) -> float | None:
 
 def evaluate(run: Run, material: TrainingData, judge: Evaluator, folder: Path, step: int) -> float | None:
     """Held-out loss and pictures of the best weights, beside those before training; written to `<folder>/evaluation`."""
-    from trainer.tracking.journal import Journal, read
+    from trainer.tracking.journal import Journal, read_records
 
     to_draw = [view for view, _ in drawn(run, material)]
     encode(run, material, held_out(run, material, run.evaluation.samples) + to_draw + unconditional(run, to_draw))
@@ -62,7 +61,7 @@ def evaluate(run: Run, material: TrainingData, judge: Evaluator, folder: Path, s
     with Journal(where) as journal:
         loss = judge.evaluate(step, where, journal, before=folder)
         now = _metrics(journal.records())
-    before = _metrics(record for _, record in read(folder / "journal.jsonl") if record.get("step") == 0)
+    before = _metrics(record for _, record in read_records(folder / "journal.jsonl") if record.get("step") == 0)
     files.write_json(where / "evaluation.json", {"step": step, "now": now, "before_training": before})
     for name in ("val/loss", "val/psnr"):
         if name in now:

@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING
 
 from trainer import config
 from trainer.config import Run
-from trainer.core import files
+from trainer.core import tensor_files
 from trainer.core.console import print_line
 from trainer.core.errors import DataError, UsageError
-from trainer.distributed.sharding import part
+from trainer.distributed.sharding import shard_like
+from trainer.export.read import is_adapter_path, read_adapter
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.run_folder import CHECKPOINTS, find
 
 if TYPE_CHECKING:
     import torch
-
-    from trainer.method.adapter import Part
-    from trainer.model import Family
-
-ADAPTER = "adapter_config.json"
-"""What a folder of peft's has."""
 
 
 def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], None] | None = None) -> torch.nn.Module:
@@ -35,9 +30,9 @@ def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], No
     there = torch.device("cpu") if divide else device
     types = run.model.weights().types()
     run.precision.check_types(types)
-    stored = run.precision.stored(run.model.keep_high, there, types)
-    network = run.model.network(run.method.dtype(run.precision.dtype()), there, stored)
-    run.method.attach(network, run.model.targets, run.seed)
+    stored = run.precision.stored(run.model.unquantized_modules, there, types)
+    network = run.model.load_network(run.method.dtype(run.precision.dtype()), there, stored)
+    run.method.attach(network, run.model.target_modules, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if run.hardware.compile:
@@ -51,13 +46,8 @@ def foresee(run: Run, begins: bool = True) -> None:
     """Raise errors.UsageError for what would be refused when the network is built, as far as the headers of files tell; `begins`: whether the run has
     no weights of its own yet."""
     run.precision.check_types(run.model.weights().types())
-    if begins and run.method.init_from is not None and not _is_adapter(Path(run.method.init_from).expanduser()):
+    if begins and run.method.init_from is not None and not is_adapter_path(Path(run.method.init_from).expanduser()):
         find(run.method.init_from, run.out)
-
-
-def _is_adapter(path: Path) -> bool:
-    """Whether a path is of a file, or of a folder that peft wrote, and so of no run."""
-    return path.is_file() or (path / ADAPTER).is_file()
 
 
 def begin_from(run: Run, network: torch.nn.Module) -> None:
@@ -68,45 +58,18 @@ def begin_from(run: Run, network: torch.nn.Module) -> None:
 
     path, method = Path(run.method.init_from).expanduser(), run.method
     if not method.is_adapter:
-        weights = files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
+        weights = tensor_files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
         fill(trained(network), weights, path)
         return
     from trainer.method.adapter import of_trained, put
 
-    if _is_adapter(path):
-        found = adapter_in(path, run.model, method.alpha / method.rank)
+    if is_adapter_path(path):
+        found = read_adapter(path, run.model, method.alpha / method.rank)
     else:
         folder = find(method.init_from, run.out)
         theirs = config.from_yaml(folder / "config.yaml").method
         found = of_trained(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
     put(found, network, method.init_from)
-
-
-def adapter_in(path: Path, family: Family, scale: float = 1.0) -> dict[str, Part]:
-    """What a peft folder or a file of adapter weights attaches to each layer; `scale` is that of a file with this program's own names, which
-    has none. Raises errors.UsageError where it holds no adapter of this model."""
-    from trainer.method.adapter import from_comfyui, load_adapter, of_trained, parts
-    from trainer.model import empty_model
-
-    if path.is_dir():
-        return parts(load_adapter(empty_model(family.meta_model()), path))
-    tensors = files.load_tensors(path)
-    if own := of_trained(tensors, scale):
-        return own
-    known = {name for name, _ in family.meta_model().named_modules()}
-    found = from_comfyui(tensors, sorted(known), family.export_name)
-    # A LoRA whose alpha does not lie beside it has it in metadata, and some name layers that they have joined: what diffusers is for.
-    if all(".lokr_" in name or ".hada_" in name or name.endswith(".alpha") for name in tensors):
-        return found
-    if found.keys() <= known and sum(name.endswith(".alpha") for name in tensors) == len(found):
-        return found
-    try:
-        return parts(family.load_adapter(path))
-    except (ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(
-            f"{path} holds no LoRA that diffusers can read for this model ({reason[0]}); type another method.init_from"
-        ) from error
 
 
 def weights_of(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -133,4 +96,4 @@ def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(part(weights[name], parameter))
+            parameter.copy_(shard_like(weights[name], parameter))

@@ -1,0 +1,90 @@
+"""Export formats of adapters. Each file is read back by the library that it is written for.
+
+It is read into a network without weights, so that the check needs no memory for a second model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.core import files, tensor_files
+from trainer.core.dtypes import Dtype
+from trainer.export import verify
+from trainer.export.format import ExportFormat
+from trainer.export.read import read_adapter
+from trainer.method import adapter
+from trainer.model import empty_model
+
+if TYPE_CHECKING:
+    from trainer.config import Run
+
+
+class AdapterFormat(ExportFormat):
+    """A format that holds the adapter without the model."""
+
+    is_folder = False
+
+    def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
+        dtype = (run.export.dtype or Dtype.float32).torch
+        replace = files.replace_folder if self.is_folder else files.replace_file
+        with replace(path) as unfinished:
+            self.save(run, network, dtype, unfinished)
+            found = adapter.probe_outputs(self.load(run, unfinished))
+            verify.compare_adapters(adapter.probe_outputs(network), found, dtype, path)
+
+    def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
+        """Saves the adapter that is attached to `network`. Raises OSError."""
+        raise NotImplementedError
+
+    def load(self, run: Run, path: Path) -> torch.nn.Module:
+        """Returns the network without weights and with the saved adapter."""
+        raise NotImplementedError
+
+
+class DiffusersFormat(AdapterFormat):
+    """A file for `load_lora_weights` of a diffusers pipeline."""
+
+    def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
+        weights, configuration = adapter.adapter(network)
+        run.model.save_lora(_cast(weights, dtype), configuration, path)
+
+    def load(self, run: Run, path: Path) -> torch.nn.Module:
+        return run.model.load_lora(path)
+
+
+class PeftFormat(AdapterFormat):
+    """A folder for `PeftModel.from_pretrained`."""
+
+    is_folder = True
+
+    def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
+        weights, configuration = adapter.adapter(network)
+        adapter.save_adapter(_cast(weights, dtype), configuration, path)
+
+    def load(self, run: Run, path: Path) -> torch.nn.Module:
+        return adapter.load_adapter(empty_model(run.model.meta_model()), path)
+
+
+class ComfyUIFormat(AdapterFormat):
+    """A file for ComfyUI, which reads no metadata: each layer has a tensor with its alpha, always in float32."""
+
+    def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
+        tensors = adapter.to_comfyui(adapter.parts(network), run.model.comfyui_key)
+        alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
+        tensor_files.save_tensors(path, _cast(tensors, dtype) | alphas, {"format": "pt"})
+
+    def load(self, run: Run, path: Path) -> torch.nn.Module:
+        if "diffusers" in run.method.formats:
+            # diffusers reads ComfyUI's LoRA files as well.
+            return run.model.load_lora(path)
+        network = empty_model(run.model.meta_model())
+        run.method.attach(network, run.model.target_modules, run.seed)
+        adapter.put(read_adapter(path, run.model), network, path)
+        return network
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}

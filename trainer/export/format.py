@@ -1,0 +1,22 @@
+"""The interface of an export format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.config import Run
+
+
+class ExportFormat:
+    """Writes the trained weights in one format. `trainer.export.write.FORMATS` lists the formats."""
+
+    def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
+        """Writes what `run` trained in `network`, reads it back and compares. `path` is replaced only if that succeeds.
+
+        Raises errors.DataError if the result is not what was trained, and errors.StorageError if it cannot be written.
+        """
+        raise NotImplementedError

@@ -1,0 +1,75 @@
+"""Exports the trained weights: writes them in each format, reads them back and compares."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.config.sections import Format
+from trainer.core import files
+from trainer.core.errors import DataError
+from trainer.export.adapters import ComfyUIFormat, DiffusersFormat, PeftFormat
+from trainer.export.format import ExportFormat
+from trainer.export.pipeline import PipelineFormat
+from trainer.export.soft_prompt import SoftPromptFormat
+from trainer.method import swapped, trained
+from trainer.method.adapter import is_noop
+
+if TYPE_CHECKING:
+    from trainer.config import Run
+
+FORMATS: dict[Format, ExportFormat] = {
+    Format.diffusers: DiffusersFormat(),
+    Format.peft: PeftFormat(),
+    Format.comfyui: ComfyUIFormat(),
+    Format.pipeline: PipelineFormat(),
+    Format.soft_prompt: SoftPromptFormat(),
+}
+UNFINISHED_SECONDS = 24 * 3600
+"""Age from which an unfinished file or folder must be that of a process that has died."""
+
+
+def export_after_training(
+    run: Run, network: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path
+) -> list[Path]:
+    """Exports at the end of training, but not a complete checkpoint, which is large, unless `export.formats` is set."""
+    if run.export.formats is None and not run.method.freezes:
+        return []
+    return write_exports(run, network, weights, folder)
+
+
+def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> list[Path]:
+    """Writes `weights`, the trained parameters of `network` by name, to `folder` in each selected format.
+
+    Returns the paths of the exports. They replace earlier exports in the same formats.
+
+    Raises errors.DataError if an export is not what was trained or if training has changed nothing, and
+    errors.StorageError if an export cannot be written. The earlier export then stays as it was.
+    """
+    formats = run.export.select(run.method.formats)
+    _remove_unfinished(folder)
+    network.eval()
+    parameters = trained(network)
+    with (
+        torch.no_grad(),
+        swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}),
+    ):
+        if run.method.is_adapter and is_noop(network):
+            raise DataError(
+                f"The adapter for {folder} changes nothing: training has not moved its weights. Look at "
+                "train/grad_norm and train/lr in the run's metrics.csv, and type another optimizer.lr"
+            )
+        for format in formats:
+            FORMATS[format].write(run, network, folder / format.value)
+    return [folder / format.value for format in formats]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what processes that have died left unfinished."""
+    with files.storage_errors("clean", folder):
+        for path in folder.glob(f"{files.PARTIAL_PREFIX}*"):
+            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
+                files.remove(path)
