@@ -11,14 +11,17 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
-from trainer import config, run
-from trainer.cache import Cache
+from trainer import run
+from trainer.cache.store import Cache
 from trainer.config import command_line
+from trainer.config.compose import compose_config, to_run
+from trainer.config.rules import open_device
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
-from trainer.tracking import sink
-from trainer.training import loop, run_folder
+from trainer.tracking.mlflow_run import RemoteRun
+from trainer.training import run_folder
 from trainer.training.data import prepare
+from trainer.training.loop import Step, TrainingLoop
 
 Lap = Callable[[], None]
 WARM_UP = 2
@@ -107,16 +110,15 @@ def ratios(over: list[float], under: list[float]) -> tuple[float, float, float]:
 
 def trainer(overrides: list[str], held: bool = True) -> Callable[[Lap], Any]:
     """The program with these settings as a contender; not `held`: cached tensors are read from their files at every use."""
-    asked = command_line.read(overrides)
-    config.register()
-    settings = config.typed(command_line.preview(asked, asked.overrides), asked.overrides, run_folder.find)
+    asked = command_line.parse(overrides)
+    settings = to_run(compose_config(asked.overrides, asked.config_dir), asked.overrides, run_folder.find)
 
     def compete(lap: Lap) -> None:
         material = prepare(settings)
         if not held:
-            material = replace(material, cache=Cache(material.cache.root, material.cache.parts, memory=0))
+            material = replace(material, cache=Cache(material.cache.root, material.cache.recipes, memory=0))
         signals = Signals()
-        with fitting(lap, threading.get_ident()), Processes(signals, lambda: config.open_device(settings)) as processes:
+        with fitting(lap, threading.get_ident()), Processes(signals, lambda: open_device(settings)) as processes:
             run.train(settings, material, signals, processes, asked.overrides)
 
     return compete
@@ -125,7 +127,7 @@ def trainer(overrides: list[str], held: bool = True) -> Callable[[Lap], Any]:
 _laps: dict[int, Lap] = {}
 _gate = threading.Lock()
 """Held by MLflow's thread while it works, and by the contender it follows while others run."""
-_fit, _send = loop.fit, sink.Remote.send
+_steps, _send = TrainingLoop.steps, RemoteRun.send
 
 
 @contextlib.contextmanager
@@ -138,18 +140,18 @@ def fitting(lap: Lap, thread: int) -> Iterator[None]:
         del _laps[thread]
 
 
-def _fit_with_laps(*arguments: Any, **options: Any) -> Iterator[loop.Step]:
-    for step in _fit(*arguments, **options):
+def _steps_with_laps(loop: TrainingLoop, batches: Any) -> Iterator[Step]:
+    for step in _steps(loop, batches):
         yield step
         # Not every run in a process that has imported this is a contender.
         if lap := _laps.get(threading.get_ident()):
             lap()
 
 
-loop.fit = _fit_with_laps
+TrainingLoop.steps = _steps_with_laps
 
 
-def _send_in_turn(remote: sink.Remote, path: Path) -> Iterator[int]:
+def _send_in_turn(remote: RemoteRun, path: Path) -> Iterator[int]:
     answers = _send(remote, path)
     while True:
         with _gate:
@@ -159,4 +161,4 @@ def _send_in_turn(remote: sink.Remote, path: Path) -> Iterator[int]:
         yield answer
 
 
-sink.Remote.send = _send_in_turn
+RemoteRun.send = _send_in_turn

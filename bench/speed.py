@@ -298,14 +298,12 @@ def cached_tensors(settings: list[str], place: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from trainer import config
-    from trainer.config import command_line
+    from trainer.config.compose import compose_config, to_run
     from trainer.training.data import prepare
 
     run(trainer_command(*settings, "stage=cache"))
-    config.register()
-    material = prepare(config.typed(command_line.preview(command_line.read(settings), settings), settings))
-    rows = [material.cache.row(material.transform.apply(sample)) for sample in material.split.train]
+    material = prepare(to_run(compose_config(settings), settings))
+    rows = [material.cache.example(material.transform.apply(sample)) for sample in material.split.train]
     path = place / "tensors.safetensors"
     save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, path)
     return path
@@ -342,7 +340,7 @@ def tiny(place: Path) -> list[str]:
     folder = place / "tiny"
     made = folder / "settings.json"
     if not made.exists():
-        made.write_text(json.dumps(FluxKontext.tiny(folder)))
+        made.write_text(json.dumps(FluxKontext.save_tiny_checkpoint(folder)))
     return ["model=flux_kontext", *json.loads(made.read_text()), "batch=1", "model.encoder_dtype=float32"]
 
 

@@ -199,7 +199,7 @@ def test_odd_pictures_are_read_right(lab: Lab, folder: Path):
     assert code == 0
     assert "pictures that look alike" in output
     from trainer import dataset
-    from trainer.core.files import Digests
+    from trainer.core.digests import Digests
 
     pixels = {
         s.id: np.asarray(s.image.open(), int)
@@ -329,7 +329,7 @@ def nan_for(part: str) -> Callable[[], None]:
         from trainer import model
 
         family = next(iter(model.families().values()))
-        real = family.encoder
+        real = family.build_encoder
 
         def encoder(self, device):
             made = real(self, device)
@@ -342,7 +342,7 @@ def nan_for(part: str) -> Callable[[], None]:
             made.encode = spoiled
             return made
 
-        family.encoder = encoder
+        family.build_encoder = encoder
 
     return before
 
@@ -428,7 +428,7 @@ def test_exactly_the_entries_concerned_are_made_again(lab: Lab, folder: Path, tm
     assert made(lab, folder, cache, "model.text_length=6") == counts(prompt=5)
     assert made(lab, folder, cache, "model.encoder_dtype=float32") == counts(5, 5, 5, 5)
     assert made(lab, folder, cache) == counts()
-    raised = at("trainer.run:execute", 1, lambda: setattr(sys.modules["trainer.cache"], "SCHEMA", 999))
+    raised = at("trainer.run:execute", 1, lambda: setattr(sys.modules["trainer.cache.entry"], "SCHEMA", 999))
     assert made(lab, folder, cache, before=raised) == counts(5, 5, 5, 5)
 
 
@@ -474,7 +474,7 @@ def test_a_killed_writer_and_two_at_once_leave_what_one_makes(lab: Lab, folder: 
         f"out={tmp_path / 'out'}",
     ]
     settings = [*lab.settings, *own, "stage=cache"]
-    dies = at("trainer.cache:os.replace", 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    dies = at("trainer.cache.store:os.replace", 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert start(settings, tmp_path / "text", dies).wait().code == -signal.SIGKILL
     there = entries(cache)
     assert 0 < len(there) < 16 and there.items() <= serial.items()

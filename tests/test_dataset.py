@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from trainer import dataset
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.core.files import Digests
 from trainer.dataset import Demo, ImageFolder, Pairs, Sample, Task
 from trainer.dataset.picture import FileSource, fit
 from trainer.dataset.reading import Listing
@@ -111,7 +111,7 @@ def test_no_path_is_a_matter_of_usage_and_an_absent_folder_one_of_data(layout, t
 
 
 def test_composing_needs_neither_torch_nor_pil():
-    code = "import sys, trainer.dataset, trainer.cache; assert not {'torch', 'PIL', 'safetensors'} & set(sys.modules), 'heavy import'"
+    code = "import sys, trainer.dataset, trainer.cache.store; assert not {'torch', 'PIL', 'safetensors'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +14,15 @@ import torch
 from conftest import Tiny
 
 from trainer import model
-from trainer.cache import Cache, Part
+from trainer.cache.store import Cache, count_outcomes
 from trainer.core.batch import get_conditions
 from trainer.core.digests import Digests
 from trainer.dataset import Demo, read, split, transform
-from trainer.lr_scheduler import Cosine
+from trainer.lr_scheduler.cosine import Cosine
 from trainer.method import OPTIONS, Init, Lora, trained
-from trainer.optimizer import AdamW
+from trainer.optimizer.adamw import AdamW
 from trainer.training.batches import Batches, load
-from trainer.training.loop import fit
+from trainer.training.loop import TrainingLoop
 
 GOLDEN = {
     "flux_kontext": {
@@ -120,14 +119,13 @@ def losses(name: str, folder: Path) -> list[float]:
         replace(sample, controls=sample.controls[:controls])
         for sample in split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
     ]
-    made = family.recipes(dict.fromkeys(family.components, ""), controls)
-    cache = Cache(folder / "cache", [Part(part, how.fields, how.maker) for part, how in made.items()])
+    cache = Cache(folder / "cache", family.recipes(dict.fromkeys(family.components, ""), controls))
     batches = Batches(
         samples, cache, family, dataset, transform(dataset, family.size_multiple), seed=0, batch=5, micro_batch=2
     )
     encoder = family.build_encoder(torch.device("cpu"))
     views = [batches.view(0, index) for index in range(len(samples))]
-    cache.fill(cache.missing(views), encoder.encode)
+    count_outcomes(cache.recipes, cache.encode_missing(cache.missing(views), encoder.encode))
     network = family.load_network(torch.float64)
     method = Lora(rank=2, alpha=2.0, init=Init.gaussian) if "lora" in family.methods else OPTIONS[family.methods[0]]()
     method.attach(network, family.target_modules, seed=0)
@@ -140,17 +138,16 @@ def losses(name: str, folder: Path) -> list[float]:
         x = family.objective.add_noise(clean, noise, times)
         return family.objective.losses(family.predict(network, x, times, get_conditions(rows)), clean, noise, times)
 
-    steps = fit(
-        parameters,
-        loss,
-        load(batches, 0, 5, workers=0),
-        AdamW(lr=1e-2).build(parameters),
-        lambda step: 1e-2 * Cosine().factor(step, 5),
-        nullcontext,
-        batch=5,
+    loop = TrainingLoop(
+        parameters=parameters,
+        losses=loss,
+        optimizer=AdamW(lr=1e-2).build(parameters, seed=0),
+        learning_rate=lambda step: 1e-2 * Cosine().factor(step, 5),
+        batch_size=5,
         max_grad_norm=1.0,
         seed=0,
     )
+    steps = loop.steps(load(batches, 0, 5, workers=0))
     return [value for step in steps for value in (step.loss, step.grad_norm)]
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from drawn import Noise
 
-from trainer.cache import Cache, Part
-from trainer.core.batch import chunks, collate
+from trainer.cache.store import Cache, count_outcomes
+from trainer.core.batch import collate, group_by_shape
 from trainer.core.rng import normal
 from trainer.dataset import Dataset, Sample
 from trainer.dataset.view import Transform, TransformedSample
+from trainer.model import Recipe
 from trainer.objective import Flow
 from trainer.training.batches import Batches
 
@@ -39,8 +40,9 @@ def encode(part: str, view: TransformedSample) -> torch.Tensor:
 def batches(
     samples: list[Sample], folder: Path, parts: tuple[str, ...] = ("latents",), settings: Dataset | None = None, **more
 ) -> Batches:
-    cache = Cache(folder, [Part(name, ("mask",) if name == "mask" else ("image",), "made here") for name in parts])
-    cache.fill(cache.missing([TRANSFORM.apply(sample) for sample in samples]), encode)
+    cache = Cache(folder, {name: Recipe(("mask",) if name == "mask" else ("image",), "made here") for name in parts})
+    missing = cache.missing([TRANSFORM.apply(sample) for sample in samples])
+    count_outcomes(cache.recipes, cache.encode_missing(missing, encode))
     return Batches(samples, cache, Family(), settings or Dataset(), TRANSFORM, seed=0, batch=6, micro_batch=2, **more)
 
 
@@ -54,8 +56,8 @@ def test_a_micro_batch_has_one_size_and_a_step_all_its_samples(tmp_path: Path):
     seen = []
     for step in range(1, 6):
         _, micro_batches = made[step]
-        assert all(len(rows["time"]) <= 2 and len({tuple(rows["latents"].shape[1:])}) == 1 for rows in micro_batches)
-        assert sum(len(rows["time"]) for rows in micro_batches) == 6
+        assert all(len(rows["t"]) <= 2 and len({tuple(rows["latents"].shape[1:])}) == 1 for rows in micro_batches)
+        assert sum(len(rows["t"]) for rows in micro_batches) == 6
         seen += made.ids(step)
     assert {name: seen.count(name) for name in seen} == {sample.id: 6 for sample in samples()}
 
@@ -72,9 +74,9 @@ def test_pictures_take_the_size_whose_ratio_is_nearest():
 
 def test_rows_are_filled_up_in_their_first_dimension_only():
     rows = [{"prompt": torch.ones(length, 2), "latents": torch.ones(3, 4, 4)} for length in (3, 5)]
-    assert list(chunks(rows, 8)) == [[0, 1]]
+    assert list(group_by_shape(rows, 8)) == [[0, 1]]
     assert collate(rows)["prompt"].shape == (2, 5, 2) and collate(rows)["prompt"][0, 3:].eq(0).all()
-    assert list(chunks([*rows, {"prompt": torch.ones(3, 2), "latents": torch.ones(3, 4, 5)}], 8)) == [[0, 1], [2]]
+    assert list(group_by_shape([*rows, {"prompt": torch.ones(3, 2), "latents": torch.ones(3, 4, 5)}], 8)) == [[0, 1], [2]]
 
 
 def test_a_mask_and_a_weight_reach_the_loss(tmp_path: Path):
@@ -91,7 +93,7 @@ def test_a_mask_and_a_weight_reach_the_loss(tmp_path: Path):
 def test_a_posterior_is_drawn_anew_at_each_visit_and_alike_in_each_run(tmp_path: Path):
     made = batches(samples(), tmp_path, ("latents", "latents_std"))
     first, again, later = made.row(0, 0)["latents"], made.row(0, 0)["latents"], made.row(7, 0)["latents"]
-    mean = made.cache.row(made.view(0, 0))["latents"]
+    mean = made.cache.example(made.view(0, 0))["latents"]
     assert torch.equal(first, again) and not torch.equal(first, later)
     torch.testing.assert_close(first, mean + 0.25 * normal(tuple(mean.shape), 0, "posterior", 0, "sample 0"))
 

@@ -11,8 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import config, dataset, sweep
-from trainer.config import Run, Stage
+from trainer import dataset, sweep
+from trainer.config.groups import option_name
+from trainer.config.identity import flatten, run_id, to_plain
+from trainer.config.rules import check_sharded, memory_remedies, open_device
+from trainer.config.schema import Run
+from trainer.config.sections import POST_TRAINING_STAGES, Stage
 from trainer.core import files, redaction, rng
 from trainer.core.batch import Example, get_conditions
 from trainer.core.console import format_bytes, print_line
@@ -57,15 +61,15 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
 
 def _execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
     if run.stage is Stage.train:
-        processes = Processes(signals, lambda: config.open_device(run))
+        processes = Processes(signals, lambda: open_device(run))
         if processes.sharded:
-            config.check_sharded(run)
+            check_sharded(run)
         with processes:
             return train(run, processes.main_first(lambda: prepare(run)), signals, processes, overrides)
     if rank_and_world_size()[0] > 0:
         # Only training is divided.
         return None
-    if run.stage in config.POST_TRAINING_STAGES:
+    if run.stage in POST_TRAINING_STAGES:
         from trainer.stages import finished
 
         return finished.execute(run)
@@ -107,9 +111,9 @@ def check(run: Run, material: TrainingData) -> None:
     wanted = views(run, material)
     missing = cache.missing(wanted)
     # Entries are in float32 at most; a checkpoint holds weights and two moments each.
-    bytes_missing = sum(4 * math.prod(shapes(run, view).get(part.name, ())) for part, view in missing)
+    bytes_missing = sum(4 * math.prod(shapes(run, view).get(name, ())) for name, view in missing)
     kept = (run.save.keep + 1) * training * 4 * (3 + bool(run.ema))
-    print_line(f"identity    {config.identity(run)}  (folder {Path(run.out) / config.identity(run)})")
+    print_line(f"identity    {run_id(run)}  (folder {Path(run.out) / run_id(run)})")
     print_line(
         f"model       {run.model.path}: {whole:,} parameters with {type(run.method).__name__.lower()}, of which {training:,} train"
     )
@@ -118,7 +122,7 @@ def check(run: Run, material: TrainingData) -> None:
         f"{-(-run.batch // micro_batch)} micro-batch(es) of up to {micro_batch}"
     )
     print_line(
-        f"optimizer   {config.option(run.optimizer)}, learning rate {run.optimizer.lr:g}, {config.option(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
+        f"optimizer   {option_name(run.optimizer)}, learning rate {run.optimizer.lr:g}, {option_name(run.lr_scheduler)}, warm-up {run.lr_scheduler.warmup}"
     )
     print_line(f"precision   {in_types(run)}")
     print_line(f"cache       {cache.root}: {len(missing)} entries to make, up to {format_bytes(bytes_missing)}")
@@ -172,9 +176,9 @@ def train(
         stack.enter_context(_logged(place.folder, journal))
         # Once more, so that journal and log tell it in the same words.
         stack.enter_context(_room(run))
-        files.write(place.folder / "config.yaml", yaml.safe_dump(config.plain(run), sort_keys=False))
+        files.write(place.folder / "config.yaml", yaml.safe_dump(to_plain(run), sort_keys=False))
         wanted = views(run, material)
-        material.cache.keep_for(place.folder, wanted)
+        material.cache.record_use(place.folder, wanted)
         made = encode(run, material, wanted)
         print_line(
             "cache: " + (", ".join(f"{count} {name} made" for name, count in made.items() if count) or "has all")
@@ -221,10 +225,10 @@ class Training:
         self.signals, self.processes = signals, processes
         self.steps = total_steps(run, material)
         self.every = run.evaluation.every or max(10, self.steps // 4)
-        self.device = config.open_device(run)
+        self.device = open_device(run)
         self.network = processes.build_network(lambda divide: build(run, self.device, divide))
         self.trained = trained(self.network)
-        self.optimizer = run.optimizer.live(self.trained.values(), run.seed)
+        self.optimizer = run.optimizer.build(self.trained.values(), run.seed)
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
         # many steps in a row were not finite.
         self.state: dict[str, Any] = {"evaluated": None, "val_loss": None, "best": None, "since_best": 0, "skipped": 0}
@@ -342,7 +346,7 @@ class Training:
 
     def _steps(self) -> Iterator[Step]:
         from trainer.training.batches import Batches, load
-        from trainer.training.loop import fit
+        from trainer.training.loop import TrainingLoop
 
         run, material = self.run, self.material
         if self._out_of_patience():
@@ -363,14 +367,13 @@ class Training:
             count,
             material.weighted,
         )
-        steps = fit(
-            list(self.trained.values()),
-            self._losses,
-            self._pad_micro_batches(batches, load(batches, self.step, self.steps, run.hardware.workers)),
-            self.optimizer,
-            lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
-            self.signals.deferred_until_release,
-            batch=run.batch,
+        loop = TrainingLoop(
+            parameters=list(self.trained.values()),
+            losses=self._losses,
+            optimizer=self.optimizer,
+            learning_rate=lambda step: run.optimizer.lr * run.lr_scheduler.factor(step, self.steps),
+            uninterrupted=self.signals.deferred_until_release,
+            batch_size=run.batch,
             max_grad_norm=run.max_grad_norm,
             # Each process drops out other entries.
             seed=run.seed if rank == 0 else rng.seed_for(run.seed, "process", rank),
@@ -380,15 +383,16 @@ class Training:
             reduce=self.processes.sum_gradients if self.processes.world_size > 1 else None,
             may_halve=not self.processes.sharded,
         )
+        steps = loop.steps(self._pad_micro_batches(batches, load(batches, self.step, self.steps, run.hardware.workers)))
         return self.processes.guard_steps(self._monitor(steps, batches))
 
     def _monitor(self, steps: Iterator[Step], batches: Batches) -> Iterator[Step]:
         """The same steps, with a word where memory was short; raises errors.NonFiniteError where too many in a row are not finite."""
         for done in steps:
-            if done.micro_batch is not None:
+            if done.new_micro_batch_size is not None:
                 self.warn(
-                    f"Memory was short at step {done.number}: from now on {done.micro_batch} sample(s) a forward pass, and more of them; noise "
-                    f"and result are the same. hardware.micro_batch={done.micro_batch} begins so."
+                    f"Memory was short at step {done.number}: from now on {done.new_micro_batch_size} sample(s) a forward pass, and more of them; noise "
+                    f"and result are the same. hardware.micro_batch={done.new_micro_batch_size} begins so."
                 )
             self.state["skipped"] = 0 if done.finite else self.state["skipped"] + 1
             if not done.finite:
@@ -543,7 +547,7 @@ def open_tracker(run: Run, place: RunFolder, journal: Journal, overrides: list[s
     from trainer.training import provenance
 
     attempt = [record for record in journal.records() if record["kind"] == "attempt"][-1]
-    settings = config.flat(place.manifest["settings"])
+    settings = flatten(place.manifest["settings"])
     return run.tracking.open(
         journal,
         Path(run.out),
@@ -580,7 +584,7 @@ def _room(run: Run) -> Iterator[None]:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise OutOfMemoryError(
             f"There is not enough memory, not even for one sample at a time ({reason}). What helps, the cheapest first: "
-            f"{'; '.join(config.remedies(run))}. A setting that changes the result makes a run of its own."
+            f"{'; '.join(memory_remedies(run))}. A setting that changes the result makes a run of its own."
         ) from error
 
 

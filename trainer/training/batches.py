@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from trainer.cache import Cache
+from trainer.cache.store import Cache
 from trainer.core.batch import Example, collate, group_by_shape
 from trainer.core.errors import StorageError, TrainerError
 from trainer.core.rng import generator, normal, uniform
@@ -85,7 +85,7 @@ class Batches:
         import torch
 
         view = self.view(visit, index)
-        row = self.cache.row(view)
+        row = self.cache.example(view)
         name = view.sample.id
         shape = tuple(row["latents"].shape)
         if "latents_std" in row:
@@ -105,7 +105,7 @@ class Batches:
     def _shift(self, height: int, width: int) -> float:
         # A family works it out from its files.
         if (height, width) not in self._shifts:
-            self._shifts[height, width] = self.family.shift(height, width)
+            self._shifts[height, width] = self.family.time_shift(height, width)
         return self._shifts[height, width]
 
     def idle(self, step: int) -> Example:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer import dataset
-from trainer.cache import Cache, Part
-from trainer.config import Run, Stage
-from trainer.core import files
+from trainer.cache.store import Cache
+from trainer.config.schema import Run
+from trainer.config.sections import Stage
 from trainer.core.console import refresh_interval
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Sample, Source, Split
 from trainer.dataset.reading import Listing
 from trainer.dataset.view import Transform, TransformedSample
+from trainer.model import Recipe
 
 MASK = "mask"
 
@@ -55,8 +57,8 @@ def prepare(run: Run) -> TrainingData:
     Raises errors.DataError that lists the faults; for stage=check only where nothing is left without them.
     """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
-    digests = files.Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
-    transform = dataset.transform(run.dataset, run.model.multiple)
+    digests = Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
+    transform = dataset.transform(run.dataset, run.model.size_multiple)
     listing = dataset.surveyed(run.dataset, digests, transform, _progress)
     where = dataset.where(run.dataset)
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
@@ -69,13 +71,13 @@ def prepare(run: Run) -> TrainingData:
             raise DataError(f"{error}\n{listing.counted(where)}:\n{listing.listed()}") from None
         raise
     controls = len(split.train[0].controls)
-    if controls not in run.model.controls:
-        least, most = min(run.model.controls), max(run.model.controls)
+    if controls not in run.model.control_counts:
+        least, most = min(run.model.control_counts), max(run.model.control_counts)
         takes = str(most or "none") if least == most else f"{least} to {most}"
         raise UsageError(
             f"{where} has {controls} control pictures a sample, and this model takes {takes}; type another dataset or another model"
         )
-    weights = run.model.digest(digests)
+    weights = run.model.component_digests(digests)
     content = [
         (
             sample.id,
@@ -89,12 +91,12 @@ def prepare(run: Run) -> TrainingData:
         for sample in samples
     ]
     digests.flush()
-    parts = [Part(name, made.fields, made.maker) for name, made in run.model.parts(weights, controls).items()]
+    recipes = run.model.recipes(weights, controls)
     if any(sample.mask for sample in split.train):
-        parts.append(Part(MASK, (MASK,), f"area means over {pixels_a_latent(run)} pixels"))
+        recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_a_latent(run)} pixels")}
     data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return TrainingData(
-        split, transform, Cache(root, parts, verify=run.cache.verify), {"data": data, "weights": weights}, listing
+        split, transform, Cache(root, recipes, verify=run.cache.verify), {"data": data, "weights": weights}, listing
     )
 
 
@@ -114,7 +116,7 @@ def _extras(sample: Sample) -> list:
 def pixels_a_latent(run: Run) -> int:
     """Sides of a picture over those of its latents."""
     width, height = run.dataset.size()
-    return height // run.model.spec(height, width)["latents"][1]
+    return height // run.model.shapes(height, width)["latents"][1]
 
 
 def held_out(run: Run, material: TrainingData, count: int) -> list[TransformedSample]:
@@ -152,5 +154,5 @@ def views(run: Run, material: TrainingData) -> list[TransformedSample]:
 
 def unconditional(run: Run, views: list[TransformedSample]) -> list[TransformedSample]:
     """The views that drawing these needs beside them for classifier-free guidance: the same without captions, where the model asks for it."""
-    asked = run.model.classifier_free and run.sample.guidance != 1
+    asked = run.model.classifier_free_guidance and run.sample.guidance != 1
     return [replace(view, drop_caption=True) for view in views] if asked else []

@@ -8,20 +8,18 @@ from contextlib import closing, nullcontext
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from trainer import config
-from trainer.cache import Cache, Outcome, Part, counted
-from trainer.config import Run
-from trainer.core import files
+from trainer.cache.store import Cache, Entry, Outcome, count_outcomes
+from trainer.config.rules import open_device
+from trainer.config.schema import Run
 from trainer.core.console import refresh_interval
 from trainer.core.errors import StorageError, TrainerError
-from trainer.core.signals import in_worker
+from trainer.core.lock import Lock
+from trainer.core.signals import reset_worker_signals
 from trainer.dataset.view import TransformedSample
 from trainer.training.data import MASK, TrainingData, pixels_a_latent
 
 if TYPE_CHECKING:
     import torch
-
-Entry = tuple[Part, TransformedSample]
 
 
 def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) -> dict[str, int]:
@@ -31,7 +29,7 @@ def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) ->
     cache = material.cache
     missing = cache.missing(wanted)
     # One at a time: a second process would make the same entries, so it waits and finds them there.
-    with files.Lock(cache.root / "filling", wait=True) if missing else nullcontext():
+    with Lock(cache.root / "filling", wait=True) if missing else nullcontext():
         missing = missing and cache.missing(wanted)
         outcomes = (
             _in_processes(run, cache, missing)
@@ -45,12 +43,12 @@ def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) ->
                 outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh_interval(), disable=not missing
             ) as bar,
         ):
-            return counted(cache.parts, bar)
+            return count_outcomes(cache.recipes, bar)
 
 
 def _here(run: Run, cache: Cache, missing: Iterable[Entry]) -> Iterator[Outcome]:
-    device = config.open_device(run)
-    yield from cache.made(missing, _maker(run, device))
+    device = open_device(run)
+    yield from cache.encode_missing(missing, _maker(run, device))
     if device.type == "cuda":
         import torch
 
@@ -60,7 +58,7 @@ def _here(run: Run, cache: Cache, missing: Iterable[Entry]) -> Iterator[Outcome]
 
 def _maker(run: Run, device: torch.device) -> Callable[[str, TransformedSample], torch.Tensor]:
     # Loads nothing before it is first used.
-    encoder = run.model.encoder(device)
+    encoder = run.model.build_encoder(device)
 
     def make(part: str, view: TransformedSample) -> torch.Tensor:
         return _mask(view, pixels_a_latent(run)) if part == MASK else encoder.encode(part, view)
@@ -129,7 +127,7 @@ def _work(run: Run, cache: Cache, share: Sequence[Entry], writer: Connection, th
     """The life of a process: its share of the entries, an outcome each, at last None."""
     import torch
 
-    in_worker()
+    reset_worker_signals()
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     try:

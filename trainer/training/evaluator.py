@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.core.console import print_line
 from trainer.core.errors import StorageError, is_out_of_memory
 from trainer.evaluation.held_out_loss import held_out_loss
@@ -80,7 +80,7 @@ class Evaluator:
         # Closed whatever happens: while it draws, the average is in the weights' place, and a signal must not have that saved.
         with contextlib.closing(images):
             values |= self._keep(images, step, folder, journal, before or folder)
-        journal.metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
+        journal.log_metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
         return values.get("val/loss")
 
     def follow(self) -> None:
@@ -91,7 +91,7 @@ class Evaluator:
     def _asked(self) -> tuple[dict[str, float], Generator[tuple[int, np.ndarray]]]:
         """All for which `evaluate` asks the network: held-out losses, and what it draws, when it is taken."""
         views = held_out(self.run, self.material, self.run.evaluation.samples)
-        rows = [(view.sample.id, self.material.cache.row(view)) for view in views]
+        rows = [(view.sample.id, self.material.cache.example(view)) for view in views]
         with self._judged():
             losses = held_out_loss(self.run.model, self._judging, rows, self.device, self.at_once) if rows else {}
         wanted = drawn(self.run, self.material)
@@ -100,8 +100,8 @@ class Evaluator:
     def draw(self, views: list, seeds: list[int]):
         """The place of a view and its picture, uint8 (H, W, 3), for each view and seed; the parts of `to_draw(views)` must be cached."""
         run, cache = self.run, self.material.cache
-        rows = [cache.row(view) for view in views]
-        bare = [cache.row(view) for view in unconditional(run, views)] or None
+        rows = [cache.example(view) for view in views]
+        bare = [cache.example(view) for view in unconditional(run, views)] or None
         with self._judged():
             yield from generate_images(
                 run.model,
@@ -149,9 +149,9 @@ class Evaluator:
                 strip.save(path, strip.strip(row, across=math.ceil(math.sqrt(len(row)))))
             except StorageError as error:
                 full = f"{error} This evaluation goes without its pictures."
-                journal.event("warning", text=full)
+                journal.log_event("warning", text=full)
                 print_line(full)
                 continue
             words = re.sub(r"[^a-z0-9]+", "_", view.caption.lower()).strip("_")[:40]
-            journal.picture(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
+            journal.log_image(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
         return {"val/psnr": sum(likeness) / len(likeness)} if likeness else {}

@@ -1,0 +1,73 @@
+"""What a cache entry is named after, and the safetensors file it is stored in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from trainer.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.dataset.view import TransformedSample
+    from trainer.model import Recipe
+
+SCHEMA = 1
+"""Increase this if images are decoded or resized differently, or if the file format changes: all entries are then made
+again."""
+
+
+def entry_key(name: str, recipe: Recipe, sample: TransformedSample) -> str:
+    """Returns 64 hex digits, a hash of everything that determines the tensor `name` of the sample."""
+    ingredients = [SCHEMA, name, recipe.digest, {field: sample.content(field) for field in recipe.fields}]
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def describe_source(recipe: Recipe, sample: TransformedSample) -> str:
+    """Returns the names of the files and captions that an entry is made from, for messages."""
+    return ", ".join(text for field in recipe.fields for text in sample.describe(field))
+
+
+def serialize(name: str, key: str, source: str, tensor: Tensor) -> bytes:
+    """Returns the content of an entry's file: the tensor as `value`, and a digest of it.
+
+    Raises errors.DataError if the tensor is not finite.
+    """
+    import torch
+    from safetensors.torch import save
+
+    value = tensor.detach().to("cpu").contiguous()
+    if not torch.isfinite(value).all():
+        raise DataError(f"{source}: its {name} came out of the encoder as NaN or infinity")
+    header = {"part": name, "key": key, "source": source}
+    header["sha256"] = _digest(header, value)
+    # One metadata value only: safetensors writes several in random order, and equal entries should be equal files.
+    return save({"value": value}, {"entry": json.dumps(header, sort_keys=True)})
+
+
+def verify(name: str, key: str, value: Tensor, data: bytes) -> None:
+    """Raises ValueError or KeyError unless `data`, whose tensor is `value`, is what `serialize` returned for this
+    entry.
+    """
+    import torch
+
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = json.loads(metadata["entry"])
+    if (header["part"], header["key"]) != (name, key):
+        raise ValueError("it is the entry of another name")
+    if header["sha256"] != _digest(header, value):
+        raise ValueError("its digest does not match its content")
+    if not torch.isfinite(value).all():
+        raise ValueError("it holds NaN or infinity")
+
+
+def _digest(header: dict[str, str], value: Tensor) -> str:
+    """Returns the hex sha256 of an entry's name, key, source, dtype, shape and bytes."""
+    import torch
+
+    description = [header["part"], header["key"], header["source"], str(value.dtype), list(value.shape)]
+    digest = hashlib.sha256(json.dumps(description).encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
