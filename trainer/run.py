@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import dataset, sweep
+from trainer import dataset
 from trainer.config.groups import option_name
 from trainer.config.identity import flatten, run_id, to_plain
 from trainer.config.rules import check_sharded, memory_remedies, open_device
@@ -36,6 +36,7 @@ from trainer.distributed import sharding
 from trainer.distributed.processes import Processes
 from trainer.stages.check import cut, enlarged
 from trainer.stages.check import data as report_data
+from trainer.sweep.members import parent_run_id, report_folder
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checkpoint_format import Checkpoint as Loaded
 from trainer.training.data import TrainingData, prepare, views
@@ -99,13 +100,13 @@ def fill_cache(run: Run, material: TrainingData) -> None:
 
 def check(run: Run, material: TrainingData) -> None:
     """Print what would be trained; no weights are loaded."""
-    from trainer.method import trained
+    from trainer.method.trainable import trainable_parameters
     from trainer.training.build import foresee
 
     foresee(run)
     network = run.model.meta_model()
     run.method.attach(network, run.model.target_modules, run.seed)
-    whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trained(network).values()))
+    whole, training = (sum(p.numel() for p in group) for group in (network.parameters(), trainable_parameters(network).values()))
     micro_batch = run.hardware.micro_batch_for(run.batch, whole)
     steps, cache = total_steps(run, material), material.cache
     wanted = views(run, material)
@@ -163,7 +164,7 @@ def train(
         """Make the run's folder ours and fill the cache; of a run that is finished what its summary says."""
         nonlocal place, journal
         place = acquire(run, material.digests, stack)
-        sweep.tell(place.folder)
+        report_folder(place.folder)
         if place.finished:
             summary = files.read_json(place.folder / SUMMARY)
             print_line(
@@ -217,7 +218,7 @@ class Training:
         signals: Signals,
         processes: Processes,
     ):
-        from trainer.method import trained
+        from trainer.method.trainable import trainable_parameters
         from trainer.training.build import build
         from trainer.training.evaluator import Evaluator
 
@@ -227,7 +228,7 @@ class Training:
         self.every = run.evaluation.every or max(10, self.steps // 4)
         self.device = open_device(run)
         self.network = processes.build_network(lambda divide: build(run, self.device, divide))
-        self.trained = trained(self.network)
+        self.trained = trainable_parameters(self.network)
         self.optimizer = run.optimizer.build(self.trained.values(), run.seed)
         # What besides weights and optimizer a resumed run must know: the step last evaluated, its loss, the best and how long it is ago, how
         # many steps in a row were not finite.
@@ -555,7 +556,7 @@ def open_tracker(run: Run, place: RunFolder, journal: Journal, overrides: list[s
         params={name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()},
         tags=provenance.tags(run, place.folder, place.id, place.manifest, attempt["number"], attempt["machine"]),
         description=provenance.description(run, place.folder, attempt["counts"]),
-        parent=sweep.parent(),
+        parent=parent_run_id(),
     )
 
 

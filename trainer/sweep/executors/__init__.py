@@ -1,0 +1,47 @@
+"""The interface between a sweep and the system that runs its members.
+
+An executor for another system, such as SLURM (submitit) or Ray, is a file in this package and a Hydra launcher that
+creates it, see `hydra_plugins/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+Handle = TypeVar("Handle")
+"""What an executor needs to know about a member that it has started, such as a process or the ID of a job."""
+
+
+class Executor(ABC, Generic[Handle]):
+    """Starts, polls and stops the members of a sweep.
+
+    The executor decides how many members run at the same time and which part of the machine or cluster each one gets.
+    """
+
+    slots: int
+    """Number of members that may run at the same time."""
+
+    @abstractmethod
+    def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> Handle:
+        """Starts a member and returns at once. Called only while fewer than `slots` members run.
+
+        Args:
+            command: Command line of the member.
+            environment: All environment variables of the member.
+            log: File that receives everything the member prints. An existing file is replaced.
+        """
+
+    @abstractmethod
+    def poll(self, handle: Handle) -> int | None:
+        """Returns the exit code of the member, -N if signal N killed it, or None while it runs."""
+
+    @abstractmethod
+    def stop(self, handle: Handle, number: int) -> None:
+        """Sends a signal to the member.
+
+        On SIGINT and SIGTERM it saves and exits. SIGKILL also kills its child processes and must not wait for anything,
+        because it is sent from a signal handler.
+        """

@@ -1,0 +1,121 @@
+"""The members of a sweep: their states, and how a member communicates with the sweep that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trainer.core import files
+
+PARENT_RUN_VARIABLE = "TRAINER_PARENT_RUN"
+"""Environment variable with the tracker's ID of the sweep."""
+REPORT_VARIABLE = "TRAINER_RESULT"
+"""Environment variable with the path of the JSON file in which a member reports its run folder."""
+
+
+class State(StrEnum):
+    """State of a member, as stored in `sweep.json`."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Member:
+    """One run of a sweep. Its fields are stored in `sweep.json`."""
+
+    number: int
+    overrides: list[str]
+    varied: dict[str, str] = field(default_factory=dict)
+    """Those settings of the member that differ between members."""
+    status: State = State.WAITING
+    code: int | None = None
+    """Exit code, or -N if signal N killed the process."""
+    reason: str = ""
+    """Why the member did not finish."""
+    log: str = ""
+    """File with everything that the member printed."""
+    folder: str | None = None
+    """Run folder; None if the member ended before it had one."""
+    best_loss: float | None = None
+    last_loss: float | None = None
+    psnr: float | None = None
+    """In dB."""
+    minutes: float | None = None
+    """Duration of all attempts."""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Member:
+        """Returns the member whose fields were read from `sweep.json`."""
+        return cls(**fields | {"status": State(fields["status"])})
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides as key -> value."""
+        return {key: value for key, _, value in (text.lstrip("+").partition("=") for text in self.overrides)}
+
+    @property
+    def title(self) -> str:
+        """The settings that distinguish the member from the others."""
+        return " ".join(f"{key}={value}" for key, value in self.varied.items()) or "defaults"
+
+
+def set_varied(members: Sequence[Member]) -> None:
+    """Sets `varied` of all members."""
+    settings = [member.settings for member in members]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    varied = [key for key in keys if len({own.get(key) for own in settings}) > 1]
+    for member, own in zip(members, settings, strict=True):
+        member.varied = {key: own[key] for key in varied if key in own}
+
+
+def varied_values(members: Sequence[Member]) -> dict[str, list[str]]:
+    """Returns the values of each setting that differs between members."""
+    values: dict[str, dict[str, None]] = {}
+    for member in members:
+        for key, value in member.varied.items():
+            values.setdefault(key, {})[value] = None
+    return {key: list(found) for key, found in values.items()}
+
+
+def failure_reason(log: Path, code: int) -> str:
+    """Returns why a member did not finish: the signal that killed it, or the last line of its log."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (as the kernel does when memory runs out)" if name == "SIGKILL" else "")
+    try:
+        lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+    except OSError:
+        lines = []
+    return next((" ".join(line.split())[:500] for line in reversed(lines) if line.strip()), f"exit code {code}")
+
+
+def member_environment(report: Path, parent_run: str | None) -> dict[str, str]:
+    """Returns the environment variables of a member's process.
+
+    The member writes its run folder to `report` and is shown under `parent_run` by the tracker.
+    """
+    environment = {**os.environ, REPORT_VARIABLE: str(report.absolute()), "PYTHONFAULTHANDLER": "1"}
+    environment.pop(PARENT_RUN_VARIABLE, None)
+    if parent_run:
+        environment[PARENT_RUN_VARIABLE] = parent_run
+    return environment
+
+
+def parent_run_id() -> str | None:
+    """Returns the tracker's ID of the sweep that this process is a member of, if any."""
+    return os.environ.get(PARENT_RUN_VARIABLE) or None
+
+
+def report_folder(folder: Path) -> None:
+    """Reports the run folder of this process to the sweep that started it, if any."""
+    if path := os.environ.get(REPORT_VARIABLE):
+        files.write_json(Path(path), {"folder": str(folder)})

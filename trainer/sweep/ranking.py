@@ -1,0 +1,108 @@
+"""Ranks the members of a sweep by held-out loss, and formats the ranking as tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+from trainer.sweep.members import Member, State, varied_values
+
+CSV_FIELDS = ("best_loss", "last_loss", "psnr", "minutes", "status", "code", "reason", "folder", "log")
+
+
+class HeatMap(NamedTuple):
+    """Best held-out loss over the values of two settings."""
+
+    x: tuple[str, list[float]]
+    """Name and values of the setting that varies across columns."""
+    y: tuple[str, list[float]]
+    """Name and values of the setting that varies across rows."""
+    losses: list[list[float]]
+    """Losses by row and column; NaN where there is none."""
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def rank(members: Sequence[Member]) -> list[Member]:
+    """Returns the members that finished with a held-out loss, best first."""
+    losses = [
+        (member.best_loss, member.number, member)
+        for member in members
+        if member.status == State.FINISHED and is_finite(member.best_loss)
+    ]
+    return [member for _, _, member in sorted(losses, key=lambda entry: entry[:2])]
+
+
+def unranked(members: Sequence[Member]) -> list[Member]:
+    """Returns the members that have no rank."""
+    ranked = rank(members)
+    return [member for member in members if member not in ranked]
+
+
+def markdown_table(members: Sequence[Member]) -> str:
+    """Returns a table of the ranked members and then the others, and below it the reasons why members failed."""
+    keys = list(varied_values(members))
+    rows = [["rank", *keys, "val/loss best", "last", "val/psnr", "minutes", "status", "folder"]]
+    rows.append(["---"] * len(rows[0]))
+    for place, member in enumerate(rank(members), 1):
+        rows.append([f"{place}", *_cells(member, keys), member.status, f"`{member.folder}`"])
+    others = unranked(members)
+    for member in others:
+        rows.append(["", *_cells(member, keys), member.status, f"`{member.folder}`" if member.folder else ""])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    reasons = "\n".join(f"- {member.title}: {member.reason} (log `{member.log}`)" for member in others if member.reason)
+    return f"{table}\n\n{reasons}\n" if reasons else f"{table}\n"
+
+
+def csv_table(members: Sequence[Member]) -> str:
+    """Returns the ranking as CSV, with all digits."""
+    keys, ranked = list(varied_values(members)), rank(members)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["rank", "member", *keys, *CSV_FIELDS])
+    places = [*range(1, len(ranked) + 1), *[""] * (len(members) - len(ranked))]
+    for place, member in zip(places, [*ranked, *unranked(members)], strict=True):
+        values = [member.varied.get(key, "") for key in keys]
+        table.writerow([place, member.number, *values, *(getattr(member, name) for name in CSV_FIELDS)])
+    return text.getvalue()
+
+
+def align(table: str) -> str:
+    """Formats a Markdown table for the terminal, with columns padded to equal width. Keeps list items below it."""
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [line for line in table.splitlines() if line.startswith("- ")])
+
+
+def heat_map(members: Sequence[Member]) -> HeatMap | None:
+    """Returns the losses over two varied settings; None unless exactly two settings vary and both are numbers."""
+    try:
+        axes = {key: sorted({float(value) for value in values}) for key, values in varied_values(members).items()}
+    except ValueError:
+        return None
+    if len(axes) != 2:
+        return None
+    (y, rows), (x, columns) = axes.items()
+    losses = [[math.nan] * len(columns) for _ in rows]
+    for member in rank(members):
+        assert member.best_loss is not None
+        losses[rows.index(float(member.varied[y]))][columns.index(float(member.varied[x]))] = member.best_loss
+    return HeatMap((x, columns), (y, rows), losses)
+
+
+def _cells(member: Member, keys: Sequence[str]) -> list[str]:
+    numbers = (member.best_loss, ".4f"), (member.last_loss, ".4f"), (member.psnr, ".2f"), (member.minutes, ".1f")
+    return [member.varied.get(key, "") for key in keys] + [
+        format(value, form) if is_finite(value) else "" for value, form in numbers
+    ]
