@@ -20,9 +20,13 @@ from PIL import Image
 from trainer import dataset
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.dataset import Demo, ImageFolder, Pairs, Sample, Task
-from trainer.dataset.picture import FileSource, fit
-from trainer.dataset.reading import Listing
+from trainer.dataset.demo import Demo, Task
+from trainer.dataset.imagefolder import ImageFolder
+from trainer.dataset.pairs import Pairs
+from trainer.dataset.sample import Sample
+from trainer.dataset.image import fit
+from trainer.dataset.source import FileSource
+from trainer.dataset.listing import Listing
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -604,7 +608,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(
 def test_listing_reads_headers_only(tmp_path: Path, digests: Digests, monkeypatch):
     folder = make_pairs(tmp_path / "set", ["a", "b"])
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
-    monkeypatch.setattr(Digests, "of", lambda self, path: pytest.fail("bytes were hashed"))
+    monkeypatch.setattr(Digests, "sha256", lambda self, path: pytest.fail("bytes were hashed"))
     assert len(dataset.read(Pairs(path=str(folder)), digests)) == 2
 
 

@@ -363,14 +363,14 @@ def train_losses(folder: Path) -> dict[int, float]:
 
 # (where, how often before, after the call or before it)
 MOMENTS = [
-    ("trainer.dataset:split", 1, False),
-    ("trainer.cache:Cache.put", 7, False),
+    ("trainer.dataset.splitting:split_samples", 1, False),
+    ("trainer.cache.store:Cache.put", 7, False),
     ("trainer.training.build:build", 1, True),
     ("trainer.training.evaluator:held_out_loss", 1, False),
     ("trainer.training.evaluator:held_out_loss", 2, True),
     ("trainer.training.evaluator:held_out_loss", 4, True),
     ("trainer.training.provenance:Progress.step", 3, False),
-    ("trainer.dataset.strip:save", 5, False),
+    ("trainer.dataset.image_grid:save_png", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
     ("trainer.tracking.journal:Journal.log_metrics", 4, False),
@@ -856,17 +856,17 @@ ELSEWHERE = {
     "F02": ["test_checkpoint.py::test_a_death_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint"],
     "F04": ["test_checkpoint.py::test_a_hundred_random_flipped_bits_are_all_found"],
     "F17": [
-        "test_cache.py::test_what_an_encoder_makes_of_nothing_is_refused_with_the_sample_named",
-        "test_cache.py::test_a_nan_planted_in_an_entry_is_refused_though_its_digest_is_right",
+        "test_cache.py::test_non_finite_encoder_output_is_refused_and_the_sample_named",
+        "test_cache.py::test_a_nan_in_an_entry_is_refused_even_if_its_digest_is_right",
     ],
     "F19": [
-        "test_cache.py::test_an_edited_caption_costs_one_prompt_and_no_picture",
-        "test_cache.py::test_a_picture_replaced_under_its_name_size_and_time_is_made_again",
-        "test_cache.py::test_another_encoder_template_or_schema_makes_its_part_again",
+        "test_cache.py::test_an_edited_caption_makes_one_prompt_again_and_no_image",
+        "test_cache.py::test_a_replaced_image_of_equal_name_size_and_mtime_is_encoded_again",
+        "test_cache.py::test_another_encoder_template_or_schema_makes_its_tensor_again",
     ],
     "F20": [
-        "test_cache.py::test_two_processes_that_fill_one_cache_make_what_one_makes",
-        "test_cache.py::test_a_killed_writer_leaves_no_torn_entry",
+        "test_cache.py::test_processes_that_fill_one_cache_make_the_entries_of_a_single_one",
+        "test_cache.py::test_a_killed_writer_leaves_no_truncated_entry",
     ],
     "F21": [
         "test_dataset.py -k truncated or html or cmyk or sixteen or alpha or exif or animation or thin or say_what_they_are"

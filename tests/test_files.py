@@ -1,3 +1,5 @@
+"""Atomic writes, safetensors files, remembered digests and the lock."""
+
 from __future__ import annotations
 
 import errno
@@ -11,59 +13,61 @@ from pathlib import Path
 
 import pytest
 
-from trainer.core import errors, files
+from trainer.core import digests, errors, files, tensor_files
+from trainer.core.digests import Digests, sha256
+from trainer.core.lock import Lock
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory) -> Path:
-    """A folder of files old enough to be remembered; a ctime cannot be set back, so they have to age."""
-    folder = tmp_path_factory.mktemp("old")
+def aged(tmp_path_factory) -> Path:
+    """A folder of files that are old enough to be remembered. A ctime cannot be set back, so this has to wait."""
+    folder = tmp_path_factory.mktemp("aged")
     for number in range(8):
         (folder / str(number)).write_text(str(number))
     time.sleep(2.1)
     return folder
 
 
-def counted(monkeypatch) -> list[int]:
-    """Counts the files that are really hashed."""
-    count, real = [0], files.hashlib.file_digest
+def count_hashed(monkeypatch) -> list[int]:
+    """Returns a list whose only item counts the files that are actually hashed."""
+    count, file_digest = [0], digests.hashlib.file_digest
 
-    def digest(*arguments):
+    def counting(*arguments):
         count[0] += 1
-        return real(*arguments)
+        return file_digest(*arguments)
 
-    monkeypatch.setattr(files.hashlib, "file_digest", digest)
+    monkeypatch.setattr(digests.hashlib, "file_digest", counting)
     return count
 
 
-def test_a_written_file_holds_what_was_given_and_leaves_nothing_beside_it(tmp_path):
+def test_write_replaces_a_file_and_leaves_no_other(tmp_path):
     files.write(tmp_path / "new" / "note.txt", "größer")
     files.write(tmp_path / "new" / "note.txt", b"bytes")
     assert (tmp_path / "new" / "note.txt").read_bytes() == b"bytes"
     assert os.listdir(tmp_path / "new") == ["note.txt"]
 
 
-def test_json_comes_back_equal_infinity_too(tmp_path):
+def test_json_is_read_back_equal_including_infinity(tmp_path):
     value = {"loss": float("inf"), "name": "ß", "list": [1, None, True, 0.1 + 0.2]}
     files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == value
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_not_json_is_bad_data_and_names_the_file(tmp_path, content):
+def test_invalid_json_is_a_data_error_that_names_the_file(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(errors.DataError, match="a.json"):
         files.read_json(tmp_path / "a.json")
 
 
-def test_a_missing_file_and_a_place_that_cannot_be_written_are_storage_errors_in_one_paragraph(tmp_path):
+def test_missing_files_and_unwritable_paths_are_storage_errors_of_one_paragraph(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for action in (
         lambda: files.read_json(tmp_path / "missing.json"),
-        lambda: files.sha256(tmp_path / "missing"),
+        lambda: sha256(tmp_path / "missing"),
         lambda: files.write(tmp_path / "file" / "below", b""),
         lambda: files.write(Path("/proc/nothing/can/be/made/here"), b""),
-        lambda: files.Lock(tmp_path / "file" / "lock").__enter__(),
+        lambda: Lock(tmp_path / "file" / "lock").__enter__(),
     ):
         with pytest.raises(errors.StorageError) as caught:
             action()
@@ -71,7 +75,7 @@ def test_a_missing_file_and_a_place_that_cannot_be_written_are_storage_errors_in
         assert caught.value.code == 74
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_write_that_fails_halfway_leaves_only_the_old_file(tmp_path):
     script = """
 import resource, sys
 from pathlib import Path
@@ -92,16 +96,16 @@ except errors.StorageError as error:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_block_that_raises_replaces_nothing(tmp_path):
+def test_replace_file_keeps_the_old_file_if_the_block_raises(tmp_path):
     files.write(tmp_path / "a", b"old")
-    with pytest.raises(RuntimeError), files.replacing(tmp_path / "a") as temporary:
+    with pytest.raises(RuntimeError), files.replace_file(tmp_path / "a") as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_tensors_that_share_memory_or_are_not_contiguous_are_saved_as_they_look(tmp_path):
+def test_tensors_that_share_memory_or_are_not_contiguous_can_be_saved(tmp_path):
     import torch
     from safetensors.torch import load_file
 
@@ -116,93 +120,90 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved_as_they_look(
     }
     folder = tmp_path / "readable by all"
     folder.mkdir()
-    files.save_tensors(folder / "a.safetensors", tensors)
+    tensor_files.save_tensors(folder / "a.safetensors", tensors)
     loaded = load_file(folder / "a.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert (
-            torch.equal(loaded[name], tensor)
-            and loaded[name].dtype == tensor.dtype
-            and loaded[name].shape == tensor.shape
-        )
+        assert torch.equal(loaded[name], tensor)
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
     (folder / "plain").touch()
     assert (folder / "a.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
 
 
-def test_tensors_that_cannot_be_saved_give_an_os_error_with_its_number(tmp_path):
+def test_a_failed_save_of_tensors_is_an_os_error_with_its_errno(tmp_path):
     import torch
 
     with pytest.raises(OSError) as caught:
-        files.save_tensors(tmp_path / "no folder" / "a", {"a": torch.zeros(3)})
+        tensor_files.save_tensors(tmp_path / "no folder" / "a", {"a": torch.zeros(3)})
     assert caught.value.errno == errno.ENOENT
 
 
-def test_a_digest_is_that_of_sha256sum(tmp_path):
+def test_sha256_matches_sha256sum(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert files.sha256(tmp_path / "a") == files.Digests(tmp_path / "d.sqlite").of(tmp_path / "a") == expected
+    assert sha256(tmp_path / "a") == Digests(tmp_path / "d.sqlite").sha256(tmp_path / "a") == expected
 
 
-def test_digests_are_remembered_by_later_processes_until_the_bytes_change(old, tmp_path, monkeypatch):
-    paths = [old / str(number) for number in range(5)]
-    hashed = counted(monkeypatch)
-    first = files.Digests(tmp_path / "d.sqlite")
-    digests = [first.of(path) for path in paths]
+def test_digests_are_remembered_until_the_bytes_change(aged, tmp_path, monkeypatch):
+    paths = [aged / str(number) for number in range(5)]
+    hashed = count_hashed(monkeypatch)
+    first = Digests(tmp_path / "d.sqlite")
+    expected = [first.sha256(path) for path in paths]
     first.flush()
     assert hashed == [5]
-    assert [files.Digests(tmp_path / "d.sqlite").of(path) for path in paths] == digests
+    assert [Digests(tmp_path / "d.sqlite").sha256(path) for path in paths] == expected
     assert hashed == [5]
-    assert [files.Digests(tmp_path / "d.sqlite", verify=True).of(path) for path in paths] == digests
+    assert [Digests(tmp_path / "d.sqlite", verify=True).sha256(path) for path in paths] == expected
     assert hashed == [10]
 
-    # Other bytes under the same name, size and time: the ctime tells.
+    # Other bytes under the same name, size and mtime are noticed by the ctime.
     status = paths[0].stat()
     paths[0].write_text("x")
     os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     assert paths[0].stat().st_mtime_ns == status.st_mtime_ns
-    assert files.Digests(tmp_path / "d.sqlite").of(paths[0]) == files.sha256(paths[0]) != digests[0]
+    assert Digests(tmp_path / "d.sqlite").sha256(paths[0]) == sha256(paths[0]) != expected[0]
 
 
-def test_a_file_written_just_now_is_not_remembered_since_it_may_change_within_the_clocks_tick(tmp_path, monkeypatch):
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a")
-    hashed = counted(monkeypatch)
-    digests = files.Digests(tmp_path / "d.sqlite")
-    digests.of(tmp_path / "a")
-    digests.of(tmp_path / "a")
+    hashed = count_hashed(monkeypatch)
+    database = Digests(tmp_path / "d.sqlite")
+    database.sha256(tmp_path / "a")
+    database.sha256(tmp_path / "a")
     assert hashed == [2]
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"not a database at all", b"SQLite format 3\0" + bytes(84), "another table", "a folder"]
 )
-def test_a_broken_database_of_digests_only_means_hashing_again(old, tmp_path, content):
-    database = tmp_path / "d.sqlite"
+def test_a_damaged_database_is_ignored_and_files_hashed_again(aged, tmp_path, content):
+    path = tmp_path / "d.sqlite"
     if content == "another table":
-        with sqlite3.connect(database) as connection:
+        with sqlite3.connect(path) as connection:
             connection.execute("CREATE TABLE digests (other INTEGER)")
     elif content == "a folder":
-        database.mkdir()
+        path.mkdir()
     else:
-        database.write_bytes(content)
-    digests = files.Digests(database)
-    assert digests.of(old / "7") == files.sha256(old / "7")
-    digests.flush()
-    assert files.Digests(database).of(old / "7") == files.sha256(old / "7")
+        path.write_bytes(content)
+    database = Digests(path)
+    assert database.sha256(aged / "7") == sha256(aged / "7")
+    database.flush()
+    assert Digests(path).sha256(aged / "7") == sha256(aged / "7")
 
 
-def test_four_processes_share_one_database_of_digests_and_lose_no_row(old, tmp_path):
+def test_four_processes_share_one_database_and_lose_no_row(aged, tmp_path):
     database = tmp_path / "new" / "d.sqlite"
     script = """
 import sys
 from pathlib import Path
-from trainer.core import files
+from trainer.core.digests import Digests
 sys.stdin.read()
 for path in sys.argv[2:]:
-    digests = files.Digests(Path(sys.argv[1]))
-    digests.of(Path(path))
+    digests = Digests(Path(sys.argv[1]))
+    digests.sha256(Path(path))
     digests.flush()
 """
-    paths = [old / str(number) for number in range(1, 8)]
+    paths = [aged / str(number) for number in range(1, 8)]
     children = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(database), *map(str, paths[number : number + 4])], stdin=subprocess.PIPE
@@ -212,30 +213,31 @@ for path in sys.argv[2:]:
     for child in children:
         child.stdin.close()
     assert [child.wait() for child in children] == [0] * 4
-    assert len(files.Digests(database)._known) == 7
+    assert len(Digests(database)._known) == 7
 
 
-def test_ten_thousand_known_files_are_looked_up_well_within_a_second(old, tmp_path):
-    name, state = files._identity((old / "7").stat())
-    with sqlite3.connect(tmp_path / "d.sqlite") as database:
-        database.execute("CREATE TABLE digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
-        database.executemany(
+def test_ten_thousand_remembered_files_are_looked_up_within_a_second(aged, tmp_path):
+    name, state = digests._row_of((aged / "7").stat())
+    with sqlite3.connect(tmp_path / "d.sqlite") as connection:
+        connection.execute("CREATE TABLE digests (file TEXT PRIMARY KEY, state TEXT, sha256 TEXT) WITHOUT ROWID")
+        connection.executemany(
             "INSERT INTO digests VALUES (?, ?, ?)", [(f"1:{number}", state, "0" * 64) for number in range(10_000)]
         )
-        database.execute("INSERT INTO digests VALUES (?, ?, ?)", (name, state, files.sha256(old / "7")))
+        connection.execute("INSERT INTO digests VALUES (?, ?, ?)", (name, state, sha256(aged / "7")))
     start = time.perf_counter()
-    digests = files.Digests(tmp_path / "d.sqlite")
+    database = Digests(tmp_path / "d.sqlite")
     for _ in range(10_000):
-        digests.of(old / "7")
+        database.sha256(aged / "7")
     assert time.perf_counter() - start < 1
 
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from trainer.core import errors, files
+from trainer.core import errors
+from trainer.core.lock import Lock
 try:
-    with files.Lock(Path(sys.argv[1])):
+    with Lock(Path(sys.argv[1])):
         if "fork" in sys.argv and os.fork() == 0:
             os.write(1, f"child {os.getpid()}\\n".encode())
             time.sleep(60)
@@ -252,7 +254,7 @@ def start_owner(path: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_second_process_is_refused_at_once_with_the_owners_name_and_may_follow_it(tmp_path):
+def test_a_second_process_is_refused_with_the_owners_name_until_it_ends(tmp_path):
     path = tmp_path / "run" / "lock"
     owner = start_owner(path)
     pid = owner.stdout.readline().split()[1]
@@ -261,24 +263,24 @@ def test_a_second_process_is_refused_at_once_with_the_owners_name_and_may_follow
     message = second.communicate(timeout=10)[0]
     assert second.returncode == 75 and time.perf_counter() - start < 2
     assert f"process {pid} on " in message and str(path.parent) in message and message.count("\n") == 1
-    with pytest.raises(errors.LockedError, match=pid), files.Lock(path):
+    with pytest.raises(errors.LockedError, match=pid), Lock(path):
         pass
     owner.communicate(timeout=10)
     assert owner.returncode == 0
-    with files.Lock(path), pytest.raises(errors.LockedError, match=str(os.getpid())), files.Lock(path):
+    with Lock(path), pytest.raises(errors.LockedError, match=str(os.getpid())), Lock(path):
         pass
     assert path.exists()
 
 
-def test_the_lock_of_a_killed_owner_is_taken_over_even_while_its_forked_worker_lives(tmp_path):
+def test_the_lock_of_a_killed_owner_is_released_even_while_its_forked_worker_lives(tmp_path):
     path = tmp_path / "lock"
     owner = start_owner(path, "fork")
-    lines = dict(owner.stdout.readline().split() for _ in range(2))
+    pids = dict(owner.stdout.readline().split() for _ in range(2))
     try:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-        os.kill(int(lines["child"]), 0)
-        with files.Lock(path):
+        os.kill(int(pids["child"]), 0)
+        with Lock(path):
             assert f"process {os.getpid()} " in path.read_text()
     finally:
-        os.kill(int(lines["child"]), signal.SIGKILL)
+        os.kill(int(pids["child"]), signal.SIGKILL)

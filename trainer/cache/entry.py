@@ -11,7 +11,7 @@ from trainer.core.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.dataset.view import TransformedSample
+    from trainer.dataset.transform import TransformedSample
     from trainer.model import Recipe
 
 SCHEMA = 1
@@ -21,7 +21,7 @@ again."""
 
 def entry_key(name: str, recipe: Recipe, sample: TransformedSample) -> str:
     """Returns 64 hex digits, a hash of everything that determines the tensor `name` of the sample."""
-    ingredients = [SCHEMA, name, recipe.digest, {field: sample.content(field) for field in recipe.fields}]
+    ingredients = [SCHEMA, name, recipe.digest, {field: sample.content_key(field) for field in recipe.fields}]
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 

@@ -14,12 +14,12 @@ from trainer.cache import entry
 from trainer.core import files
 from trainer.core.errors import DataError
 from trainer.core.lock import Lock
-from trainer.dataset.sample import FAULTS_LISTED
+from trainer.dataset.listing import MAX_FAULTS_SHOWN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.dataset.view import TransformedSample
+    from trainer.dataset.transform import TransformedSample
     from trainer.model import Recipe
 
 MEMORY = 2**30
@@ -86,7 +86,9 @@ class Cache:
             missing += [(name, wanted[key]) for key in sorted(wanted.keys() - present)]
         return missing
 
-    def encode_missing(self, missing: Iterable[Entry], encode: Callable[[str, TransformedSample], Tensor]) -> Iterator[Outcome]:
+    def encode_missing(
+        self, missing: Iterable[Entry], encode: Callable[[str, TransformedSample], Tensor]
+    ) -> Iterator[Outcome]:
         """Makes the entries that `missing` returned and yields their outcomes.
 
         `encode(name, sample)` returns a tensor.
@@ -249,7 +251,7 @@ def count_outcomes(names: Iterable[str], outcomes: Iterable[Outcome]) -> dict[st
             counts[name] += 1
         else:
             faults[fault] = None
-            if len(faults) == FAULTS_LISTED:
+            if len(faults) == MAX_FAULTS_SHOWN:
                 break
     if faults:
         raise DataError("\n  ".join([f"{len(faults)} faults when encoding. Repair or remove these samples:", *faults]))

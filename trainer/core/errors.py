@@ -1,7 +1,7 @@
-"""How a run ends other than by finishing: one exception a cause, each with its exit code.
+"""Exceptions that end a run, each with its exit code.
 
-The message is what the user reads: one clear paragraph that says what is wrong, where, and what to type instead.
-The codes follow sysexits.h where it has one, and the shell's 128 + signal for interruptions.
+The message is what the user reads: one clear paragraph that says what is wrong, where, and what to type instead. Exit
+codes follow sysexits.h where it has one, and the shell's convention of 128 + signal for interruptions.
 """
 
 from __future__ import annotations
@@ -10,55 +10,55 @@ import errno
 
 
 class TrainerError(Exception):
-    """A known way for a run to end; `code` is what the process returns."""
+    """An expected way for a run to end. `code` is the exit code of the process."""
 
     code = 1
 
 
 class UsageError(TrainerError):
-    """A setting that is unknown, impossible or contradicts another."""
+    """A setting is unknown, impossible or contradicts another."""
 
     code = 64
 
 
 class DataError(TrainerError):
-    """A data set, cache entry or checkpoint that cannot be read as what it claims to be."""
+    """A dataset, cache entry or checkpoint is invalid or damaged."""
 
     code = 65
 
 
 class WeightsError(TrainerError):
-    """Weights that are not to be had: offline, gated, mistyped."""
+    """Weights are not available: offline, gated or a mistyped name."""
 
     code = 69
 
 
 class NonFiniteError(TrainerError):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient is NaN or infinite."""
 
     code = 70
 
 
 class OutOfMemoryError(TrainerError):
-    """The device has no room for the smallest piece of work."""
+    """Memory does not suffice, not even for a single sample."""
 
     code = 71
 
 
 class StorageError(TrainerError):
-    """A file that cannot be written or read, a loader process that died."""
+    """A file cannot be read or written, or a worker process died."""
 
     code = 74
 
 
 class LockedError(TrainerError):
-    """Another live process owns the run folder."""
+    """Another running process owns the run folder."""
 
     code = 75
 
 
 class FollowerExit(TrainerError):
-    """Of several processes that train together the main one has ended with this code, and has said why."""
+    """Ends a follower process without a message, because the main process ended with this code and has printed why."""
 
     def __init__(self, code: int):
         super().__init__()
@@ -66,9 +66,10 @@ class FollowerExit(TrainerError):
 
 
 class Interrupted(BaseException):
-    """SIGINT (130) or SIGTERM (143); state up to the last finished step is kept.
+    """SIGINT (exit code 130) or SIGTERM (143) arrived.
 
-    No Exception, as KeyboardInterrupt is none: it may come anywhere, and libraries catch Exception around imports and readers of files.
+    Like KeyboardInterrupt this is not an Exception: it may be raised anywhere, and libraries catch Exception around
+    imports and while they read files.
     """
 
     def __init__(self, signal: int):
@@ -77,10 +78,10 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether what failed is an allocation: Python's, torch's on any device, or that of a library below."""
+    """Returns whether the error is a failed allocation: in Python, in torch on any device, or in another library."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     )

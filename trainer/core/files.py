@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests that are remembered, a lock that a dead owner cannot keep."""
+"""Atomic writes: after a crash a file or folder holds its old content or its new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.core import errors
 
-if TYPE_CHECKING:
-    pass
-
 PARTIAL_PREFIX = ".partial-"
-"""How the name of an unfinished file or folder begins; nobody may read what is behind it."""
+"""Names of unfinished files and folders begin with this. Readers must ignore them."""
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Put `data` (text as UTF-8) at `path`: after a crash the file holds the old bytes or the new, never a part. Makes missing folders.
+    """Writes a file atomically, text as UTF-8, and creates missing folders.
 
-    Raises errors.StorageError where the file cannot be written; then the old file is as it was.
+    Raises errors.StorageError and leaves the old file unchanged if it cannot be written.
     """
     with replace_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -32,9 +29,9 @@ def write(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Lends a name to write one file to, which becomes `path` when the block ends well and is removed when it does not.
+    """Yields a temporary path to write a file to. It replaces `path` when the block ends, and is removed if it raises.
 
-    An OSError, of the block or of the renaming, becomes errors.StorageError; then `path` is as it was. Makes missing folders.
+    An OSError, inside the block or from the replacement, becomes errors.StorageError. Creates missing folders.
     """
     temporary = temporary_path(path)
     with storage_errors("write", path):
@@ -51,9 +48,10 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Like `replace_file`, for a folder: lends a new one, which takes the place of `path` (whatever that is) when the block ends well.
+    """Like `replace_file` for a folder: yields a new folder that replaces whatever is at `path` when the block ends.
 
-    Between its two renames a reader finds no `path`, and a process killed there leaves the old one under a partial name.
+    This takes two renames. Between them readers find nothing at `path`, and a process that is killed there leaves the
+    old folder under a temporary name.
     """
     temporary, old = temporary_path(path), temporary_path(path)
     with storage_errors("write", path):
@@ -78,36 +76,40 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Like `write`, for a value made of what JSON has. NaN and infinity are kept as Python spells them."""
+    """Writes a JSON file atomically. NaN and infinity are written as Python's `json` does."""
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises errors.StorageError where it cannot be read, errors.DataError where it is not JSON."""
+    """Returns the value in a JSON file.
+
+    Raises errors.StorageError if it cannot be read, errors.DataError if it is not JSON.
+    """
     with storage_errors("read", path):
         data = path.read_bytes()
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise errors.DataError(
-            f"{path} is not the JSON file it claims to be: {error}. Restore it, or move it away."
-        ) from None
+        raise errors.DataError(f"{path} is not valid JSON: {error}. Restore it, or move it away.") from None
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, for what is not finished."""
+    """Returns a unique path in the same folder, for a file or folder that is not finished yet."""
     return path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what dead processes left unfinished in a folder and below it, where only this process works. Raises errors.StorageError."""
+    """Deletes all unfinished files and folders below a folder, in which no other process may be writing.
+
+    Raises errors.StorageError.
+    """
     with storage_errors("clean", folder):
         for path in sorted(folder.rglob(f"{PARTIAL_PREFIX}*")):
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with all that is in it. Raises OSError."""
+    """Deletes a file, a link, or a folder with its content. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -115,7 +117,7 @@ def remove(path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes (or a folder's names) are on the disk. Raises OSError."""
+    """Waits until the content of a file, or the list of names in a folder, is on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,33 +126,33 @@ def fsync(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk. Raises OSError."""
+    """Waits until the list of names in a folder is on disk, where the file system can. Raises OSError."""
     try:
         fsync(path)
     except OSError as error:
-        # Some network file systems cannot sync a folder and say EINVAL; their renames are as durable as they get.
+        # Some network file systems cannot sync folders and return EINVAL. Nothing more can be done there.
         if error.errno != errno.EINVAL:
             raise
 
 
 @contextlib.contextmanager
 def storage_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an OSError inside into errors.StorageError that names `path` ("Could not <verb> <path>: reason")."""
+    """Turns an OSError inside the block into errors.StorageError: "Could not <verb> <path>: <reason>" and a remedy."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno, "")
+        remedy = _REMEDIES.get(error.errno or 0, "")
         raise errors.StorageError(f"Could not {verb} {path}: {error.strerror or error}.{remedy}") from error
 
 
 _CHOOSE = "choose another folder with out=<folder>."
 _REMEDIES = {
-    errno.ENOSPC: f" Free some space there, or {_CHOOSE}",
-    errno.EDQUOT: f" Free some of your quota there, or {_CHOOSE}",
-    errno.EFBIG: f" Raise the limit on the size of a file (ulimit -f), or {_CHOOSE}",
-    errno.EROFS: f" Make it writable, or {_CHOOSE}",
-    errno.EACCES: f" Ask for the right to it, or {_CHOOSE}",
-    errno.EPERM: f" Ask for the right to it, or {_CHOOSE}",
-    errno.ENOTDIR: f" A file stands where a folder should be: move it away, or {_CHOOSE}",
-    errno.EEXIST: f" A file stands where a folder should be: move it away, or {_CHOOSE}",
+    errno.ENOSPC: f" Free some disk space, or {_CHOOSE}",
+    errno.EDQUOT: f" Free some of your disk quota, or {_CHOOSE}",
+    errno.EFBIG: f" Raise the limit on file sizes (ulimit -f), or {_CHOOSE}",
+    errno.EROFS: f" Make the file system writable, or {_CHOOSE}",
+    errno.EACCES: f" Ask for permission, or {_CHOOSE}",
+    errno.EPERM: f" Ask for permission, or {_CHOOSE}",
+    errno.ENOTDIR: f" A file is in the place of a folder: move it away, or {_CHOOSE}",
+    errno.EEXIST: f" A file is in the place of a folder: move it away, or {_CHOOSE}",
 }

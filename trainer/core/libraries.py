@@ -1,4 +1,4 @@
-"""Libraries whose import has to be kept in hand."""
+"""Control over when and how bitsandbytes is imported."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from types import ModuleType
 
 
 def hide_bitsandbytes() -> None:
-    """Let nobody find bitsandbytes until it is asked for here: diffusers and peft import it wherever it is installed, which takes two
-    seconds, and on some CPUs asks the hub for a kernel that serves 4-bit products."""
-    sys.modules.setdefault("bitsandbytes", None)
+    """Makes bitsandbytes look as if it were not installed until `import_bitsandbytes` is called.
+
+    diffusers and peft import it whenever it is installed. That takes two seconds and, on some CPUs, requests a kernel
+    for 4-bit products from the hub.
+    """
+    # A module that is None in sys.modules cannot be imported. typeshed does not declare that.
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, imported without a look at the hub."""
+    """Returns bitsandbytes, imported without a request to the hub."""
     if sys.modules.get("bitsandbytes") is None:
         sys.modules.pop("bitsandbytes", None)
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        # bitsandbytes uses the `kernels` package for its request to the hub.
         kernels = sys.modules.get("kernels")
-        # A module that is None cannot be imported.
-        sys.modules["kernels"] = None
+        sys.modules["kernels"] = None  # type: ignore[assignment]
         try:
             importlib.import_module("bitsandbytes")
         finally:
             del sys.modules["kernels"]
             if kernels is not None:
                 sys.modules["kernels"] = kernels
-        if asked := sys.modules.get("transformers.utils.import_utils"):
-            # It remembers that there was none.
-            asked.is_bitsandbytes_available.cache_clear()
+        if import_utils := sys.modules.get("transformers.utils.import_utils"):
+            # transformers has cached that bitsandbytes was not available.
+            import_utils.is_bitsandbytes_available.cache_clear()
     return sys.modules["bitsandbytes"]

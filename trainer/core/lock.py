@@ -1,4 +1,4 @@
-"""A lock on a file."""
+"""A lock on a file that is released when its owner dies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from trainer.core.files import storage_errors
 
 
 class Lock:
-    """A context in which this process alone owns `path`; where another live one does, it waits for it (`wait`) or raises errors.LockedError.
+    """Context manager in which this process alone owns `path`.
 
-    The kernel frees it when its owner dies, however it dies. The file stays for ever: were it deleted, a process that has just opened it
-    and one that makes a new one would both hold "the" lock.
+    If another process owns it, it waits (`wait=True`) or raises errors.LockedError, which names the owner. The kernel
+    releases the lock however its owner dies. The file is never deleted: otherwise a process that has just opened it and
+    a process that creates a new file could both hold "the" lock.
+
+    The filelock package is not used because it does not store who owns the lock, and versions before 4 erase the
+    content of the file when they try to acquire it.
     """
 
     __slots__ = ("__weakref__", "_descriptor", "path", "wait")
@@ -36,14 +40,14 @@ class Lock:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
                 except BlockingIOError:
-                    raise errors.LockedError(self._held(descriptor)) from None
+                    raise errors.LockedError(self._refusal(descriptor)) from None
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except BaseException:
             os.close(descriptor)
             raise
         self._descriptor = descriptor
-        _held_locks.add(self)
+        _acquired.add(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -53,20 +57,23 @@ class Lock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-            _held_locks.discard(self)
+            _acquired.discard(self)
 
-    def _held(self, descriptor: int) -> str:
+    def _refusal(self, descriptor: int) -> str:
         owner = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
-        return f"{self.path.parent} is in use: {owner} holds {self.path.name}. Wait for it to end or stop it; fresh=true starts a run of its own."
+        return (
+            f"{self.path.parent} is in use: {owner} holds {self.path.name}. Wait for it to end or stop it; fresh=true "
+            "starts a new run."
+        )
 
 
-_held_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+_acquired: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
-def _forget_locks() -> None:
-    for lock in list(_held_locks):
+def _close_inherited_locks() -> None:
+    for lock in list(_acquired):
         lock._close()
 
 
-# A forked child (a loader's worker) shares the lock's open file and would hold the lock on after its parent's death.
-os.register_at_fork(after_in_child=_forget_locks)
+# A forked child, such as a loader worker, inherits the open file and would hold the lock after its parent's death.
+os.register_at_fork(after_in_child=_close_inherited_locks)

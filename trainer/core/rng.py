@@ -1,8 +1,8 @@
 """Random numbers as a function of what they are for, never of what was drawn before.
 
-Every draw names its purpose: `draws(seed, "noise", step, sample_id)`. The names are hashed into the 128-bit key of a
-counter-based generator (Philox 4x64; Salmon et al., SC 2011), so a resumed run, another number of workers and another
-machine all see the same stream, and drawing for one purpose cannot disturb another.
+Every draw names its purpose: `normal(shape, seed, "noise", step, sample_id)`. The names are hashed into the 128-bit key
+of a counter-based generator (Philox 4x64; Salmon et al., SC 2011). So a resumed run, another number of workers and
+another machine all see the same stream, and drawing for one purpose cannot disturb another.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def generator(*names: int | str) -> np.random.Generator:
-    """An independent generator for these names; the same names give the same numbers on every machine."""
+    """Returns an independent generator for these names. Equal names give equal numbers on every machine."""
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=_key(names, 16)))
 
 
 def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
-    """Standard normal numbers for these names, float32 on the CPU."""
+    """Returns standard normal numbers for these names, float32 on the CPU."""
     import numpy as np
     import torch
 
@@ -31,12 +31,12 @@ def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
 
 
 def seed_for(*names: int | str) -> int:
-    """A 63-bit integer for these names, for generators that only take a seed."""
+    """Returns a 63-bit integer for these names, for generators that only accept a seed."""
     return _key(names, 8) >> 1
 
 
 def uniform(*names: int | str) -> float:
-    """A number in [0, 1) for these names."""
+    """Returns a number in [0, 1) for these names."""
     return (_key(names, 8) >> 11) / 2**53
 
 

@@ -65,7 +65,7 @@ class Signals:
 
     @contextmanager
     def deferred_until_release(self) -> Iterator[None]:
-        """Only records signals from the start of the block until `release` is called, which may be long after its end."""
+        """Only records signals from the start of the block until `release` is called, which may be after its end."""
         self._awaits_release = True
         yield
 

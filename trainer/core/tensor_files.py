@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files."""
+"""Reads and writes safetensors files."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """safetensors' `save_file` for any dense tensors, on any device, contiguous or not, sharing memory or not. Raises OSError.
+    """Writes dense tensors to a safetensors file. They may be on any device, non-contiguous, and share memory.
 
-    The file is neither atomic nor on the disk yet: `with replace_file(path) as temporary: save_tensors(temporary, tensors)`.
+    The write is neither atomic nor synced; use it inside `files.replace_file`. Raises OSError.
     """
     import safetensors.torch
 
-    plain, storages = {}, set()
+    # safetensors refuses tensors that are not contiguous or share memory.
+    independent, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
-        storage_of = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if storage_of in storages else tensor
-        storages.add(storage_of)
+        storage = tensor.untyped_storage().data_ptr()
+        independent[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     with writing_safetensors(path):
-        safetensors.torch.save_file(plain, path, metadata)
+        safetensors.torch.save_file(independent, path, metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises errors.DataError where it is none."""
+    """Returns the tensors of a safetensors file. Raises errors.DataError if it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -41,30 +42,36 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise errors.DataError(
-            f"{path} cannot be read as safetensors, the only kind of weights that is read here ({error})"
+            f"{path} cannot be read as safetensors, the only format for weights that is accepted ({error})"
         ) from error
 
 
 @contextlib.contextmanager
 def writing_safetensors(path: Path) -> Iterator[None]:
-    """For a block in which safetensors writes `path`: a file like any other, and OSError where the disk does not take it."""
+    """Wraps a call of safetensors that writes `path`:
+
+    I/O errors become OSError, and the file gets usual permissions.
+    """
     import safetensors
 
     try:
         yield
     except safetensors.SafetensorError as error:
-        # A full disk comes as "I/O error: No space left on device (os error 28)".
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        # A full disk is reported as "I/O error: No space left on device (os error 28)".
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
             raise
-        number = int(found[1])
+        number = int(match[1])
         raise OSError(number, os.strerror(number), str(path)) from None
-    # safetensors makes files that only their owner may read; as readable as the folder is what any other file would be.
+    # safetensors makes files that only their owner can read. Give the file the permissions of its folder instead.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def check_safetensors(path: Path) -> None:
-    """Read a safetensors file's header, and no more. Raises errors.DataError where it is absurd or does not describe the bytes behind it."""
+    """Reads only the header of a safetensors file.
+
+    Raises errors.DataError if it is invalid or does not match the size of the file.
+    """
     import safetensors
 
     try:
@@ -72,5 +79,5 @@ def check_safetensors(path: Path) -> None:
             pass
     except (OSError, safetensors.SafetensorError) as error:
         raise errors.DataError(
-            f"{path} is not the safetensors file it claims to be ({error}). Restore it, or type another."
+            f"{path} is not a valid safetensors file ({error}). Restore it, or type another."
         ) from error

@@ -29,10 +29,8 @@ Result = TypeVar("Result")
 FOLLOWER_TIMEOUT = timedelta(days=14)
 """How long followers wait for the main process, which may have to fill a large cache."""
 GRADIENT_TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the gradients of another.
-
-A process that dies is noticed at once; this covers a machine that lost its network.
-"""
+"""How long a process waits for the gradients of another one. This is for a machine that has lost its network: a process
+that dies is noticed at once."""
 
 
 def owns_stderr() -> bool:
@@ -54,23 +52,20 @@ def owns_stderr() -> bool:
 
 
 class Processes:
-    """Context manager that connects the processes of a run. `open_device` returns the device and is called when it is
-    needed.
+    """Context manager that connects the processes of a run.
 
-    The methods `run_on_main`, `main_first`, `run_on_all`, `build_network`, `max_over_ranks`, `gather` and
-    `sum_gradients` are collective: every process must call the same ones in the same order. They raise
-    errors.StorageError if another process is gone. If the main process ends with an error, its followers raise
-    errors.FollowerExit with its exit code; if it received a signal, all raise errors.Interrupted.
+    `open_device` returns the device of this process; it is called when the device is first needed. The methods
+    `run_on_main`, `main_first`, `run_on_all`, `build_network`, `max_over_ranks`, `gather` and `sum_gradients` are
+    collective: every process must call the same ones in the same order. They raise errors.StorageError if another
+    process is gone. If the main process ends with an error, its followers raise errors.FollowerExit with its exit code;
+    if it received a signal, all raise errors.Interrupted.
     """
 
     def __init__(self, signals: Signals, open_device: Callable[[], torch.device]):
         self.rank, self.world_size = rank_and_world_size()
         self.signals, self._open_device = signals, open_device
         self.sharded = self.world_size > 1 and sharding.is_requested()
-        """Whether each process holds only its shard of the network.
-
-        Then forward passes and reading weights are collective too.
-        """
+        """Whether each process holds only its shard of the network, so that forward passes are collective too."""
         self._control_group: Any = None
         self._agreed_signal = 0
         """Number of the signal on which all processes have agreed to stop, or 0."""
@@ -84,8 +79,7 @@ class Processes:
             _check_single_process()
             return self
         if not self.is_main:
-            # The main process tells its followers when to stop. A follower that left alone would break the step of all
-            # others.
+            # The main process tells its followers when to stop. If one left alone, the step of all others would fail.
             self.signals.record_only()
         from accelerate import PartialState
         from torch import distributed
@@ -94,8 +88,7 @@ class Processes:
         _check_devices(device)
         with self._collective():
             PartialState(cpu=device.type == "cpu", timeout=GRADIENT_TIMEOUT)
-            # Small messages use gloo on every device: waiting does not keep a GPU busy, and it notices at once if a
-            # process is gone.
+            # Messages use gloo on every device: waiting keeps no GPU busy, and it notices at once if a process is gone.
             self._control_group = distributed.new_group(backend="gloo", timeout=FOLLOWER_TIMEOUT)
         return self
 
@@ -108,9 +101,8 @@ class Processes:
 
             PartialState().destroy_process_group()
         elif not self.is_main and isinstance(error, FollowerExit | Interrupted | NonFiniteError):
-            # All processes end for this reason, and the main process prints it. It must exit first, because the
-            # launcher stops all processes as soon as one has exited. This call returns or fails when the main process
-            # is gone.
+            # All processes end for this reason, and the main process reports it. It must exit first, because the
+            # launcher stops all processes as soon as one has exited. So wait until receiving fails.
             with suppress(StorageError, FollowerExit):
                 self._receive()
             raise FollowerExit(error.code) from error
@@ -124,6 +116,7 @@ class Processes:
             return work()
         if not self.is_main:
             message = self._receive()
+            # Exit codes above 128 are those of signals.
             if message.get("code", 0) > 128:
                 raise Interrupted(message["code"] - 128)
             if "code" in message:
@@ -141,17 +134,15 @@ class Processes:
         return result
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on the main process, then on the followers, which find the files that the main process has
-        written.
-        """
+        """Runs `work` on all processes, on the main process first: the followers find the files it has written."""
         results: list[Result] = []
         self.run_on_main(lambda: results.append(work()))
         return results[0] if self.is_main else work()
 
     def run_on_all(self, work: Callable[[], Result], follow: Callable[[], None]) -> Result:
-        """`run_on_main` for work that calls the network.
+        """Like `run_on_main`, for work that calls the network.
 
-        If it is sharded, followers run `follow`, which must do the same forward passes.
+        If the network is sharded, the followers run `follow`, which must do the same forward passes.
         """
         if not self.sharded:
             return self.run_on_main(work)
@@ -166,8 +157,9 @@ class Processes:
         return result
 
     def build_network(self, build: Callable[[Callable[[torch.nn.Module], None] | None], Result]) -> Result:
-        """Returns the result of `build`, whose argument is a function that shards a network in place, or None if it is
-        not sharded.
+        """Calls `build(shard)` and returns its result.
+
+        `shard` is a function that shards a network in place, or None if each process holds the whole network.
         """
         if not self.sharded:
             return build(None)
@@ -199,18 +191,16 @@ class Processes:
         return int(largest)
 
     def gather(self, state: Any) -> Any:
-        """Returns nested dicts of tensors with all sharded tensors gathered.
-
-        Only the main process gets the full tensors.
-        """
+        """Returns nested dicts in which every shard is replaced by its full tensor, or by None on followers."""
         if not self.sharded:
             return state
         with self._collective():
             return sharding.gather(state, self.is_main)
 
     def guard_steps(self, steps: Iterator[Result]) -> Iterator[Result]:
-        """Yields the steps and defers signals during each of them until `stop_if_signaled`, so that no process stops
-        alone.
+        """Yields the items of `steps`, each of which is a training step in which no process may stop alone.
+
+        A signal that arrives during a step is deferred until `stop_if_signaled`.
         """
         if self.world_size == 1:
             yield from steps
@@ -237,8 +227,7 @@ class Processes:
             raise Interrupted(number)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], loss: float) -> float:
-        """Sums the gradients (in place) and the loss over all processes and agrees whether to stop. Returns the summed
-        loss.
+        """Sums gradients (in place) and loss over all processes, and agrees whether to stop. Returns the summed loss.
 
         This is one flat all-reduce after the last micro-batch instead of DistributedDataParallel, whose buckets overlap
         communication with the backward pass. Adapters of a few megabytes gain nothing from that, and its wrapper would
@@ -275,9 +264,7 @@ class Processes:
         return loss
 
     def _broadcast(self, message: Any) -> None:
-        """Sends a message from the main process to all followers, as JSON: unpickling data from a socket could execute
-        code.
-        """
+        """Sends a message to all followers. It is JSON because unpickling data from a socket could execute code."""
         import torch
         from torch import distributed
 
@@ -300,10 +287,7 @@ class Processes:
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """Wraps communication between processes.
-
-        Raises errors.StorageError or errors.FollowerExit if another process is gone.
-        """
+        """Wraps communication. Raises errors.StorageError or errors.FollowerExit if another process is gone."""
         from torch import distributed
 
         try:
@@ -318,7 +302,7 @@ class Processes:
                 raise FollowerExit(128 + self.signals.seen) from error
             raise StorageError(
                 f"Another of the {self.world_size} processes of this run has ended or cannot be reached, so this one "
-                f"ends too ({' '.join(str(error).split())[:200]}). If no process reports a reason above, it was killed, "
+                f"ends too ({' '.join(str(error).split())[:200]}). If no process reports why above, it was killed, "
                 "possibly for lack of memory. The same command continues from the last checkpoint, with any number of "
                 "processes."
             ) from error

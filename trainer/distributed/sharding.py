@@ -1,5 +1,4 @@
-"""Shards a network that does not fit on one device over several processes with FSDP2
-(`torch.distributed.fsdp.fully_shard`).
+"""Shards a network over several processes with FSDP2 (`torch.distributed.fsdp.fully_shard`) to save memory.
 
 Each process holds its shard of every tensor. The tensors of a block are gathered for its forward and backward pass and
 freed afterwards. Operations on individual weights (optimizer, moving average, gradient norm) work on shards.
@@ -69,26 +68,21 @@ def shard(network: torch.nn.Module, mesh: DeviceMesh) -> None:
     for module in entry_modules(network):
         for block in repeated_blocks(module):
             fully_shard(block, **options)
-        # By default torch keeps the outermost tensors gathered until the backward pass, which an evaluation does not
-        # have.
+        # By default the outermost tensors stay gathered until the backward pass, which an evaluation does not have.
         fully_shard(module, reshard_after_forward=True, **options)
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            # Sum gradients instead of averaging them: each process has already divided its loss by the global batch
-            # size.
+            # Sum gradients, do not average them: each process has already divided its loss by the global batch size.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # fully_shard changes the class of a module. transformers looks up what a model supports by the full name of
-            # its class.
+            # fully_shard has replaced the class. Restore its full name, by which transformers looks up model features.
             _, _, original, *_ = type(module).__mro__
             type(module).__module__, type(module).__qualname__ = original.__module__, original.__qualname__
     network.to(mesh.device_type)
 
 
 def entry_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yields the modules whose `forward` is called from outside: the network itself, or, for a container of networks,
-    each of them.
-    """
+    """Yields the modules whose `forward` is called from outside: the network, or each network of a container."""
     from torch.nn import Module
 
     if type(module).forward is not Module.forward:
@@ -99,9 +93,7 @@ def entry_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yields the items of the outermost `ModuleList`s, which are a network's repeated blocks and are gathered one at a
-    time.
-    """
+    """Yields the items of the outermost `ModuleList`s: the repeated blocks of a network, gathered one at a time."""
     from torch.nn import ModuleList
 
     for child in module.children():
@@ -151,11 +143,10 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(state: Any, keep: bool) -> Any:
-    """Returns nested dicts with the full tensors, on the CPU, of all shards; None in their place unless `keep`. All
-    processes must call this.
+    """Returns nested dicts in which every shard is replaced by its full tensor on the CPU, or by None unless `keep`.
 
-    torch's `get_model_state_dict` and `get_optimizer_state_dict` would need a module for the moving average too, and
-    key optimizer state by name, while checkpoints key it by index.
+    All processes must call this. torch's `get_model_state_dict` and `get_optimizer_state_dict` do not replace it: they
+    need modules, which a moving average is not, and key the optimizer state by name, while checkpoints use the index.
     """
     if isinstance(state, dict):
         return {key: gather(value, keep) for key, value in state.items()}

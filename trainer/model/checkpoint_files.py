@@ -1,0 +1,118 @@
+"""The files of a checkpoint: where they are, their digests, and copies of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.core import files
+from trainer.core.errors import DataError, WeightsError
+from trainer.core.tensor_files import check_safetensors
+
+if TYPE_CHECKING:
+    from trainer.core.digests import Digests
+
+SUFFIXES = (".json", ".model", ".safetensors", ".txt")
+"""Files of weights, configs and tokenizers. Other files, such as pickles, are neither read nor copied."""
+UNUSED_VARIANTS = ["*.fp16.*", "*.non_ema.*"]
+"""Second copies of the weights in some checkpoints, which are not downloaded."""
+PACKAGE_PREFIX = "package:"
+"""Start of a path inside this package."""
+
+
+def locate(setting: str, path: str, revision: str | None, patterns: list[str]) -> Path:
+    """Returns the folder of the checkpoint that the setting `model.<setting>` names.
+
+    `path` is a folder, `package:` and a folder inside this package, or a hub id. The files of a hub id that match
+    `patterns` are downloaded, or found in the hub's cache. Raises errors.WeightsError.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        return Path(__file__).parents[1] / path.removeprefix(PACKAGE_PREFIX)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise WeightsError(
+            f"model.{setting}={path}: there is no such folder, and it is not a hub id (owner/name); type the path of "
+            "a diffusers folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=UNUSED_VARIANTS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"model.{setting}={path}: the weights cannot be downloaded from the hub ({reason}). Type "
+            f"model.{setting}=FOLDER for a copy on this machine, or log in (`hf auth login`) after accepting the "
+            "model's terms on its page"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the config of one component of a diffusers folder. Raises errors.DataError."""
+    path = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}), so its folder is not a checkpoint of this model; type another model.path"
+        ) from error
+
+
+def recipe_digest(*ingredients: object) -> str:
+    """Returns one digest of digests and settings (anything that JSON can hold)."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def folder_digest(folder: Path, digests: Digests) -> str:
+    """Returns a digest of the names and contents of a component's files. Raises errors.WeightsError, DataError."""
+    if not folder.is_dir():
+        raise WeightsError(
+            f"{folder.parent} has no folder {folder.name}/, so it is not a checkpoint of this model; type another "
+            "model.path"
+        )
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in SUFFIXES)
+    for path in paths:
+        if path.suffix == ".safetensors":
+            # Checked here because few libraries name the damaged file when they fail to read it.
+            check_safetensors(path)
+    return recipe_digest([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in paths])
+
+
+def _file_digest(path: Path, digests: Digests) -> str:
+    # The hub's cache names large files by their sha256, so they need not be read again.
+    blob = path.resolve()
+    if path.is_symlink() and len(blob.name) == 64 and blob.parent.name == "blobs":
+        return blob.name
+    return digests.sha256(path)
+
+
+def copy_component(source: Path, target: Path, with_weights: bool = True) -> None:
+    """Copies the folder of a component, without files that are not part of a checkpoint. Raises OSError."""
+
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if (not with_weights and ".safetensors" in name)
+            or ((Path(folder) / name).is_file() and Path(name).suffix not in SUFFIXES)
+        ]
+
+    shutil.copytree(source, target, ignore=ignore)
+
+
+def copy_model_index(source: Path, target: Path, components: tuple[str, ...]) -> None:
+    """Copies diffusers' `model_index.json`, if there is one, into a folder that holds only these components."""
+    path = source / "model_index.json"
+    if path.exists():
+        index = files.read_json(path)
+        # diffusers marks a component that a checkpoint lacks, such as the safety checker, with [None, None].
+        absent = {
+            name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in components
+        }
+        files.write_json(target / path.name, index | absent)
