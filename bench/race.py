@@ -1,4 +1,4 @@
-"""Training loops that take turns in one process, so that whatever slows the machine slows all of them."""
+"""Runs training loops in turns in one process, so that whatever slows down the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import quantiles
 from typing import Any, NamedTuple
 
 from trainer import run
@@ -24,115 +23,122 @@ from trainer.training.data import prepare
 from trainer.training.loop import Step, TrainingLoop
 
 Lap = Callable[[], None]
+"""A contender calls its lap function after each training step."""
 WARM_UP = 2
-"""Turns that do not count: libraries set themselves up, and MLflow's store is made."""
+"""Turns that are not measured: libraries initialize themselves, and MLflow's database is created."""
 
 
 class Turn(NamedTuple):
-    """What a turn took: seconds of the clock, and of this process's processors, which those of other programs do not lengthen."""
+    """Duration of a turn in seconds, by the wall clock and in CPU time of this process.
 
-    clock: float
-    processor: float
+    Other programs on the machine do not add to the CPU time.
+    """
+
+    seconds: float
+    cpu_seconds: float
 
 
-class Over(BaseException):
-    """Unwinds a contender that has run its turns."""
+class RaceFinished(BaseException):
+    """Ends a contender that has run all its turns."""
 
 
 def race(
-    contenders: dict[str, Callable[[Lap], Any]], steps: int, turns: int, gated: str | None = None
+    contenders: dict[str, Callable[[Lap], Any]], steps: int, turns: int, tracked: str | None = None
 ) -> dict[str, list[Turn]]:
-    """What each turn of `steps` steps took. Each contender calls its `Lap` after every step; while one runs the others wait.
+    """Measures turns of `steps` training steps each. While a contender runs, the others wait.
 
-    `gated` names the one that MLflow follows: MLflow's thread works in its turns only, and what it has begun is finished on its time.
+    `tracked` names the contender whose run MLflow follows. MLflow's thread works only during the turns of this contender,
+    and an operation that it has begun is completed within the turn.
     """
-    names, found = list(contenders), {name: [] for name in contenders}
-    baton, holder, failed = threading.Condition(), names[0], []
+    names = list(contenders)
+    results: dict[str, list[Turn]] = {name: [] for name in contenders}
+    baton, holder = threading.Condition(), names[0]
+    errors: list[BaseException] = []
 
     def compete(name: str) -> None:
-        done, began = 0, Turn(0, 0)
+        laps, start = 0, Turn(0, 0)
 
-        def take() -> None:
-            nonlocal began
+        def take_baton() -> None:
+            nonlocal start
             with baton:
-                baton.wait_for(lambda: holder == name or failed)
-            if failed:
-                raise Over
-            if name == gated and _gate.locked():
-                _gate.release()
-            began = Turn(time.perf_counter(), time.process_time())
+                baton.wait_for(lambda: holder == name or errors)
+            if errors:
+                raise RaceFinished
+            if name == tracked and _tracker_gate.locked():
+                _tracker_gate.release()
+            start = Turn(time.perf_counter(), time.process_time())
 
-        def hand_on() -> None:
+        def pass_baton() -> None:
             nonlocal holder
             with baton:
                 holder = names[(names.index(name) + 1) % len(names)]
                 baton.notify_all()
 
         def lap() -> None:
-            nonlocal done
-            done += 1
-            if done % steps:
+            nonlocal laps
+            laps += 1
+            if laps % steps:
                 return
-            if name == gated:
-                _gate.acquire()
-            found[name].append(Turn(time.perf_counter() - began.clock, time.process_time() - began.processor))
-            if done == steps * (turns + WARM_UP):
-                raise Over
-            hand_on()
-            take()
+            if name == tracked:
+                _tracker_gate.acquire()
+            results[name].append(Turn(time.perf_counter() - start.seconds, time.process_time() - start.cpu_seconds))
+            if laps == steps * (turns + WARM_UP):
+                raise RaceFinished
+            pass_baton()
+            take_baton()
 
         try:
-            take()
+            take_baton()
             contenders[name](lap)
-        except Over:
+        except RaceFinished:
             pass
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
         finally:
-            if name == gated and _gate.locked():
-                _gate.release()
-            hand_on()
+            if name == tracked and _tracker_gate.locked():
+                _tracker_gate.release()
+            pass_baton()
 
     threads = [threading.Thread(target=compete, args=(name,), name=name) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if failed:
-        raise failed[0]
-    return {name: turns[WARM_UP:] for name, turns in found.items()}
+    if errors:
+        raise errors[0]
+    return {name: measured[WARM_UP:] for name, measured in results.items()}
 
 
-def ratios(over: list[float], under: list[float]) -> tuple[float, float, float]:
-    """Quartiles of the ratios of turns that were neighbours in time."""
-    return tuple(quantiles([a / b for a, b in zip(over, under, strict=True)], n=4))
+def trainer(overrides: list[str], cache_in_memory: bool = True) -> Callable[[Lap], Any]:
+    """Returns a contender that trains with these settings.
 
-
-def trainer(overrides: list[str], held: bool = True) -> Callable[[Lap], Any]:
-    """The program with these settings as a contender; not `held`: cached tensors are read from their files at every use."""
-    asked = command_line.parse(overrides)
-    settings = to_run(compose_config(asked.overrides, asked.config_dir), asked.overrides, run_folder.find)
+    Without `cache_in_memory` it reads cached tensors from their files each time they are used.
+    """
+    arguments = command_line.parse(overrides)
+    settings = to_run(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides, run_folder.find)
 
     def compete(lap: Lap) -> None:
-        material = prepare(settings)
-        if not held:
-            material = replace(material, cache=Cache(material.cache.root, material.cache.recipes, memory=0))
+        data = prepare(settings)
+        if not cache_in_memory:
+            data = replace(data, cache=Cache(data.cache.root, data.cache.recipes, memory=0))
         signals = Signals()
-        with fitting(lap, threading.get_ident()), Processes(signals, lambda: open_device(settings)) as processes:
-            run.train(settings, material, signals, processes, asked.overrides)
+        with count_laps(lap), Processes(signals, lambda: open_device(settings)) as processes:
+            run.train(settings, data, signals, processes, arguments.overrides)
 
     return compete
 
 
 _laps: dict[int, Lap] = {}
-_gate = threading.Lock()
-"""Held by MLflow's thread while it works, and by the contender it follows while others run."""
+"""ID of a thread -> lap function of the contender that runs in it."""
+_tracker_gate = threading.Lock()
+"""Held by MLflow's thread while it works, and by the tracked contender while others run."""
 _steps, _send = TrainingLoop.steps, RemoteRun.send
 
 
 @contextlib.contextmanager
-def fitting(lap: Lap, thread: int) -> Iterator[None]:
-    """In this block `lap` is called after every step of the program in this thread, when all that belongs to the step is done."""
+def count_laps(lap: Lap) -> Iterator[None]:
+    """Calls `lap` after each step of a run in this thread, when everything that belongs to the step is done."""
+    thread = threading.get_ident()
     _laps[thread] = lap
     try:
         yield
@@ -143,7 +149,7 @@ def fitting(lap: Lap, thread: int) -> Iterator[None]:
 def _steps_with_laps(loop: TrainingLoop, batches: Any) -> Iterator[Step]:
     for step in _steps(loop, batches):
         yield step
-        # Not every run in a process that has imported this is a contender.
+        # Runs in this process that do not compete have no lap function.
         if lap := _laps.get(threading.get_ident()):
             lap()
 
@@ -154,7 +160,7 @@ TrainingLoop.steps = _steps_with_laps
 def _send_in_turn(remote: RemoteRun, path: Path) -> Iterator[int]:
     answers = _send(remote, path)
     while True:
-        with _gate:
+        with _tracker_gate:
             answer = next(answers, None)
         if answer is None:
             return

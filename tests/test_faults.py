@@ -702,7 +702,7 @@ def journaled(folder: Path) -> list[tuple[str, int]]:
 
 @fault("F27", "MLflow is down at the start, goes in the middle, is locked; then it is back", 3, [])
 def mlflow_away(lab: Lab, out: Path, trial: int) -> None:
-    from test_tracking import server
+    from mlflow_helpers import server
 
     from trainer.tracking import ui
     from trainer.tracking.mlflow_store import import_mlflow
@@ -874,8 +874,8 @@ ELSEWHERE = {
     "F22": ["test_dataset.py::test_a_decompression_bomb_is_refused_from_its_header"],
     "F23": ["test_dataset.py -k climbs_out or links_out"],
     "F24": ["test_dataset.py -k every_fault or counted"],
-    "F26": ["test_tracking.py -k eight_processes or killed_while_it_makes_the_store"],
-    "F27": ["test_tracking.py -k locked_database or server"],
+    "F26": ["test_mlflow_server.py -k eight_processes or killed_while_creating"],
+    "F27": ["test_tracking.py -k locked_database", "test_mlflow_server.py -k server_that"],
     "F30": ["test_checkpoint.py -k pickle", "test_cache.py -k pickle"],
     "F31": ["test_command_line.py -k hydra_would_load"],
     "F32": ["test_command_line.py -k secret or access_token"],

@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints for people without MLflow: a table, a summary and a picture, all made from its journal."""
+"""Files in the run folder for people without MLflow: a table, a summary and plots, all made from the journal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +16,31 @@ from trainer.tracking import journal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Series = tuple[array, array]
-"""The steps at which something was measured, increasing, and the values, of the same length."""
+"""Steps at which a metric was measured, increasing, and its values, of the same length."""
 
 TRAIN_LOSS = "train/loss"
 HELD_OUT_LOSS = "val/loss"
-BLUE, ORANGE, GREY, GRID = "#2b6cb0", "#dd6b20", "#4a5568", "#e2e8f0"
+BLUE, ORANGE, GRAY, LIGHT_GRAY = "#2b6cb0", "#dd6b20", "#4a5568", "#e2e8f0"
 
 
-def series(folder: Path) -> dict[str, Series]:
-    """Each metric in the journal of `folder`, by name."""
-    found: dict[str, Series] = {}
-    for _, record in journal.read(folder / journal.FILE_NAME):
+def read_series(folder: Path) -> dict[str, Series]:
+    """Returns each metric in the journal of `folder`, sorted by name."""
+    metrics: dict[str, Series] = {}
+    for _, record in journal.read_records(folder / journal.FILE_NAME):
         if record["kind"] == journal.METRICS:
             for key, value in record["values"].items():
-                steps, values = found.setdefault(key, (array("q"), array("d")))
+                steps, values = metrics.setdefault(key, (array("q"), array("d")))
                 steps.append(record["step"])
                 values.append(value)
-    return dict(sorted(found.items()))
+    return dict(sorted(metrics.items()))
 
 
 def write_metrics_csv(folder: Path) -> Path:
-    """Write metrics.csv: a row a step, a column a metric, sorted; empty where it was not measured. Raises errors.StorageError."""
-    metrics = series(folder)
+    """Writes metrics.csv, one row per step and one column per metric, sorted by name. Raises errors.StorageError."""
+    metrics = read_series(folder)
     rows = {step: number for number, step in enumerate(sorted(set().union(*(steps for steps, _ in metrics.values()))))}
     columns = []
     for steps, values in metrics.values():
@@ -55,12 +57,13 @@ def write_metrics_csv(folder: Path) -> Path:
 
 
 def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
-    """Write summary.json: `steps`, `seconds` (of all attempts), `attempts`, the `final` value of each metric, the `best` of losses and PSNRs.
+    """Writes summary.json: `steps`, `seconds` (of all attempts), `attempts`, and the `final` and `best` metrics.
 
-    `extra` is added, and wins over what is worked out here. Values that are not finite are written as text. Raises errors.StorageError.
+    `best` has losses and PSNRs only. `extra` adds entries, or overrides those above. Values that are not finite are
+    written as text. Raises errors.StorageError.
     """
-    metrics = series(folder)
-    seconds, attempts = _time(folder)
+    metrics = read_series(folder)
+    seconds, attempts = _working_time(folder)
     best = {}
     for key, (steps, values) in metrics.items():
         choose = min if "loss" in key else max if "psnr" in key else None
@@ -68,13 +71,12 @@ def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
         if finite and choose:
             value, step = choose(finite, key=lambda point: point[0])
             best[key] = {"value": value, "step": step}
+    final = {key: values[-1] for key, (_, values) in metrics.items()}
     summary = {
         "steps": max((steps[-1] for steps, _ in metrics.values()), default=0),
         "seconds": round(seconds, 1),
         "attempts": attempts,
-        "final": {
-            key: values[-1] if math.isfinite(values[-1]) else str(values[-1]) for key, (_, values) in metrics.items()
-        },
+        "final": {key: value if math.isfinite(value) else str(value) for key, value in final.items()},
         "best": best,
         **extra,
     }
@@ -83,192 +85,185 @@ def write_summary(folder: Path, extra: dict[str, Any]) -> Path:
 
 
 def draw_curves(folder: Path, title: str = "") -> Path:
-    """Draw training_curves.png: losses above; learning rate, gradient norm, speed and memory below. Raises errors.StorageError."""
-    # No pyplot: it keeps figures and a backend for the whole process, and drawing belongs to this run alone.
-    from matplotlib.figure import Figure
+    """Draws training_curves.png: losses above, learning rate, gradient norm, speed and memory below.
 
-    metrics = series(folder)
-    figure = Figure(figsize=(11, 7), dpi=120, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    figure.suptitle(title or folder.resolve().name, fontsize=13, color=GREY)
+    Raises errors.StorageError.
+    """
+    figure = _new_figure(11, 7, padding=0.12)
+    figure.suptitle(title or folder.resolve().name, fontsize=13, color=GRAY)
     grid = figure.add_gridspec(2, 3, height_ratios=(3, 2))
+    metrics = read_series(folder)
 
-    loss = _panel(figure.add_subplot(grid[0, :]), "loss")
-    _draw_losses(loss, metrics)
-    _draw(_panel(figure.add_subplot(grid[1, 0]), "learning rate"), _matching(metrics, "learning_rate", "/lr"))
-    norm = _panel(figure.add_subplot(grid[1, 1]), "gradient norm")
-    _draw(norm, _matching(metrics, "grad_norm", "gradient_norm"), smooth=True)
-    speed = _panel(figure.add_subplot(grid[1, 2]), "speed and memory")
-    speeds, memories = (
-        _matching(metrics, "steps_per_second"),
-        _matching(metrics, "device_memory_gib") or _matching(metrics, "memory_gib"),
-    )
-    _draw(speed, speeds, unit="steps/s", smooth=True, empty=not memories)
+    _draw_losses(_format_panel(figure.add_subplot(grid[0, :]), "loss"), metrics)
+    rate = _format_panel(figure.add_subplot(grid[1, 0]), "learning rate")
+    _draw_lines(rate, _matching(metrics, "learning_rate", "/lr"))
+    norm = _format_panel(figure.add_subplot(grid[1, 1]), "gradient norm")
+    _draw_lines(norm, _matching(metrics, "grad_norm", "gradient_norm"), smooth=True)
+    speed = _format_panel(figure.add_subplot(grid[1, 2]), "speed and memory")
+    speeds = _matching(metrics, "steps_per_second")
+    memories = _matching(metrics, "device_memory_gib") or _matching(metrics, "memory_gib")
+    _draw_lines(speed, speeds, unit="steps/s", smooth=True, mark_empty=not memories)
     if memories:
-        memory = _panel(speed.twinx(), "")
+        memory = _format_panel(speed.twinx(), "")
         memory.grid(False)
-        _draw(
-            memory,
-            memories,
-            color=ORANGE,
-            unit=next(iter(memories)).rpartition("/")[2].replace("_", " ").replace("gib", "GiB"),
-        )
-
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    files.write(folder / "training_curves.png", picture.getvalue())
-    return folder / "training_curves.png"
+        unit = next(iter(memories)).rpartition("/")[2].replace("_", " ").replace("gib", "GiB")
+        _draw_lines(memory, memories, color=ORANGE, unit=unit)
+    return _save(figure, folder / "training_curves.png")
 
 
 def draw_heat_map(
     path: Path, title: str, across: tuple[str, list[float]], down: tuple[str, list[float]], values: list[list[float]]
 ) -> Path:
-    """Draw `values`, a row for each value of `down` and a column for each of `across`, as a table in colours; NaN stays empty.
+    """Draws `values` as a colored table and frames the smallest value; cells with NaN are empty.
 
-    The smallest is framed. Raises errors.StorageError.
+    Raises errors.StorageError.
+
+    Args:
+        path: PNG file to write.
+        title: Text above the table.
+        across: Label and values of the columns.
+        down: Label and values of the rows, the last one on top.
+        values: `values[row][column]`.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    (x, columns), (y, rows) = across, down
-    figure = Figure(
-        figsize=(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows)), dpi=120, layout="constrained", facecolor="white"
-    )
+    (x_label, columns), (y_label, rows) = across, down
+    figure = _new_figure(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows))
     axes = figure.add_subplot()
-    # A large value comes first in reading, as on any axis that grows upwards.
-    image = axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
-    axes.set_title(title, fontsize=11, color=GREY, loc="left")
-    axes.set_xlabel(x, fontsize=9, color=GREY)
-    axes.set_ylabel(y, fontsize=9, color=GREY)
+    # As on any axis that points upwards, larger values are above.
+    axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
+    axes.set_title(title, fontsize=11, color=GRAY, loc="left")
+    axes.set_xlabel(x_label, fontsize=9, color=GRAY)
+    axes.set_ylabel(y_label, fontsize=9, color=GRAY)
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
     axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    axes.tick_params(labelsize=9, colors=GREY, length=0)
+    axes.tick_params(labelsize=9, colors=GRAY, length=0)
     axes.spines[:].set_visible(False)
-    known = [(value, i, j) for i, row in enumerate(values) for j, value in enumerate(row) if math.isfinite(value)]
-    for value, i, j in known:
-        dark = image.norm(value) > 0.5
-        axes.text(j, i, f"{value:.4g}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
-    if known:
-        _, i, j = min(known)
+    cells = [(value, i, j) for i, row in enumerate(values) for j, value in enumerate(row) if math.isfinite(value)]
+    if cells:
+        (lowest, i, j), (highest, _, _) = min(cells), max(cells)
         axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3, clip_on=False))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    files.write(path, picture.getvalue())
-    return path
+        for value, i, j in cells:
+            color = "white" if value > (lowest + highest) / 2 else "black"  # on a dark or light background
+            axes.text(j, i, f"{value:.4g}", ha="center", va="center", fontsize=9, color=color)
+    return _save(figure, path)
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """The mean around each point over about a twentieth of all, one-sided at the ends; of the same length."""
-    # Centred, since a running mean lags behind a falling loss and would show a gap to the held-out one that is not there.
+def smooth_values(values: Sequence[float]) -> list[float]:
+    """Returns a moving average over about a twentieth of all values, with shorter windows at both ends."""
+    # The windows are centered, since a trailing mean lags behind a falling loss and would show a false gap to the
+    # held-out loss.
     half = len(values) // 40
     sums = [0.0, *accumulate(values)]
-    windows = ((max(0, at - half), min(len(values), at + half + 1)) for at in range(len(values)))
+    windows = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in windows]
 
 
-def _time(folder: Path) -> tuple[float, int]:
-    """Seconds in which the run was at work, pauses between attempts left out, and the number of attempts."""
-    seconds, attempts, before = 0.0, 0, None
-    for _, record in journal.read(folder / journal.FILE_NAME):
+def _working_time(folder: Path) -> tuple[float, int]:
+    """Returns the seconds of all attempts together, without the pauses between them, and the number of attempts."""
+    seconds, attempts, previous = 0.0, 0, None
+    for _, record in journal.read_records(folder / journal.FILE_NAME):
         if record["kind"] == "attempt":
-            attempts, before = attempts + 1, None
-        if before is not None:
-            seconds += max(0.0, record["time"] - before)  # a clock that was set back adds nothing
-        before = record["time"]
+            attempts, previous = attempts + 1, None
+        if previous is not None:
+            seconds += max(0.0, record["time"] - previous)  # a clock that was set back adds nothing
+        previous = record["time"]
     return seconds, attempts
 
 
 def _matching(metrics: dict[str, Series], *words: str) -> dict[str, Series]:
-    """The metrics with one of these words in their name."""
+    """Returns the metrics with one of the words in their name."""
     return {key: value for key, value in metrics.items() if any(word in key for word in words)}
 
 
-def _finite(points: Series) -> tuple[list[int], list[float]]:
-    kept = [(step, value) for step, value in zip(*points, strict=True) if math.isfinite(value)]
-    return [step for step, _ in kept], [value for _, value in kept]
+def _finite(series: Series | None) -> tuple[list[int], list[float]]:
+    """Returns the points with finite values as steps and values; empty lists if there is no such metric."""
+    points = [(step, value) for step, value in zip(*series, strict=True) if math.isfinite(value)] if series else []
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def _panel(axes: Axes, title: str) -> Axes:
-    axes.set_title(title, fontsize=10, color=GREY, loc="left")
-    axes.grid(True, color=GRID, linewidth=0.8)
+def _new_figure(width: float, height: float, padding: float = 0.04) -> Figure:
+    """Returns an empty figure; all lengths are in inches."""
+    # pyplot would keep figures and a backend for the whole process.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=padding, h_pad=padding)
+    return Figure(figsize=(width, height), dpi=120, layout=layout, facecolor="white")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    files.write(path, data.getvalue())
+    return path
+
+
+def _format_panel(axes: Axes, title: str) -> Axes:
+    axes.set_title(title, fontsize=10, color=GRAY, loc="left")
+    axes.grid(True, color=LIGHT_GRAY, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(labelsize=8, colors=GREY, length=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines["bottom"].set_color(LIGHT_GRAY)
+    axes.tick_params(labelsize=8, colors=GRAY, length=0)
+    axes.locator_params(axis="x", integer=True)
     return axes
 
 
 def _draw_losses(axes: Axes, metrics: dict[str, Series]) -> None:
-    shown: list[float] = []
-    steps, values = _finite(metrics.get(TRAIN_LOSS, (array("q"), array("d"))))
-    if values:
-        means = smoothed(values)
-        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.25)
-        axes.plot(
-            steps,
-            means,
-            color=BLUE,
-            linewidth=2,
-            marker="o" if len(values) == 1 else None,
-            label=f"train {means[-1]:.4g} (smoothed)",
-        )
-        shown += values
-    steps, values = _finite(metrics.get(HELD_OUT_LOSS, (array("q"), array("d"))))
-    if values:
-        best, at = min(zip(values, steps, strict=True))
-        axes.plot(
-            steps, values, color=ORANGE, linewidth=2, marker="o", markersize=4, label=f"held out {values[-1]:.4g}"
-        )
-        axes.plot(
-            [at],
-            [best],
-            color=ORANGE,
-            marker="o",
-            markersize=11,
-            fillstyle="none",
-            linestyle="none",
-            label=f"best {best:.4g} at step {at}",
-        )
-        shown += values
-    if not shown:
-        _say_empty(axes)
+    steps, train_losses = _finite(metrics.get(TRAIN_LOSS))
+    if train_losses:
+        means = smooth_values(train_losses)
+        marker = "o" if len(means) == 1 else None
+        axes.plot(steps, train_losses, color=BLUE, linewidth=0.8, alpha=0.25)
+        axes.plot(steps, means, color=BLUE, linewidth=2, marker=marker, label=f"train {means[-1]:.4g} (smoothed)")
+    steps, held_out_losses = _finite(metrics.get(HELD_OUT_LOSS))
+    if held_out_losses:
+        label = f"held out {held_out_losses[-1]:.4g}"
+        axes.plot(steps, held_out_losses, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
+        best, step = min(zip(held_out_losses, steps, strict=True))
+        label = f"best {best:.4g} at step {step}"
+        axes.plot([step], [best], "o", color=ORANGE, markersize=11, fillstyle="none", label=label)
+    losses = train_losses + held_out_losses
+    if not losses:
+        _mark_empty(axes)
         return
-    # Losses that fall by decades are read on a log scale; otherwise a straight one shows small gaps better.
-    if min(shown) > 0 and max(shown) / min(shown) > 20:
+    # A logarithmic scale shows losses that fall by decades; otherwise a linear scale shows small gaps better.
+    if min(losses) > 0 and max(losses) / min(losses) > 20:
         axes.set_yscale("log")
-    axes.set_xlabel("step", fontsize=9, color=GREY)
-    axes.legend(frameon=False, fontsize=9, labelcolor=GREY)
+    axes.set_xlabel("step", fontsize=9, color=GRAY)
+    axes.legend(frameon=False, fontsize=9, labelcolor=GRAY)
 
 
-def _draw(
-    axes: Axes, lines: dict[str, Series], color: str = BLUE, unit: str = "", smooth: bool = False, empty: bool = True
+def _draw_lines(
+    axes: Axes,
+    metrics: dict[str, Series],
+    color: str = BLUE,
+    unit: str = "",
+    smooth: bool = False,
+    mark_empty: bool = True,
 ) -> None:
-    drawn = False
-    for number, points in enumerate(lines.values()):
-        steps, values = _finite(points)
+    """Draws one line per metric, each in its own style; `smooth` draws a moving average above the pale raw values."""
+    is_empty = True
+    for number, series in enumerate(metrics.values()):
+        steps, values = _finite(series)
         if not values:
             continue
-        drawn = True
-        style = {
-            "color": color,
-            "linestyle": ("-", "--", ":", "-.")[number % 4],
-            "marker": "o" if len(values) == 1 else None,
-        }
+        is_empty = False
         if smooth:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-            values = smoothed(values)
-        axes.plot(steps, values, linewidth=1.6, **style)
-    if drawn and unit:
+            values = smooth_values(values)
+        style, marker = ("-", "--", ":", "-.")[number % 4], "o" if len(values) == 1 else None
+        axes.plot(steps, values, color=color, linewidth=1.6, linestyle=style, marker=marker)
+    if unit and not is_empty:
         axes.set_ylabel(unit, fontsize=8, color=color)
         axes.set_ylim(bottom=0)
-    if not drawn and empty:
-        _say_empty(axes)
+    if mark_empty and is_empty:
+        _mark_empty(axes)
 
 
-def _say_empty(axes: Axes) -> None:
-    axes.text(
-        0.5, 0.5, "nothing measured yet", ha="center", va="center", transform=axes.transAxes, fontsize=9, color=GREY
-    )
+def _mark_empty(axes: Axes) -> None:
+    text = "nothing measured yet"
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=9, color=GRAY)
     axes.set_xticks([])
     axes.set_yticks([])

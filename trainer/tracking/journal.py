@@ -1,10 +1,10 @@
-"""The run's own record of what happened: append-only, one JSON object a line, readable after any death of its writer.
+"""The journal of a run: an append-only file with one JSON object per line, readable whenever its writer dies.
 
-    {"time": 1763646000.123, "kind": "metrics", "step": 7, "values": {"train/loss": 0.25, "train/gradient_norm": "Infinity"}}
-    {"time": 1763646001.456, "kind": "picture", "step": 7, "key": "samples/0", "path": "pictures/step-00000007/0.png", "caption": "..."}
-    {"time": 1763646002.789, "kind": "checkpoint", ...}
+    {"time": 1763646000.1, "kind": "metrics", "step": 7, "values": {"train/loss": 0.25, "train/grad_norm": "Infinity"}}
+    {"time": 1763646001.4, "kind": "picture", "step": 7, "key": "samples/0", "path": "pictures/0.png", "caption": "..."}
+    {"time": 1763646002.7, "kind": "checkpoint", ...}
 
-Times are for people (a clock may be set back); the order is that of the lines, and of the steps.
+Times are for people, since a clock may be set back. The order of events is that of the lines and steps.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from trainer.core import files
 
 FILE_NAME = "journal.jsonl"
 METRICS = "metrics"
-PICTURE = "picture"
+"""Kind of a record with values measured at a step."""
+IMAGE = "picture"
+"""Kind of a record about an image file."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger(__name__)
 
 
-def read(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each record from byte `start` of a journal, with the byte where the next one begins; ends before a line still being written.
+def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields each record of a journal from byte `start` on, with the byte at which the next record starts.
 
-    Values of metrics come as floats, NaN and infinities included. A missing file has no records; lines that a power cut spoiled are left out.
+    Metric values are floats, which may be NaN or infinite. A missing file has no records. A last line that is still
+    being written and lines damaged by a power failure are skipped.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 (a generator closes it below)
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
         return
     with file:
@@ -52,27 +55,33 @@ def read(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class Journal:
-    """The journal of the run in `folder`, open for appending by one thread of the one process that owns the folder.
+    """The journal in a run folder, open for appending by one thread of the process that owns the folder.
 
-    A resumed run walks again over steps that it had journaled but not saved; what is known of them is not written again.
-    `counts` is how many records of each kind there are. Raises errors.StorageError where the file cannot be opened or written; a full disk only
-    delays: what did not fit is kept in memory and written with a later record, at the latest by `close`.
+    A resumed run repeats the steps since its last checkpoint; values and images that the journal already has are not
+    written again. While the disk is full, records are kept in memory and written with a later record, or at the latest
+    by `close`.
+
+    Attributes:
+        path: The file.
+        counts: Number of records by kind.
+
+    Raises errors.StorageError if the file cannot be opened or written.
     """
 
-    __slots__ = ("_descriptor", "_metrics", "_pictures", "_unwritten", "counts", "path")
+    __slots__ = ("_descriptor", "_image_steps", "_metric_steps", "_unwritten", "counts", "path")
 
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
         self.counts: Counter[str] = Counter()
-        # The last step of each key says what is known, since steps only ever grow: no set of all steps is needed.
-        self._metrics: dict[str, int] = {}
-        self._pictures: dict[str, int] = {}
+        # Steps only grow, so the last step of each key tells what is known, without a set of all steps.
+        self._metric_steps: dict[str, int] = {}
+        self._image_steps: dict[str, int] = {}
         self._unwritten = bytearray()
-        with files.storage("open", self.path):
+        with files.storage_errors("open", self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            self._mend()
-            for _, record in read(self.path):
-                self._remember(record)
+            self._repair_last_line()
+            for record in self.records():
+                self._count(record)
 
     def __enter__(self) -> Self:
         return self
@@ -80,47 +89,39 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Write the values measured at `step` (optimizer steps done), less those already known."""
-        last = self._metrics
-        fresh = {key: _number(value) for key, value in values.items() if step > last.get(key, -1)}
-        if fresh:
-            self._write({"time": _now(), "kind": METRICS, "step": int(step), "values": fresh})
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Writes values measured after `step` optimizer steps, except those that the journal has."""
+        new = {key: _to_json(value) for key, value in values.items() if step > self._metric_steps.get(key, -1)}
+        if new:
+            self._write({"time": _now(), "kind": METRICS, "step": int(step), "values": new})
 
-    def picture(self, step: int, key: str, path: str | Path, caption: str = "") -> None:
-        """Write that the picture `key` (e.g. "samples/0") of `step` lies at `path`, relative to the folder; nothing where it is known."""
-        if step > self._pictures.get(key, -1):
-            self._write(
-                {
-                    "time": _now(),
-                    "kind": PICTURE,
-                    "step": int(step),
-                    "key": key,
-                    "path": Path(path).as_posix(),
-                    "caption": caption,
-                }
-            )
+    def log_image(self, step: int, key: str, path: str | Path, caption: str = "") -> None:
+        """Writes the `path` (relative to the folder) of the image `key` of `step`, unless the journal has it."""
+        if step > self._image_steps.get(key, -1):
+            image = {"key": key, "path": Path(path).as_posix(), "caption": caption}
+            self._write({"time": _now(), "kind": IMAGE, "step": int(step), **image})
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Write that something happened: `kind` in one word ("attempt", "checkpoint", "warning"), `fields` as JSON has them."""
-        if kind in (METRICS, PICTURE) or "time" in fields:
+    def log_event(self, kind: str, **fields: Any) -> None:
+        """Writes an event: `kind` is one word ("attempt", "checkpoint", "warning"), `fields` are JSON values."""
+        if kind in (METRICS, IMAGE) or "time" in fields:
             raise ValueError(
-                f"{kind!r} with {sorted(fields)} is no event: metrics and pictures have their own methods, the time is added here"
+                f"{kind!r} with {sorted(fields)} is not an event: metrics and images have their own methods, and "
+                "the time is added here"
             )
-        plain = {key: _number(value) if isinstance(value, float) else value for key, value in fields.items()}
-        self._write({"time": _now(), "kind": kind, **plain})
+        values = {key: _to_json(value) if isinstance(value, float) else value for key, value in fields.items()}
+        self._write({"time": _now(), "kind": kind, **values})
 
-    def records(self, start_offset: int = 0) -> Iterator[dict[str, Any]]:
-        """Each record from byte `start_offset` on, oldest first."""
-        return (record for _, record in read(self.path, start_offset))
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yields all records, oldest first."""
+        return (record for _, record in read_records(self.path))
 
     def close(self) -> None:
-        """Wait until all is on the disk, and close; a second call does nothing. Raises errors.StorageError where something could not be written."""
+        """Writes everything to the disk and closes the file; a second call does nothing."""
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
         try:
-            with files.storage("write", self.path):
+            with files.storage_errors("write", self.path):
                 while self._unwritten:
                     del self._unwritten[: os.write(descriptor, self._unwritten)]
                 os.fsync(descriptor)
@@ -128,44 +129,35 @@ class Journal:
             os.close(descriptor)
 
     def _write(self, record: dict[str, Any]) -> None:
-        # One write a line and no fsync: what a write has taken is in the kernel's page cache, which outlives a SIGKILL of this process.
-        # Only a power cut loses it, and with it at most the steps since the last checkpoint that was synced, which are then done again.
-        # An fsync a line would cost more than a small model's step.
-        line = (
-            json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode(
-                "utf-8", "backslashreplace"
-            )
-            + b"\n"
-        )
-        waiting = bool(self._unwritten)
-        self._unwritten += line
-        with files.storage("write", self.path):
+        # One write per line and no fsync: written bytes are in the kernel's page cache, which outlives a SIGKILL of
+        # this process. Only a power failure loses them, and then at most the steps since the last synced checkpoint,
+        # which are repeated anyway. An fsync per line would take longer than a step of a small model.
+        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str)
+        was_full = bool(self._unwritten)
+        self._unwritten += text.encode("utf-8", "backslashreplace") + b"\n"
+        with files.storage_errors("write", self.path):
             try:
                 while self._unwritten:
                     del self._unwritten[: os.write(self._descriptor, self._unwritten)]
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in _DISK_FULL:
                     raise
-                if not waiting:
+                if not was_full:
                     log.warning(
-                        "%s: %s. What happens is kept in memory and written when there is room.",
-                        self.path,
-                        error.strerror,
+                        "%s: %s. Records are kept in memory and written when there is space.", self.path, error.strerror
                     )
-        self._remember(record)
+        self._count(record)
 
-    def _remember(self, record: dict[str, Any]) -> None:
+    def _count(self, record: dict[str, Any]) -> None:
         self.counts[record["kind"]] += 1
         if record["kind"] == METRICS:
-            step, last = record["step"], self._metrics
             for key in record["values"]:
-                if step > last.get(key, -1):
-                    last[key] = step
-        elif record["kind"] == PICTURE:
-            self._pictures[record["key"]] = max(record["step"], self._pictures.get(record["key"], -1))
+                self._metric_steps[key] = max(record["step"], self._metric_steps.get(key, -1))
+        elif record["kind"] == IMAGE:
+            self._image_steps[record["key"]] = max(record["step"], self._image_steps.get(record["key"], -1))
 
-    def _mend(self) -> None:
-        """End a last line that was torn: with a line break if only that is lacking, else by cutting it off."""
+    def _repair_last_line(self) -> None:
+        """Ends a last line that has no line break: with a line break if the record is complete, else by removing it."""
         size = start = os.fstat(self._descriptor).st_size
         tail = b""
         while start > 0 and b"\n" not in tail:
@@ -181,6 +173,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the record on a line of a journal; None if the line is damaged."""
     try:
         record = json.loads(line)
         if not isinstance(record["kind"], str) or not isinstance(record["time"], (int, float)):
@@ -188,15 +181,15 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         if record["kind"] == METRICS:
             record["step"] = int(record["step"])
             record["values"] = {key: float(value) for key, value in record["values"].items()}
-        elif record["kind"] == PICTURE:
+        elif record["kind"] == IMAGE:
             record["step"], record["key"], record["path"] = int(record["step"]), str(record["key"]), str(record["path"])
         return record
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _number(value: float) -> float | str:
-    # JSON has no word for these; as text every reader takes them, and float() turns them back.
+def _to_json(value: float) -> float | str:
+    # JSON has no NaN or infinity. Every reader accepts them as text, and float() converts them back.
     value = float(value)
     if math.isfinite(value):
         return value
@@ -205,3 +198,8 @@ def _number(value: float) -> float | str:
 
 def _now() -> float:
     return round(time.time(), 3)
+
+
+# TODO remove
+read, PICTURE = read_records, IMAGE
+Journal.metrics, Journal.picture, Journal.event = Journal.log_metrics, Journal.log_image, Journal.log_event  # type: ignore[attr-defined]

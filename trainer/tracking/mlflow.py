@@ -1,0 +1,108 @@
+"""`tracking=mlflow`: runs are shown in MLflow. Only opening a tracker imports MLflow itself."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from trainer.core.errors import UsageError
+from trainer.tracking import Tracking
+
+if TYPE_CHECKING:
+    from trainer.tracking.journal import Journal
+    from trainer.tracking.tracker import Tracker
+
+
+@dataclass(slots=True)
+class MLflow(Tracking):
+    """MLflow at `uri`: a database (`sqlite:///file.db`, `postgresql://...`) or a server (`http://host:5000`).
+
+    Null is `sqlite:///<out>/mlflow.db`, created when it is first used. Raises errors.UsageError if the URI holds a
+    password or if MLflow does not support it.
+    """
+
+    uri: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.uri is not None:
+            check_uri(self.uri)
+
+    def open(
+        self,
+        journal: Journal,
+        out: Path,
+        *,
+        name: str,
+        params: dict[str, str],
+        tags: dict[str, str],
+        description: str = "",
+        parent: str | None = None,
+    ) -> Tracker:
+        from trainer.tracking.mlflow_run import RunDetails
+        from trainer.tracking.mlflow_store import resolve_uri
+        from trainer.tracking.mlflow_tracker import MLflowTracker
+
+        details = RunDetails.create(
+            journal.path.parent, name=name, params=params, tags=tags, description=description, parent=parent
+        )
+        return MLflowTracker(resolve_uri(self.uri, out), self.experiment, journal, details)
+
+    def page(self, out: Path) -> str | None:
+        if self.uri and self.uri.startswith("http"):
+            return self.uri
+        values = {"--out": str(out), "--uri": self.uri, "--experiment": self.experiment}
+        defaults = {"--out": "runs", "--uri": None, "--experiment": MLflow().experiment}
+        options = [
+            word
+            for name, value in values.items()
+            if value is not None and value != defaults[name]
+            for word in (name, value)
+        ]
+        return shlex.join([_python(), "-m", "trainer.tracking.ui", *options])
+
+    def is_complete(self, folder: Path) -> bool:
+        from trainer.tracking import mlflow_note
+
+        return mlflow_note.is_complete(folder)
+
+
+def check_uri(uri: str) -> None:
+    """Raises errors.UsageError if the URI holds a password or if MLflow does not support it."""
+    example = "type tracking.uri=sqlite:///path/to/mlflow.db or tracking.uri=http://host:5000"
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"tracking.uri is not a valid address: {error}; {example}.") from None
+    secret = parts.password is not None or (parts.username and parts.scheme in ("http", "https"))
+    if secret or re.search(r"(password|token|secret)=", parts.query, re.IGNORECASE):
+        # The message ends up in logs, so it does not repeat the address.
+        raise UsageError(
+            "tracking.uri holds a password, which would end up in logs and run folders. Leave it out and set the "
+            "environment variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) "
+            "for a server, PGPASSWORD for PostgreSQL."
+        )
+    if parts.scheme == "sqlite":
+        supported = bool(re.match(r"sqlite:///[^?]", uri)) and ":memory:" not in uri
+    elif parts.scheme in ("http", "https"):
+        supported = bool(parts.netloc)
+    else:
+        supported = bool(uri == "databricks" or re.match(r"(databricks|(postgresql|mysql|mssql)(\+\w+)?)://", uri))
+    if not supported:
+        raise UsageError(
+            f"tracking.uri={uri} is not an MLflow database or server (MLflow no longer supports folders such as "
+            f"./mlruns); {example}."
+        )
+
+
+def _python() -> str:
+    """Returns the shortest command that starts this Python interpreter from the working directory."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,254 @@
+"""All uses of MLflow's non-public parts, checked with MLflow 3.17.2 (`pyproject.toml` allows no later minor version).
+
+Before you raise the bound, run `tests/test_tracking.py` and `tests/test_browser.py` with the new version. In this file:
+
+- environment variables without documentation,
+- the latest step of each metric of a run (`RunData._metric_objs`),
+- the file names of images behind the step slider (`MlflowClient.log_image`) and their compression,
+- the creation of database tables (`SqlAlchemyStore`) and the tables `experiments` and `runs`,
+- URLs of pages, and the tags with which the UI chooses and configures a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import posixpath
+import re
+import sqlite3
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+# Environment variables. By default a client waits up to 248 s for a server that does not answer. The tracker tries
+# again by itself, after asking what has arrived.
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# Jobs evaluate chat applications. Without them the server starts in a quarter of the time and memory.
+SERVER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+# Metrics
+
+
+def latest_steps(run: Run) -> dict[str, int]:
+    """Returns the latest step of each metric. The public `RunData.metrics` has the values only."""
+    return {metric.key: metric.step for metric in run.data._metric_objs}
+
+
+# Images. `MlflowClient.log_image` writes each image under a new random name, so a second attempt would show it twice.
+# The functions below write the same files under a name that depends on key and step only.
+
+_THUMBNAIL_SUFFIX = "+compressed.webp"
+
+
+def image_key(key: str) -> str:
+    """Returns the name of a series of images without the characters that MLflow refuses."""
+    return re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
+
+
+def image_name(key: str, step: int, seconds: float) -> str:
+    """Returns the file name, without a suffix, that tells the UI the key, step and time (Unix time) of an image."""
+    key = image_key(key)
+    unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{key} {step}")
+    return f"{key.replace('/', '~')}+step+{step}+timestamp+{round(seconds * 1000)}+{unique}"
+
+
+def write_image_files(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
+    """Writes the image at `source` to `folder`, in full size and as a thumbnail, and returns the two paths."""
+    import mlflow
+    from mlflow.tracking.multimedia import compress_image_size
+
+    full, thumbnail = folder / f"{name}.png", folder / f"{name}{_THUMBNAIL_SUFFIX}"
+    image = mlflow.Image(str(source)).to_pil()
+    image.save(full)
+    compress_image_size(image).save(thumbnail)
+    return full, thumbnail
+
+
+def upload_image(client: MlflowClient, run_id: str, image_files: tuple[Path, Path], first: bool) -> None:
+    """Uploads the files from `write_image_files`. The `first` image of a run makes the UI look for images."""
+    if first:
+        client.set_tag(run_id, "mlflow.loggedImages", "True", synchronous=True)
+    # The thumbnail comes last, because it marks an image as uploaded.
+    for path in image_files:
+        client.log_artifact(run_id, str(path), "images")
+
+
+def uploaded_images(client: MlflowClient, run_id: str) -> set[str]:
+    """Returns the names (see `image_name`) of the images that MLflow has completely."""
+    names = [posixpath.basename(file.path) for file in client.list_artifacts(run_id, "images")]
+    return {name.removesuffix(_THUMBNAIL_SUFFIX) for name in names if name.endswith(_THUMBNAIL_SUFFIX)}
+
+
+# Databases
+
+
+def create_database(path: Path, uri: str, artifacts: str) -> None:
+    """Creates a SQLite database with MLflow's tables at `path`; `uri` is the URI of `path`.
+
+    MLflow has no public function that creates a database and closes it again.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, artifacts).engine.dispose()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        # With a write-ahead log readers (the UI) and writers (the members of a sweep) do not wait for each other.
+        database.execute("PRAGMA journal_mode=WAL")
+
+
+def move_artifacts(path: Path, old: str, new: str) -> None:
+    """Replaces the artifact folder `old` by `new` in the SQLite database at `path`; MLflow has no function for this."""
+    with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, len(old), old),
+            )
+
+
+# Pages. Without the workflow type MLflow opens an empty page for chat applications.
+
+
+def runs_url(address: str, experiment_id: str) -> str:
+    """Returns the page of all runs of an experiment, see `runs_view`."""
+    return _page(address, f"experiments/{experiment_id}/runs", viewStateShareKey=_RUNS_VIEW)
+
+
+def run_url(address: str, experiment_id: str, run_id: str) -> str:
+    """Returns the page of one run."""
+    return _page(address, f"experiments/{experiment_id}/runs/{run_id}")
+
+
+def children_url(address: str, experiment_id: str, run_id: str) -> str:
+    """Returns the page that compares the metrics and images of the children of a run, see `children_view`."""
+    return _page(address, f"experiments/{experiment_id}/runs", viewStateShareKey=run_id, compareRunsMode="CHART")
+
+
+def comparison_url(address: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Returns the page that compares runs."""
+    query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id])}
+    return f"{address.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}&workflowType=machine_learning"
+
+
+def _page(address: str, path: str, **query: str) -> str:
+    return f"{address.rstrip('/')}/#/{path}?{urlencode({'workflowType': 'machine_learning', **query})}"
+
+
+def image_markdown(run_id: str, file_name: str, title: str) -> str:
+    """Returns Markdown that shows an artifact of a run in the description of that run."""
+    return f"![{title}](get-artifact?path={file_name}&run_uuid={run_id})"
+
+
+# Views. MLflow stores the state of a page that a user shares in a tag of the experiment, and the URL names the tag by
+# `viewStateShareKey`. A view of our own adds columns of metrics and params to the table of runs, and puts the important
+# charts first.
+
+_VIEW_TAG = "mlflow.sharedViewState."
+_RUNS_VIEW = "trainer"
+RUNS_VIEW_TAG = _VIEW_TAG + _RUNS_VIEW
+"""Tag of an experiment that holds `runs_view`."""
+_COLUMNS = ("method.kind", "method.rank", "optimizer.lr", "steps", "dataset.kind")
+_LOSSES_BY_TIME = tuple(f"val/loss_q{quantile}" for quantile in range(10, 100, 10))
+
+
+def children_view_tag(run_id: str) -> str:
+    """Returns the tag of an experiment that holds the `children_view` of a run."""
+    return _VIEW_TAG + run_id
+
+
+def runs_view() -> str:
+    """Returns the view of all runs of an experiment, the newest first."""
+    return _view(_COLUMNS, (), 0, order_by="attributes.start_time", ascending=False)
+
+
+def children_view(run_id: str, params: Sequence[str], images: Sequence[str], step: int) -> str:
+    """Returns the view of the children of a run, those with the lowest held-out loss first.
+
+    The view has columns for the `params` and shows the `images` (keys) of `step`.
+    """
+    # If the children were sorted by time, MLflow would hide them below their collapsed parent.
+    return _view(params, images, step, f"tags.mlflow.parentRunId = '{run_id}'", "metrics.`val/loss`")
+
+
+def _view(
+    params: Sequence[str],
+    images: Sequence[str],
+    step: int,
+    search_filter: str = "",
+    order_by: str = "",
+    ascending: bool = True,
+) -> str:
+    charts = [_line_chart("val", "val/loss"), _line_chart("val", "val/psnr")]
+    charts += [_image_chart(key, step) for key in images]
+    charts += [_line_chart("quantiles", name) for name in _LOSSES_BY_TIME]
+    sections = {
+        "val": "val",
+        "samples": "samples",
+        "train": "train",
+        "perf": "perf",
+        "quantiles": "val/loss by time",
+    }
+    state = {
+        "searchFilter": search_filter,
+        "orderByKey": order_by,
+        "orderByAsc": ascending,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": ["metrics.`val/loss`", "metrics.`val/psnr`", *(f"params.`{name}`" for name in params)],
+        "isAccordionReordered": True,
+        "compareRunSections": [
+            {
+                "uuid": key,
+                "name": name,
+                "display": key != "quantiles",
+                "isReordered": True,
+                "deleted": False,
+                "isGenerated": True,
+            }
+            for key, name in sections.items()
+        ],
+        "compareRunCharts": charts,
+    }
+    return json.dumps(state)
+
+
+def _chart(kind: str, section: str, name: str) -> dict[str, Any]:
+    shared = {"uuid": name, "metricSectionId": section, "displayName": name, "runsCountToCompare": 10}
+    return {"type": kind, "deleted": False, "isGenerated": True, **shared}
+
+
+def _line_chart(section: str, name: str) -> dict[str, Any]:
+    axes = {
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": True,
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+    }
+    look = {"scaleType": "linear", "lineSmoothness": 0, "useGlobalLineSmoothing": True, "range": {}}
+    return {**_chart("LINE", section, name), "metricKey": name, "selectedMetricKeys": [name], **axes, **look}
+
+
+def _image_chart(key: str, step: int) -> dict[str, Any]:
+    # By default the params of each run stand above its image and push it out of sight.
+    return {**_chart("IMAGE", "samples", key), "imageKeys": [key], "step": step, "showRunParams": False}
+
+
+# The kind makes the UI open the page for training instead of the one for chat applications.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", RUNS_VIEW_TAG: runs_view()}
+"""Tags of a new experiment."""
