@@ -1,4 +1,4 @@
-"""The sizes that pictures of several shapes are brought to, so that little is cut off and each forward pass has one size."""
+"""Aspect ratio buckets: sizes for images of several shapes, so that little is cropped and each batch has one size."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Sequence
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
-STEPS = 16
-"""Steps of a bucket's sides over the side of a square: 64 px at 1024 px."""
+STEPS_PER_SIDE = 16
+"""The side of a square divided by the difference between two buckets' sides: 64 px at 1024 px."""
 
 
-def made(width: int, height: int, multiple: int, ratio: float) -> tuple[Size, ...]:
-    """Sizes of at most `width` x `height` pixels in all, sides divisible by `multiple`, the longer at most `ratio` times the shorter.
+def make_buckets(width: int, height: int, multiple: int, max_ratio: float) -> tuple[Size, ...]:
+    """Returns sizes with at most `width * height` pixels each, whose sides are divisible by `multiple`.
 
-    For each width the largest height that fits (as in NovelAI's aspect ratio bucketing, 2022).
+    The longer side is at most `max_ratio` times the shorter. Each width has the largest height that fits (as in
+    NovelAI's aspect ratio bucketing, 2022).
     """
     area = width * height
-    step = multiple * max(1, round(math.sqrt(area) / STEPS / multiple))
+    step = multiple * max(1, round(math.sqrt(area) / STEPS_PER_SIDE / multiple))
     sizes = set()
-    for across in range(step, int(math.sqrt(area * ratio)) + 1, step):
-        down = int(min(area // across, across * ratio)) // step * step
-        if down and max(across, down) <= ratio * min(across, down):
-            sizes.add((across, down))
-    # Of two where one is larger in both sides only that: 1344x768, not 1280x768.
+    for x in range(step, int(math.sqrt(area * max_ratio)) + 1, step):
+        y = int(min(area // x, x * max_ratio)) // step * step
+        if y and max(x, y) <= max_ratio * min(x, y):
+            sizes.add((x, y))
+    # If another size is as large on both sides, drop the smaller one: keep 1344x768, not 1280x768.
     largest = {
         size
         for size in sizes
@@ -32,14 +33,16 @@ def made(width: int, height: int, multiple: int, ratio: float) -> tuple[Size, ..
     return tuple(sorted(largest | {(width, height)}))
 
 
-def nearest(size: Size, sizes: Sequence[Size]) -> Size:
-    """Of `sizes` that whose aspect ratio is nearest to a picture's; of equals the largest."""
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """Returns the bucket with the aspect ratio nearest to that of an image; of several, the largest."""
     width, height = size
-    return min(
-        sizes, key=lambda other: (abs(math.log(other[0] / other[1] * height / width)), -other[0] * other[1], other)
-    )
+
+    def distance(bucket: Size) -> tuple[float, int, Size]:
+        return abs(math.log(bucket[0] / bucket[1] * height / width)), -bucket[0] * bucket[1], bucket
+
+    return min(buckets, key=distance)
 
 
-def enlargement(size: Size, to: Size) -> float:
-    """By what a picture is scaled to cover a size; above 1 it is enlarged, and looks soft."""
-    return max(to[0] / size[0], to[1] / size[1])
+def upscale_factor(size: Size, target: Size) -> float:
+    """Returns the factor that scales an image to cover `target`; above 1 the image is enlarged, and looks soft."""
+    return max(target[0] / size[0], target[1] / size[1])

@@ -1,81 +1,90 @@
-"""The layout captions_json: captions.json, file name -> caption, beside the images/ that holds the pictures."""
+"""Layout `captions_json`: captions.json maps file names to captions, images/ contains the images."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError
-from trainer.core.files import Digests, storage
-from trainer.dataset.picture import SUFFIXES
-from trainer.dataset.reading import Listing, Reading, by_name, sides
-from trainer.dataset.table import Row, collect, unique
-
-if TYPE_CHECKING:
-    from trainer.dataset import CaptionsJson
+from trainer.core.files import storage_errors
+from trainer.dataset.collector import SampleCollector
+from trainer.dataset.listing import Listing
+from trainer.dataset.source import IMAGE_SUFFIXES
+from trainer.dataset.splitting import find_split_folders
+from trainer.dataset.table import Row, Table, collect_rows, to_row
 
 TABLE = "captions.json"
 
 
-def read(settings: CaptionsJson, digests: Digests) -> Listing:
-    """One sample an entry; FOLDER itself, or FOLDER/train and FOLDER/validation (or val/, test/).
+@dataclass(slots=True)
+class CaptionsJson(Table):
+    """Images in images/, and a captions.json with their captions."""
 
-    In place of a caption an entry may be an object with `dataset.caption_column` and others; in place of the whole a list of such objects.
-    Raises errors.DataError where there is no table, or none that can be read.
-    """
-    reading = Reading(settings.folder(), digests)
-    parts = sides(reading, lambda folder: (folder / TABLE).is_file())
-    if not parts:
-        raise DataError(
-            f'dataset.path={settings.path}: there is no {TABLE} in it, with {{"NAME.jpg": "what it shows", ...}} for the pictures in images/.'
-        )
-    for folder, split in parts:
-        collect(reading, settings, _rows(settings, folder / TABLE), folder, split)
-        _strays(reading, folder)
-    return reading.listing()
+    def read(self, digests: Digests) -> Listing:
+        """Reads one sample per entry, see `Dataset.read`; from FOLDER, or FOLDER/train and FOLDER/validation.
+
+        Instead of a caption, an entry may be an object with the caption and other columns. Instead of one object with
+        all entries, the file may contain a list of such objects.
+        """
+        collector = SampleCollector(self.require_folder(), digests)
+        parts = find_split_folders(collector, lambda folder: (folder / TABLE).is_file())
+        if not parts:
+            raise DataError(
+                f"dataset.path={self.path}: there is no {TABLE} in it, "
+                'with {"NAME.jpg": "what it shows", ...} for the images in images/.'
+            )
+        for folder, split in parts:
+            collect_rows(collector, self, _read_rows(self, folder / TABLE), folder, split)
+            _note_unused_images(collector, folder)
+        return collector.to_listing()
 
 
-def _rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row | ValueError]]:
-    with storage("read", table):
+def _read_rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row | ValueError]]:
+    with storage_errors("read", table):
         data = table.read_bytes()
     try:
+        # An object becomes a list of (name, value) tuples, so that a name that occurs twice is not lost.
         entries = json.loads(data.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{table} is not the JSON file it claims to be: {error}. Mend it.") from None
     if not isinstance(entries, list):
-        raise DataError(f"{table} holds neither an object (file name -> caption) nor a list of objects. Mend it.")
+        raise DataError(f"{table} contains neither an object (file name -> caption) nor a list of objects. Mend it.")
     for number, entry in enumerate(entries, 1):
-        # An object came as its (name, value) pairs, so that a name that stands twice is not lost.
+        columns: list[tuple[str, Any]] = []
         if isinstance(entry, tuple):
             name, value = entry
-            place = f"{TABLE} {name!r:.80}"
-            given: list = [(settings.image_column, name)]
+            location = f"{TABLE} {name!r:.80}"
+            columns.append((settings.image_column, name))
         else:
-            place, value, given = f"{TABLE} entry {number}", entry, []
+            value, location = entry, f"{TABLE} entry {number}"
             if not _is_object(entry):
-                yield place, ValueError("is no JSON object")
+                yield location, ValueError("is no JSON object")
                 continue
-        own = value if _is_object(value) else [(settings.caption_column, value)]
+        columns += value if _is_object(value) else [(settings.caption_column, value)]
         try:
-            yield place, unique([*given, *own])
+            yield location, to_row(columns)
         except ValueError as error:
-            yield place, error
+            yield location, error
 
 
 def _is_object(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(item, tuple) for item in value)
 
 
-def _strays(reading: Reading, folder: Path) -> None:
-    """Say which pictures have no caption: they are not trained on."""
-    if not (folder / "images").is_dir():
+def _note_unused_images(collector: SampleCollector, folder: Path) -> None:
+    """Adds a note on the images that have no caption, which are not trained on."""
+    images = folder / "images"
+    if not images.is_dir():
         return
-    used = {sample.image.name for sample in reading.samples}
-    there = [path for paths in by_name(reading, folder / "images", SUFFIXES, str).values() for path in paths]
-    unused = [path.name for path in there if str(path) not in used]
-    if unused and not reading.faults:
-        reading.notes.append(
-            f"{len(unused)} pictures of {reading.name(folder / 'images')}/ have no entry in {TABLE} ({', '.join(unused[:3])} ...)"
+    used = {sample.image.name for sample in collector.samples}
+    groups = collector.group_files(images, IMAGE_SUFFIXES, str)
+    unused = [path.name for paths in groups.values() for path in paths if str(path) not in used]
+    if unused and not collector.faults:
+        collector.notes.append(
+            f"{len(unused)} images in {collector.relative_name(images)}/ have no entry in {TABLE} "
+            f"({', '.join(unused[:3])} ...)"
         )

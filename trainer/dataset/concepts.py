@@ -1,82 +1,117 @@
-"""The layout concepts: a folder a concept, with images/NAME.jpg and images/NAME.txt, or both directly in it."""
+"""Layout `concepts`: one folder per concept, with images/NAME.jpg and images/NAME.txt, or with both directly in it."""
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.core.files import Digests
-from trainer.dataset.picture import SUFFIXES
-from trainer.dataset.reading import Listing, Reading, beside, by_name, text_of
-from trainer.dataset.sample import Sample, caption, identify, inside
+from trainer.dataset import Dataset
+from trainer.dataset.collector import SampleCollector, read_caption
+from trainer.dataset.listing import Listing
+from trainer.dataset.paths import is_inside
+from trainer.dataset.sample import Sample, check_caption, sample_id
+from trainer.dataset.source import IMAGE_SUFFIXES
 
-if TYPE_CHECKING:
-    from trainer.dataset import Concepts
 
+@dataclass(slots=True)
+class Concepts(Dataset):
+    """One folder per concept.
 
-def read(settings: Concepts, digests: Digests) -> Listing:
-    """One sample a picture. Raises errors.UsageError where a setting names a concept that is not there, errors.DataError where there is none."""
-    reading = Reading(settings.folder(), digests)
-    folders = [path for path in sorted(reading.root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    concepts = {path.name: path for path in folders if inside(reading.root, path)}
-    for path in folders:
-        if path.name not in concepts:
-            reading.fault(f"{path.name}: is a link out of the data set's folder; put the folder itself there")
-    if not concepts:
-        raise DataError(
-            f"dataset.path={settings.path}: there is no folder in it. Each concept is one: NAME/images/*.jpg, with a .txt beside each."
-        )
-    for key in ("triggers", "weights", "repeats"):
-        unknown = [name for name in getattr(settings, key) if name not in concepts]
-        if unknown:
-            raise UsageError(
-                f"dataset.{key} names {', '.join(unknown)}; the concepts in {settings.path} are {', '.join(concepts)}"
+    For a concept by its name, `triggers` is the word that is put in front of every caption without it, `weights` the
+    weight of the loss of its samples, and `repeats` how often an epoch visits each of them.
+    """
+
+    triggers: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        for name, trigger in self.triggers.items():
+            if not trigger.strip():
+                raise UsageError(f"dataset.triggers: that of {name} is empty; leave it out to keep the captions")
+        for name, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise UsageError(
+                    f"dataset.weights: {weight:g} for {name} is not a weight of a loss; type a number above 0"
+                )
+        for name, count in self.repeats.items():
+            if count < 1:
+                raise UsageError(f"dataset.repeats: {count} for {name} leaves out its samples; type 1 or more")
+
+    def read(self, digests: Digests) -> Listing:
+        """Reads one sample per image; see `Dataset.read`.
+
+        Raises errors.UsageError for settings of a concept that does not exist.
+        """
+        collector = SampleCollector(self.require_folder(), digests)
+        folders = [path for path in sorted(collector.root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        concepts = {path.name: path for path in folders if is_inside(collector.root, path)}
+        for path in folders:
+            if path.name not in concepts:
+                collector.add_fault(f"{path.name}: is a link out of the dataset's folder; put the folder itself there")
+        if not concepts:
+            raise DataError(
+                f"dataset.path={self.path}: there is no folder in it. "
+                "Each concept is one: NAME/images/*.jpg, with a .txt beside each."
             )
-    for name, folder in concepts.items():
-        _concept(reading, settings, name, folder)
-    return reading.listing()
+        for key in ("triggers", "weights", "repeats"):
+            unknown = [name for name in getattr(self, key) if name not in concepts]
+            if unknown:
+                raise UsageError(
+                    f"dataset.{key} names {', '.join(unknown)}; the concepts in {self.path} are {', '.join(concepts)}"
+                )
+        for name, folder in concepts.items():
+            _collect_concept(collector, self, name, folder)
+        return collector.to_listing()
 
 
-def _concept(reading: Reading, settings: Concepts, concept: str, folder: Path) -> None:
-    images = folder / "images" if (folder / "images").is_dir() else folder
-    pictures = by_name(reading, images, SUFFIXES, lambda path: identify(path.relative_to(reading.root)))
-    texts = by_name(reading, images, (".txt",), lambda path: identify(path.relative_to(reading.root)))
-    if not pictures:
-        reading.fault(f"{concept}: there is no picture in it, nor in {concept}/images")
-    if pictures and not texts:
+def _collect_concept(collector: SampleCollector, settings: Concepts, concept: str, folder: Path) -> None:
+    def id_of(path: Path) -> str:
+        return sample_id(path.relative_to(collector.root))
+
+    image_folder = folder / "images" if (folder / "images").is_dir() else folder
+    images = collector.group_files(image_folder, IMAGE_SUFFIXES, id_of)
+    captions = collector.group_files(image_folder, (".txt",), id_of)
+    if not images:
+        collector.add_fault(f"{concept}: there is no image in it, nor in {concept}/images")
+    if images and not captions:
         word = settings.triggers.get(concept, concept)
-        reading.notes.append(
-            f"{concept}: no picture has a .txt, so the caption of all is {word!r} (dataset.triggers={{{concept}: WORD}} sets another)"
+        collector.notes.append(
+            f"{concept}: no image has a .txt, so the caption of all is {word!r} "
+            f"(dataset.triggers={{{concept}: WORD}} sets another)"
         )
-    for id in sorted({*pictures, *texts}):
-        reading.found += 1
-        before = len(reading.faults)
-        paths = pictures.get(id, [])
-        if not paths:
-            reading.fault(f"{id}.txt: there is no such picture")
+    for id in sorted({*images, *captions}):
+        collector.found += 1
+        faults_before = len(collector.faults)
+        if id not in images:
+            collector.add_fault(f"{id}.txt: there is no such image")
             continue
-        place = reading.name(paths[0])
-        for path in paths[1:]:
-            reading.fault(f"{reading.name(path)}: is the same sample as {place}")
-        reading.acquire(id, place)
-        image = reading.tried("", lambda paths=paths: reading.picture(paths[0]))
-        text = reading.tried(f"{id}.txt", lambda id=id: _caption(settings, concept, texts, id))
-        mask = reading.tried(place, lambda paths=paths: beside(reading, folder / "masks", paths[0].stem))
-        if len(reading.faults) == before:
+        first, *others = images[id]
+        location = collector.relative_name(first)
+        for path in others:
+            collector.add_fault(f"{collector.relative_name(path)}: is the same sample as {location}")
+        collector.register_id(id, location)
+        image = collector.attempt("", collector.image_source, first)
+        caption = collector.attempt(f"{id}.txt", _read_caption, settings, concept, captions, id)
+        mask = collector.attempt(location, collector.find_mask, folder / "masks", first.stem)
+        if image is not None and caption is not None and len(collector.faults) == faults_before:
             weight, repeats = settings.weights.get(concept, 1.0), settings.repeats.get(concept, 1)
-            reading.add(Sample(id, image, text, mask=mask, weight=weight, repeats=repeats), place)
+            collector.add(Sample(id, image, caption, mask=mask, weight=weight, repeats=repeats), location)
 
 
-def _caption(settings: Concepts, concept: str, texts: dict[str, list[Path]], id: str) -> str:
-    """The caption with the concept's trigger in front, where one was set and the caption does not hold it."""
+def _read_caption(settings: Concepts, concept: str, captions: dict[str, list[Path]], id: str) -> str:
+    """Returns the caption of a sample, with the trigger of its concept in front unless the caption contains it."""
     trigger = settings.triggers.get(concept)
-    if not texts:
-        return caption(trigger or concept)
-    if id not in texts:
-        raise ValueError("there is no such caption, and other pictures of the concept have theirs")
-    text = text_of(texts[id][0])
-    if trigger is None or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
-        return text
-    return caption(f"{trigger}, {text}")
+    if not captions:
+        return check_caption(trigger or concept)
+    if id not in captions:
+        raise ValueError("there is no such caption, and other images of the concept have theirs")
+    caption = read_caption(captions[id][0])
+    if trigger is None or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return check_caption(f"{trigger}, {caption}")

@@ -1,89 +1,104 @@
-"""The layout csv: a table with a header line, whose columns name pictures relative to its folder and caption them."""
+"""Layout `csv`: a table with a header line, whose columns name images relative to its folder, and their captions."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.core.errors import DataError
-from trainer.core.files import Digests, storage
-from trainer.dataset.reading import Listing, Reading, roles
-from trainer.dataset.table import Row, collect
+from trainer.core.digests import Digests
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import storage_errors
+from trainer.dataset import Dataset
+from trainer.dataset.collector import SampleCollector
+from trainer.dataset.listing import Listing
+from trainer.dataset.splitting import assign_splits
+from trainer.dataset.table import Row, Table, collect_rows
 
-if TYPE_CHECKING:
-    from trainer.dataset import Csv
-
-SUFFIXES = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def read(settings: Csv, digests: Digests) -> Listing:
-    """One sample a row. `dataset.path` is the table, or a folder with one table, or with train.csv, validation.csv (or val) and test.csv.
+@dataclass(slots=True)
+class Csv(Table):
+    """Images, and a table of them.
 
-    Raises errors.DataError where there is no table or several others.
+    `path` may be the table itself. `delimiter`: null for a comma (.csv) or a tab (.tsv).
     """
-    path = Path(settings.path or "").expanduser()
-    if settings.path and path.is_file():
-        reading = Reading(path.parent, digests)
+
+    delimiter: str | None = None
+
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise UsageError(
+                f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'"
+            )
+
+    def read(self, digests: Digests) -> Listing:
+        """Reads one sample per row; see `Dataset.read`.
+
+        `path` is the table, or a folder with one table, or with train.csv, validation.csv (or val.csv) and test.csv.
+        """
+        path = Path(self.path or "").expanduser()
         tables: list[tuple[Path, str | None]] = [(path, None)]
-    else:
-        reading = Reading(settings.folder(), digests)
-        tables = _tables(settings, reading)
-    for table, split in tables:
-        collect(reading, settings, _rows(settings, table, reading), table.parent, split)
-    return reading.listing()
+        if self.path and path.is_file():
+            collector = SampleCollector(path.parent, digests)
+        else:
+            collector = SampleCollector(self.require_folder(), digests)
+            tables = _find_tables(self, collector)
+        for table, split in tables:
+            collect_rows(collector, self, _read_rows(self, table, collector), table.parent, split)
+        return collector.to_listing()
 
 
-def _tables(settings: Csv, reading: Reading) -> list[tuple[Path, str | None]]:
-    there = {
-        path.stem: path for path in sorted(reading.root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()
-    }
-    if used := roles(reading, there):
-        return [(there[name], split) for name, split in used.items()]
-    if len(there) == 1:
-        return [(path, None) for path in there.values()]
-    if there:
-        names = ", ".join(path.name for path in there.values())
+def _find_tables(settings: Csv, collector: SampleCollector) -> list[tuple[Path, str | None]]:
+    """Returns the tables in the folder, and the split of each."""
+    files = (path for path in sorted(collector.root.iterdir()) if path.is_file())
+    tables = {path.stem: path for path in files if path.suffix.lower() in DELIMITERS}
+    if splits := assign_splits(collector, tables):
+        return [(tables[name], split) for name, split in splits.items()]
+    if len(tables) == 1:
+        return [(path, None) for path in tables.values()]
+    if tables:
+        names = ", ".join(path.name for path in tables.values())
         raise DataError(
-            f"dataset.path={settings.path}: it has several tables ({names}); type dataset.path={settings.path}/NAME.csv for one."
+            f"dataset.path={settings.path}: it has several tables ({names}); "
+            f"type dataset.path={settings.path}/NAME.csv for one."
         )
     header = f"{settings.image_column},{settings.caption_column}"
     raise DataError(f"dataset.path={settings.path}: there is no .csv in it, with a header line such as {header}")
 
 
-def _rows(settings: Csv, table: Path, reading: Reading) -> Iterator[tuple[str, Row | ValueError]]:
-    with storage("read", table):
+def _read_rows(settings: Csv, table: Path, collector: SampleCollector) -> Iterator[tuple[str, Row | ValueError]]:
+    with storage_errors("read", table):
         data = table.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: {error}; save it as UTF-8") from None
-    delimiter = settings.delimiter or SUFFIXES.get(table.suffix.lower(), ",")
+    delimiter = settings.delimiter or DELIMITERS.get(table.suffix.lower(), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        place = f"{reading.name(table)} line {lines.line_num + 1}"
+        location = f"{collector.relative_name(table)} line {lines.line_num + 1}"
         try:
             cells = next(lines, None)
         except csv.Error as error:
-            yield place, ValueError(f"{error}; what follows was not read")
+            yield location, ValueError(f"{error}; the lines after it were not read")
             return
         if cells is None:
             return
-        if not any(cell.strip() for cell in cells):
+        cells = [cell.strip() for cell in cells]
+        if not any(cells):
             continue
         if not header:
-            header = [cell.strip() for cell in cells]
+            header = cells
             if len({*header}) < len(header):
-                raise DataError(f"{place}: has the same column twice ({', '.join(header)}). Mend the header line.")
+                raise DataError(f"{location}: has the same column twice ({', '.join(header)}). Mend the header line.")
         elif len(cells) == len(header):
-            yield place, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+            yield location, dict(zip(header, cells, strict=True))
         else:
-            yield (
-                place,
-                ValueError(
-                    f"has {len(cells)} cells, and the header line has {len(header)}; quote what holds a {delimiter!r}"
-                ),
-            )
+            counts = f"has {len(cells)} cells, and the header line has {len(header)}"
+            yield location, ValueError(f"{counts}; put cells that contain a {delimiter!r} in quotes")

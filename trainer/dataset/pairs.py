@@ -1,131 +1,148 @@
-"""The layout pairs: control_images/NAME.jpg, the target training_images/NAME.png, and its instruction training_images/NAME.txt.
+"""Layout `pairs`: control images, target images and instructions, paired by name.
 
-Further control pictures of a sample are control_images_2/NAME.jpg, control_images_3/..., or control_images/NAME_control_1.jpg,
-NAME_control_2.jpg ...; an edit mask is masks/NAME.png, or NAME_mask.png beside either picture.
+A sample is control_images/NAME.jpg, training_images/NAME.png and training_images/NAME.txt. Further control images are
+control_images_2/NAME.jpg, control_images_3/NAME.jpg, ..., or control_images/NAME_control_1.jpg, NAME_control_2.jpg, ...
+An edit mask is masks/NAME.png, or NAME_mask.png beside either image.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError
-from trainer.core.files import Digests
-from trainer.dataset.picture import SUFFIXES, FileSource
-from trainer.dataset.reading import Listing, Reading, by_name, sides, text_of
-from trainer.dataset.sample import Sample, identify
-
-if TYPE_CHECKING:
-    from trainer.dataset import Pairs
+from trainer.dataset import Dataset
+from trainer.dataset.collector import SampleCollector, read_caption
+from trainer.dataset.listing import Listing
+from trainer.dataset.sample import Sample, sample_id
+from trainer.dataset.source import IMAGE_SUFFIXES, FileSource
+from trainer.dataset.splitting import find_split_folders
 
 CONTROLS = "control_images"
 TARGETS = "training_images"
 MASKS = "masks"
 
+Groups = dict[str, list[Path]]
+"""Name of a sample -> files; more than one is a fault."""
 
-def read(settings: Pairs, digests: Digests) -> Listing:
-    """One sample a name; FOLDER itself, or FOLDER/train and FOLDER/validation. Raises errors.DataError where a folder is missing."""
-    reading = Reading(settings.folder(), digests)
-    parts = sides(reading, lambda folder: (folder / CONTROLS).is_dir() and (folder / TARGETS).is_dir())
-    if not parts:
-        missing = [f"{name}/" for name in (CONTROLS, TARGETS) if not (reading.root / name).is_dir()]
-        raise DataError(
-            f"dataset.path={settings.path}: there is no {' and no '.join(missing)} in it. Control pictures belong in {CONTROLS}/, "
-            f"pictures of the same names and their .txt in {TARGETS}/."
+
+@dataclass(slots=True)
+class Pairs(Dataset):
+    """Control images and target images, paired by name, with an instruction for each pair."""
+
+    def read(self, digests: Digests) -> Listing:
+        """Reads one sample per name, see `Dataset.read`; from FOLDER, or FOLDER/train and FOLDER/validation."""
+        collector = SampleCollector(self.require_folder(), digests)
+        parts = find_split_folders(
+            collector, lambda folder: (folder / CONTROLS).is_dir() and (folder / TARGETS).is_dir()
         )
-    for folder, split in parts:
-        _Part(reading, folder).read(split)
-    return reading.listing()
+        if not parts:
+            missing = [f"{name}/" for name in (CONTROLS, TARGETS) if not (collector.root / name).is_dir()]
+            raise DataError(
+                f"dataset.path={self.path}: there is no {' and no '.join(missing)} in it. "
+                f"Control images belong in {CONTROLS}/, images of the same names and their .txt in {TARGETS}/."
+            )
+        for folder, split in parts:
+            _PairsFolder(collector, folder).collect(split)
+        return collector.to_listing()
 
 
-class _Part:
-    """One folder with controls and targets: what is in it, by the name it belongs to."""
+class _PairsFolder:
+    """The files of one folder with controls and targets, grouped by the sample that they belong to."""
 
-    def __init__(self, reading: Reading, folder: Path):
-        self.reading, self.folder = reading, folder
-        self.captions = by_name(reading, folder / TARGETS, (".txt",), _name)
-        pictures = by_name(reading, folder / TARGETS, SUFFIXES, _name)
-        self.masks = by_name(reading, folder / MASKS, SUFFIXES, _name) if (folder / MASKS).is_dir() else {}
-        # A name that is a sample's own is never another's mask or control.
-        own = {*self.captions, *(name for name in pictures if not _base(name, "mask", {*pictures}))}
-        self.targets = self._without_masks(pictures, own)
-        self.controls = [self._without_masks(by_name(reading, folder / CONTROLS, SUFFIXES, _name), own)]
-        self._take_further(own)
+    def __init__(self, collector: SampleCollector, folder: Path):
+        self.collector, self.folder = collector, folder
+        self.captions = self._group(TARGETS, (".txt",))
+        targets = self._group(TARGETS)
+        self.masks = self._group(MASKS) if (folder / MASKS).is_dir() else {}
+        # The name of a sample is never the mask or a control of another sample.
+        own = {*self.captions, *(name for name in targets if not _base_name(name, {*targets}))}
+        self.targets = self._take_masks(targets, own)
+        self.controls = [self._take_masks(self._group(CONTROLS), own)]
+        """One group of files for each control image of a sample."""
+        self._take_numbered_controls(own)
         number = 2
-        while (further := folder / f"{CONTROLS}_{number}").is_dir():
-            self.controls.append(by_name(reading, further, SUFFIXES, _name))
+        while (folder / f"{CONTROLS}_{number}").is_dir():
+            self.controls.append(self._group(f"{CONTROLS}_{number}"))
             number += 1
-        self.where = [f"{CONTROLS}/NAME.*", *(f"{CONTROLS}_{i}/NAME.*" for i in range(2, number))]
-        if len(self.controls) > len(self.where):
-            self.where[1:] = [f"{CONTROLS}/NAME_control_{i}.*" for i in range(1, len(self.controls))]
+        self.control_patterns = [f"{CONTROLS}/NAME.*", *(f"{CONTROLS}_{i}/NAME.*" for i in range(2, number))]
+        if len(self.controls) > len(self.control_patterns):
+            self.control_patterns[1:] = [f"{CONTROLS}/NAME_control_{i}.*" for i in range(1, len(self.controls))]
 
-    def read(self, split: str | None) -> None:
-        reading = self.reading
-        names = sorted({*self.targets, *self.captions, *self.masks}.union(*self.controls))
-        prefix = "" if self.folder == reading.root else f"{self.folder.name}/"
-        for name in names:
-            reading.found += 1
-            before = len(reading.faults)
-            controls = [
-                self._only(found.get(name), f"{where.replace('NAME', name)}: there is no such control picture")
-                for found, where in zip(self.controls, self.where, strict=True)
-            ]
-            target = self._only(self.targets.get(name), f"{TARGETS}/{name}.*: there is no such target picture")
-            text = reading.tried(f"{self._shown(TARGETS)}/{name}.txt", lambda name=name: _text(self.captions.get(name)))
-            mask = self._only(self.masks[name], "") if name in self.masks else None
-            for found in (self.targets, *self.controls, self.masks):
-                for path in found.get(name, [])[1:]:
-                    reading.fault(f"{reading.name(path)}: is the same sample as {reading.name(found[name][0])}")
-            if not reading.acquire(
-                prefix + name, reading.name(self.targets[name][0]) if name in self.targets else name
-            ):
-                continue
-            if len(reading.faults) == before:
-                reading.add(Sample(prefix + name, target, text, tuple(controls), split, mask), f"{TARGETS}/{name}")
+    def collect(self, split: str | None) -> None:
+        for name in sorted({*self.targets, *self.captions, *self.masks}.union(*self.controls)):
+            self.collector.found += 1
+            self._collect_sample(name, split)
 
-    def _only(self, paths: list[Path] | None, absent: str) -> FileSource | None:
+    def _collect_sample(self, name: str, split: str | None) -> None:
+        collector = self.collector
+        faults_before = len(collector.faults)
+        controls = []
+        for group, pattern in zip(self.controls, self.control_patterns, strict=True):
+            control = self._find_image(group, name, f"{pattern.replace('NAME', name)}: there is no such control image")
+            controls += [] if control is None else [control]
+        target = self._find_image(self.targets, name, f"{TARGETS}/{name}.*: there is no such target image")
+        caption = collector.attempt(f"{self._shown(TARGETS)}/{name}.txt", _read_instruction, self.captions.get(name))
+        mask = self._find_image(self.masks, name, "") if name in self.masks else None
+        for group in (self.targets, *self.controls, self.masks):
+            for path in group.get(name, [])[1:]:
+                first = collector.relative_name(group[name][0])
+                collector.add_fault(f"{collector.relative_name(path)}: is the same sample as {first}")
+        id = name if self.folder == collector.root else f"{self.folder.name}/{name}"
+        if not collector.register_id(
+            id, collector.relative_name(self.targets[name][0]) if name in self.targets else name
+        ):
+            return
+        if target is not None and caption is not None and len(collector.faults) == faults_before:
+            collector.add(Sample(id, target, caption, tuple(controls), split, mask), f"{TARGETS}/{name}")
+
+    def _group(self, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Groups:
+        return self.collector.group_files(self.folder / name, suffixes, lambda path: sample_id(Path(path.name)))
+
+    def _find_image(self, group: Groups, name: str, fault: str) -> FileSource | None:
+        """Returns the first image of a sample in a group; adds a fault if there is none."""
+        paths = group.get(name)
         if not paths:
-            self.reading.fault(self._shown("") + absent)
+            self.collector.add_fault(self._shown("") + fault)
             return None
-        return self.reading.tried("", lambda: self.reading.picture(paths[0]))
+        return self.collector.attempt("", self.collector.image_source, paths[0])
 
-    def _shown(self, part: str) -> str:
-        return part if self.folder == self.reading.root else f"{self.folder.name}/{part}"
+    def _shown(self, name: str) -> str:
+        """Name of a file or folder for messages."""
+        return name if self.folder == self.collector.root else f"{self.folder.name}/{name}"
 
-    def _without_masks(self, pictures: dict[str, list[Path]], own: set[str]) -> dict[str, list[Path]]:
-        """The pictures that are no NAME_mask, which go to the masks."""
-        rest = {}
-        for name, paths in pictures.items():
-            base = None if name in own else _base(name, "mask", own)
+    def _take_masks(self, images: Groups, own: set[str]) -> Groups:
+        """Moves NAME_mask to the masks, and returns the other images."""
+        others = {}
+        for name, paths in images.items():
+            base = None if name in own else _base_name(name, own)
             if base is None:
-                rest[name] = paths
+                others[name] = paths
             else:
                 self.masks.setdefault(base, []).extend(paths)
-        return rest
+        return others
 
-    def _take_further(self, own: set[str]) -> None:
-        """Move NAME_control_1, NAME_control_2 ... out of the first controls into further ones."""
+    def _take_numbered_controls(self, own: set[str]) -> None:
+        """Moves NAME_control_1, NAME_control_2, ... out of the first controls into groups of their own."""
         first = self.controls[0]
         for name in sorted(first):
-            found = re.fullmatch(r"(.+)_control_(\d{1,2})", name)
-            if not found or name in own or found[1] not in own or int(found[2]) < 1:
+            match = re.fullmatch(r"(.+)_control_(\d{1,2})", name)
+            if not match or name in own or match[1] not in own or int(match[2]) < 1:
                 continue
-            while len(self.controls) <= int(found[2]):
+            while len(self.controls) <= int(match[2]):
                 self.controls.append({})
-            self.controls[int(found[2])][found[1]] = first.pop(name)
+            self.controls[int(match[2])][match[1]] = first.pop(name)
 
 
-def _name(path: Path) -> str:
-    return identify(Path(path.name))
-
-
-def _base(name: str, suffix: str, names: set[str]) -> str | None:
-    base = name.removesuffix(f"_{suffix}")
+def _base_name(name: str, names: set[str]) -> str | None:
+    """Returns NAME for NAME_mask, if it is one of `names`."""
+    base = name.removesuffix("_mask")
     return base if base != name and base in names else None
 
 
-def _text(paths: list[Path] | None) -> str:
+def _read_instruction(paths: list[Path] | None) -> str:
     if not paths:
         raise ValueError("there is no such instruction")
-    return text_of(paths[0])
+    return read_caption(paths[0])

@@ -1,45 +1,85 @@
-"""The layout personalized: train.json, val.json and test.json, each a list of what a user liked (history), in which style, and the item to draw next."""
+"""Layout `personalized`: the items that users liked, and for each history an item to generate next.
+
+train.json, val.json and test.json are lists of records.
+"""
 
 from __future__ import annotations
 
 import os
+import string
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer.core.errors import DataError
-from trainer.core.files import Digests, read_json
-from trainer.dataset.picture import FileSource
-from trainer.dataset.reading import VALIDATION, Listing, Reading, roles
-from trainer.dataset.sample import Sample, caption, inside, relative
-from trainer.dataset.template import load_weights
+from trainer.core.digests import Digests
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import read_json
+from trainer.dataset import Dataset
+from trainer.dataset.collector import SampleCollector
+from trainer.dataset.listing import Listing
+from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
+from trainer.dataset.sample import Sample, check_caption
+from trainer.dataset.source import FileSource
+from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
 
-if TYPE_CHECKING:
-    from trainer.dataset import Personalized
-
-
-def read(settings: Personalized, digests: Digests) -> Listing:
-    """One sample a record, whose caption is `settings.template` filled in. Raises errors.DataError where there is no train.json."""
-    reading = Reading(settings.folder(), digests)
-    there = [name for name in ("train", *VALIDATION) if (reading.root / f"{name}.json").is_file()]
-    if "train" not in there:
-        raise DataError(
-            f"dataset.path={settings.path}: there is no train.json in it, a list of records with history_items_info and target_item_info."
-        )
-    styles = _styles(reading)
-    for name, split in roles(reading, there).items():
-        path = reading.root / f"{name}.json"
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise DataError(f"{path} is no list of records. Mend it.")
-        for number, record in enumerate(records):
-            reading.found += 1
-            _Record(reading, settings, record, f"{name}.json record {number}", styles).read(name, split)
-    return reading.listing()
+TEMPLATE_FIELDS = ("history", "style", "target", "user")
 
 
-def _styles(reading: Reading) -> dict[str, str]:
-    """What user_styles.json says of users, for records that do not say it themselves."""
-    path = reading.root / "user_styles.json"
+@dataclass(slots=True)
+class Personalized(Dataset):
+    """The items that users liked, and an item to generate next.
+
+    A caption is `template` with these fields: {history} (the captions of the items, joined by `separator`), {style},
+    {target} and {user}.
+    """
+
+    caption_column: str = "caption"
+    image_column: str = "image_path"
+    template: str = "The user liked: {history}. Their style: {style}."
+    separator: str = "; "
+
+    def __post_init__(self) -> None:
+        Dataset.__post_init__(self)
+        _check_template(self.template)
+
+    def read(self, digests: Digests) -> Listing:
+        """Reads one sample per record; see `Dataset.read`."""
+        collector = SampleCollector(self.require_folder(), digests)
+        names = [name for name in ("train", *VALIDATION_NAMES) if (collector.root / f"{name}.json").is_file()]
+        if "train" not in names:
+            raise DataError(
+                f"dataset.path={self.path}: there is no train.json in it, "
+                "a list of records with history_items_info and target_item_info."
+            )
+        styles = _read_styles(collector)
+        for name, split in assign_splits(collector, names).items():
+            path = collector.root / f"{name}.json"
+            records = read_json(path)
+            if not isinstance(records, list):
+                raise DataError(f"{path} is no list of records. Mend it.")
+            for number, record in enumerate(records):
+                collector.found += 1
+                _RecordReader(collector, self, record, name, number, styles).collect(split)
+        return collector.to_listing()
+
+
+def _check_template(template: str) -> None:
+    """Raises errors.UsageError if a template has a field that samples do not have."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(
+            f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it"
+        ) from None
+    known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
+    for _, name, form, conversion in parts:
+        if name is not None and (name not in TEMPLATE_FIELDS or form or conversion):
+            raise UsageError(f"dataset.template has {{{name}}}, but a sample only has {known}")
+
+
+def _read_styles(collector: SampleCollector) -> dict[str, str]:
+    """Returns user -> style from user_styles.json, for records that do not contain the style."""
+    path = collector.root / "user_styles.json"
     entries = read_json(path) if path.is_file() else []
     if isinstance(entries, dict):
         return entries
@@ -50,64 +90,80 @@ def _styles(reading: Reading) -> dict[str, str]:
     }
 
 
-class _Record:
-    def __init__(self, reading: Reading, settings: Personalized, record: Any, place: str, styles: dict[str, str]):
-        self.reading, self.settings, self.place, self.styles = reading, settings, place, styles
-        self.record = record if isinstance(record, dict) else {}
+class _RecordReader:
+    """Reads one record. `name` is that of its file without the suffix, `number` its position in it."""
 
-    def read(self, name: str, split: str | None) -> None:
-        reading, record = self.reading, self.record
-        before = len(reading.faults)
+    def __init__(
+        self,
+        collector: SampleCollector,
+        settings: Personalized,
+        record: Any,
+        name: str,
+        number: int,
+        styles: dict[str, str],
+    ):
+        self.collector, self.settings, self.name, self.number, self.styles = collector, settings, name, number, styles
+        self.record: dict[str, Any] = record if isinstance(record, dict) else {}
+        self.location = f"{name}.json record {number}"
+
+    def collect(self, split: str | None) -> None:
+        collector, record, template = self.collector, self.record, self.settings.template
+        faults_before = len(collector.faults)
         if not record:
-            reading.fault(f"{self.place}: is no record with history_items_info and target_item_info")
+            collector.add_fault(f"{self.location}: is no record with history_items_info and target_item_info")
             return
-        history = self._history()
-        target = self._item(record.get("target_item_info"), record.get("target_item_id", "target"))
+        history = self._read_history()
+        target_id = record.get("target_item_id", "target")
+        target_caption, image = self._read_item(record.get("target_item_info"), target_id)
         user = str(record.get("user_id", ""))
         style = record.get("user_style") or self.styles.get(user)
-        if style is None and "{style}" in self.settings.template:
-            reading.fault(
-                f"{self.place}: has no user_style, and user_styles.json says none of {user!r}; dataset.template can do without {{style}}"
+        if style is None and "{style}" in template:
+            collector.add_fault(
+                f"{self.location}: has no user_style, and user_styles.json has none for {user!r}; "
+                "dataset.template can do without {style}"
             )
-        if len(reading.faults) > before:
+        if image is None or target_caption is None or len(collector.faults) > faults_before:
             return
         values = {
-            "history": self.settings.separator.join(text for text, _ in history),
+            "history": self.settings.separator.join(history),
             "style": style or "",
-            "target": target[0],
+            "target": target_caption,
             "user": user,
         }
-        text = reading.tried(self.place, lambda: caption(load_weights(self.settings.template, values)))
+        caption = collector.attempt(self.location, check_caption, template.format_map(values))
         # A window of the same history may come with several targets, and a target with several histories.
-        id = f"{name}/{user or 'user'}/{record.get('window_position', self.place.rpartition(' ')[2])}/{record.get('target_item_id', 'target')}"
-        if reading.acquire(id, self.place) and text:
-            reading.add(Sample(id, target[1], text, split=split), self.place)
+        window = record.get("window_position", self.number)
+        id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
+        if collector.register_id(id, self.location) and caption:
+            collector.add(Sample(id, image, caption, split=split), self.location)
 
-    def _history(self) -> list[tuple[str, FileSource]]:
+    def _read_history(self) -> list[str]:
+        """Returns the captions of the items that the user liked; their images must exist too."""
         items = self.record.get("history_items_info")
         if not isinstance(items, list) or not items:
-            self.reading.fault(f"{self.place}: its history_items_info is empty")
+            self.collector.add_fault(f"{self.location}: its history_items_info is empty")
             return []
         ids = {item.get("item_id") for item in items if isinstance(item, dict)}
         for id in self.record.get("history_item_ids") or []:
             if id not in ids:
-                self.reading.fault(f"{self.place}: history item {id!r} is missing from history_items_info")
-        return [self._item(item, f"history item {number}") for number, item in enumerate(items)]
+                self.collector.add_fault(f"{self.location}: history item {id!r} is missing from history_items_info")
+        captions = [self._read_item(item, f"history item {number}")[0] for number, item in enumerate(items)]
+        return [caption for caption in captions if caption is not None]
 
-    def _item(self, item: Any, name: str) -> tuple[str, FileSource] | None:
-        """Caption and picture of an item, each of which must be there."""
+    def _read_item(self, item: Any, name: str) -> tuple[str | None, FileSource | None]:
+        """Returns the caption and the image of an item; None is for what has a fault."""
         if not isinstance(item, dict):
-            self.reading.fault(f"{self.place}: {name} is missing")
-            return None
-        place = f"{self.place}, item {item.get('item_id', name)!r}"
-        text = self.reading.tried(place, lambda: caption(item.get(self.settings.caption_column)))
-        image = self.reading.tried(place, lambda: self._picture(item.get(self.settings.image_column)))
-        return text, image
+            self.collector.add_fault(f"{self.location}: {name} is missing")
+            return None, None
+        location = f"{self.location}, item {item.get('item_id', name)!r}"
+        caption = self.collector.attempt(location, check_caption, item.get(self.settings.caption_column))
+        image = self.collector.attempt(location, self._image_source, item.get(self.settings.image_column))
+        return caption, image
 
-    def _picture(self, name: object) -> FileSource:
-        path = self.reading.root / Path(relative(name))
-        if not inside(self.reading.root, path):
-            raise ValueError(f"{name!r} is a link out of the data set's folder; put the file itself there")
+    def _image_source(self, name: object) -> FileSource:
+        path = self.collector.root / Path(check_relative_path(name))
+        if not is_inside(self.collector.root, path):
+            raise ValueError(f"{name!r} {LINK_OUTSIDE}")
         if not os.path.isfile(path):
             raise ValueError(f"there is no file {name!r}")
-        return self.reading.picture(path)
+        return self.collector.image_source(path)

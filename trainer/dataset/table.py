@@ -1,108 +1,150 @@
-"""Samples out of the rows of a table, which name their pictures and captions by column; the layouts differ in how a table is written."""
+"""Layouts that are tables with named columns: their settings, and samples from the rows.
+
+How a table is stored differs by layout.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.dataset.reading import Reading, beside
-from trainer.dataset.sample import Sample, Source, caption, identify, inside, relative
-
-if TYPE_CHECKING:
-    from trainer.dataset import Table
+from trainer.dataset import Dataset
+from trainer.dataset.collector import SampleCollector
+from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
+from trainer.dataset.sample import Sample, check_caption, sample_id
+from trainer.dataset.source import Source
 
 Row = Mapping[str, object]
+"""Column -> value."""
 
 
-def collect(
-    reading: Reading, settings: Table, rows: Iterable[tuple[str, Row | ValueError]], folder: Path, split: str | None
+@dataclass(slots=True)
+class Table(Dataset):
+    """Base class of the settings of layouts with named columns.
+
+    `control_columns` name control images, `mask_column` an edit mask; without it masks/NAME.png is the mask of
+    NAME.jpg.
+    """
+
+    caption_column: str = "text"
+    image_column: str = "file_name"
+    control_columns: list[str] = field(default_factory=list)
+    mask_column: str | None = None
+
+
+def collect_rows(
+    collector: SampleCollector,
+    settings: Table,
+    rows: Iterable[tuple[str, Row | ValueError]],
+    folder: Path,
+    split: str | None,
 ) -> None:
-    """The samples of a table whose pictures are named relative to `folder` or to its images/; a row that could not be read is a ValueError."""
-    for place, row in rows:
-        reading.found += 1
+    """Collects the samples of a table.
+
+    `rows` are pairs of a location for messages and the row, or a ValueError if the row could not be parsed. Images are
+    named relative to `folder` or to its images/.
+    """
+    for location, row in rows:
+        collector.found += 1
         if isinstance(row, ValueError):
-            reading.fault(f"{place}: {row}")
-            continue
-        before = len(reading.faults)
-        path = reading.tried(
-            place, lambda row=row: _find(reading, folder, cell(row, settings.image_column, "image_column"))
-        )
-        where = f"{place} ({path.relative_to(folder)})" if path else place
-        image = path and reading.tried(place, lambda path=path: reading.picture(path))
-        id = path and identify(path.relative_to(reading.root))
-        if path:
-            reading.acquire(id, where)
-        text = reading.tried(place, lambda row=row: caption(cell(row, settings.caption_column, "caption_column")))
-
-        def picture(value: object) -> Source:
-            return reading.picture(_find(reading, folder, value))
-
-        controls, mask = others(reading, settings, place, row, picture)
-        if image and settings.mask_column is None:
-            mask = reading.tried(place, lambda path=path: _mask(reading, folder, path))
-        if len(reading.faults) == before:
-            reading.add(Sample(id, image, text, controls, split, mask), where)
+            collector.add_fault(f"{location}: {row}")
+        else:
+            _collect_row(collector, settings, location, row, folder, split)
 
 
-def others(
-    reading: Reading, settings: Table, place: str, row: Row, picture: Callable[[object], Source]
+def _collect_row(
+    collector: SampleCollector, settings: Table, location: str, row: Row, folder: Path, split: str | None
+) -> None:
+    faults_before = len(collector.faults)
+    path = collector.attempt(location, _find_image, collector, folder, row, settings.image_column)
+    image, image_location = None, location
+    if path is not None:
+        image_location = f"{location} ({path.relative_to(folder)})"
+        image = collector.attempt(location, collector.image_source, path)
+        collector.register_id(sample_id(path.relative_to(collector.root)), image_location)
+    caption = collector.attempt(location, read_caption_cell, row, settings)
+
+    def open_cell(value: object) -> Source:
+        return collector.image_source(_find_file(collector, folder, value))
+
+    controls, mask = read_controls_and_mask(collector, settings, location, row, open_cell)
+    if image is not None and settings.mask_column is None:
+        mask = collector.attempt(location, _find_mask, collector, folder, image.path)
+    if image is None or caption is None or len(collector.faults) > faults_before:
+        return
+    id = sample_id(image.path.relative_to(collector.root))
+    collector.add(Sample(id, image, caption, controls, split, mask), image_location)
+
+
+def read_controls_and_mask(
+    collector: SampleCollector, settings: Table, location: str, row: Row, open_cell: Callable[[object], Source]
 ) -> tuple[tuple[Source, ...], Source | None]:
-    """The control pictures and the mask that a row names; `picture` turns what stands in a cell into a source, or raises ValueError."""
+    """Returns the control images and the mask that a row names.
+
+    `open_cell` turns the value of a cell into a source, or raises ValueError or errors.DataError.
+    """
     controls = []
     for column in settings.control_columns:
-        value = reading.tried(place, lambda column=column: cell(row, column, "control_columns"))
-        # A cell may hold several, as hub data sets have it.
+        value = collector.attempt(location, read_cell, row, column, "control_columns")
+        # A cell may hold a list of images, as in datasets of the Hugging Face hub.
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
-                controls.append(reading.tried(place, lambda item=item: picture(item)))
+                control = collector.attempt(location, open_cell, item)
+                controls += [] if control is None else [control]
             elif value is not None or column in row:
-                reading.fault(f"{place}: its {column} names no control picture")
+                collector.add_fault(f"{location}: its {column} names no control image")
     mask = None
     if settings.mask_column is not None:
-        value = reading.tried(place, lambda: cell(row, settings.mask_column, "mask_column"))
-        # A sample without a mask is one whose loss counts everywhere.
-        mask = None if value in (None, "") else reading.tried(place, lambda: picture(value))
+        value = collector.attempt(location, read_cell, row, settings.mask_column, "mask_column")
+        # Without a mask, the loss has its full weight everywhere.
+        mask = None if value in (None, "") else collector.attempt(location, open_cell, value)
     return tuple(controls), mask
 
 
-def cell(row: Row, column: str, key: str) -> object:
-    """What stands in a column. Raises ValueError with what to type where the row has no such column."""
+def read_cell(row: Row, column: str, key: str) -> object:
+    """Returns the value in a column.
+
+    Raises ValueError if the row has no such column; `key` is the setting that names it.
+    """
     if column not in row:
-        names = ", ".join(row) or "none"
-        raise ValueError(f"has no column {column!r} (its columns: {names}); type dataset.{key}=NAME")
+        columns = ", ".join(row) or "none"
+        raise ValueError(f"has no column {column!r} (its columns: {columns}); type dataset.{key}=NAME")
     return row[column]
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For json.loads: an object whose names are all different. Raises ValueError."""
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
+def read_caption_cell(row: Row, settings: Table) -> str:
+    """Returns the caption of a row. Raises ValueError."""
+    return check_caption(read_cell(row, settings.caption_column, "caption_column"))
+
+
+def to_row(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For the `object_pairs_hook` of json.loads: an object whose names are all different. Raises ValueError."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
         raise ValueError("has the same column twice")
-    return columns
+    return row
 
 
-def _find(reading: Reading, folder: Path, name: object) -> Path:
-    """The file a row names, or ValueError with the reason why not; a file outside the data set's folder is not even looked at."""
-    path = relative(name)
+def _find_image(collector: SampleCollector, folder: Path, row: Row, column: str) -> Path:
+    return _find_file(collector, folder, read_cell(row, column, "image_column"))
+
+
+def _find_file(collector: SampleCollector, folder: Path, name: object) -> Path:
+    """Returns the file that a row names. Raises ValueError; does not touch a file outside the dataset's folder."""
+    path = check_relative_path(name)
     for candidate in (folder / path, folder / "images" / path):
-        if not inside(reading.root, candidate):
-            raise ValueError(f"{str(path)!r} is a link out of the data set's folder; put the file itself there")
+        if not is_inside(collector.root, candidate):
+            raise ValueError(f"{str(path)!r} {LINK_OUTSIDE}")
         if os.path.isfile(candidate):
             return candidate
     raise ValueError(f"there is no file {str(path)!r}, here or in images/")
 
 
-def _mask(reading: Reading, folder: Path, image: Path) -> Source | None:
-    """masks/NAME.* for NAME.*, or for images/NAME.*."""
+def _find_mask(collector: SampleCollector, folder: Path, image: Path) -> Source | None:
+    """Returns masks/NAME.* for the image NAME.* or images/NAME.*, if there is one."""
     path = image.relative_to(folder)
-    stem = Path(*path.parts[1:]) if path.parts[0] == "images" and path.parts[1:] else path
-    return beside(reading, folder / "masks", stem.with_suffix("").as_posix())
-
-
-def lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text file that hold something, by their number."""
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            yield number, line
+    if path.parts[0] == "images" and path.parts[1:]:
+        path = Path(*path.parts[1:])
+    return collector.find_mask(folder / "masks", path.with_suffix("").as_posix())

@@ -1,0 +1,144 @@
+"""Images in files: checked by their headers, decoded to upright 8-bit sRGB, fitted to a size."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from trainer.core.errors import DataError
+from trainer.dataset.buckets import Size
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+"""Without this list, Pillow would pass a file to Ghostscript (EPS) or HDF5 if its first bytes ask for that."""
+MAX_PIXELS = 178_956_970
+"""Half a GiB as RGB. A larger image is a decompression bomb, or a scan that should be made smaller first."""
+MIN_SIDE = 8
+"""In pixels. A smaller image is a tracking pixel or a placeholder."""
+MAX_ASPECT_RATIO = 8
+"""Longer side divided by shorter. A crop of a longer image shows next to nothing of it."""
+
+# Pillow warns from half of MAX_PIXELS on; here an image is either refused or accepted.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@contextmanager
+def open_image(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Opens an image and checks its header.
+
+    Every error, also one that is raised in the block, becomes an errors.DataError that names the image `name`.
+    """
+    try:
+        if not (os.path.getsize(file) if isinstance(file, Path) else file.getbuffer().nbytes):
+            raise ValueError("the file is empty")
+        with Image.open(file, formats=FORMATS) as image:
+            # A phone's JPEG may contain a preview or depth map (MPO): its first image is the photograph.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise ValueError("it contains several images (an animation, or pages); save one of them to a file")
+            check_size(image.size)
+            yield image
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: {_describe_non_image(file)}") from None
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error
+    # Pillow's readers raise many kinds of errors for damaged files: OSError, SyntaxError, struct.error, KeyError, ...
+    except Exception as error:
+        raise DataError(f"{name}: cannot be decoded ({error})") from error
+
+
+def check_size(size: Size) -> None:
+    """Refuses an image by its (width, height), before pixels take memory. Raises ValueError."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS / 1e6:.0f} million; make it smaller")
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels are too few; each side needs {MIN_SIDE}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{width} x {height} pixels are too long and thin (more than {MAX_ASPECT_RATIO} to 1); crop it"
+        )
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Returns (width, height) of an opened image after the rotation that EXIF asks for."""
+    # Not `image.getexif()`: for a PNG it decodes the pixels to look behind them.
+    # For a TIFF, Pillow has swapped the size already.
+    turned = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Returns the pixels of an opened image as upright RGB.
+
+    Applies the EXIF rotation, composites alpha over white, and converts an embedded profile to sRGB. Raises ValueError
+    for 32-bit channels, and whatever Pillow raises for damaged data.
+    """
+    profile = image.info.get("icc_profile")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = _to_eight_bits(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32-bit channels, whose value for white is not known; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    return (_to_srgb(image, profile) if profile else image).convert("RGB")
+
+
+def fit(image: Image.Image, width: int, height: int, flip: bool = False) -> np.ndarray:
+    """Returns pixels (height, width, 3) uint8: scaled to just cover the size (Lanczos), cropped at the center, mirrored
+    if `flip`.
+    """
+    pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return pixels[:, ::-1].copy() if flip else pixels
+
+
+def _describe_non_image(file: Path | BytesIO) -> str:
+    """What a file is that Pillow does not recognize."""
+    if isinstance(file, Path):
+        with open(file, "rb") as stream:
+            start = stream.read(512)
+    else:
+        start = file.getvalue()[:512]
+    start = start.lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, not an image (a download that failed?)"
+    return f"is not an image that can be read ({', '.join(FORMATS)})"
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Converts 16-bit grayscale to 8 bits; `Image.convert` would clip it to white."""
+    values = np.asarray(image)
+    gray = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Converts from an ICC profile to sRGB.
+
+    Ignores a profile that is broken or for other channels, as image viewers do.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
+        if mode != image.mode or "sRGB" in (source.profile.profile_description or ""):
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return image
+    assert converted is not None  # None is for conversions in place
+    return converted

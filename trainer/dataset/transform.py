@@ -1,0 +1,170 @@
+"""Transforms: samples as a model sees them, resized, mirrored, without caption or control images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trainer.core.errors import UsageError
+from trainer.dataset import Dataset, parse_size
+from trainer.dataset.buckets import Size, make_buckets, nearest_bucket
+from trainer.dataset.sample import Sample, control_names
+from trainer.dataset.source import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+GRAY = 127
+"""Pixel value of a control image that is dropped; close to 0 when pixels are scaled to [-1, 1]."""
+
+
+@dataclass(slots=True, frozen=True)
+class TransformedSample:
+    """A sample as the model sees it: `width` x `height` pixels.
+
+    Control images have this size too if `control_sizes` is empty. The images of a sample are named `image` (the
+    target), `mask`, and `control`, `control_2`, `control_3`, ...
+    """
+
+    sample: Sample
+    width: int
+    height: int
+    flip: bool = False
+    drop_caption: bool = False
+    drop_control: bool = False
+    control_sizes: tuple[Size, ...] = ()
+
+    @property
+    def caption(self) -> str:
+        return "" if self.drop_caption else self.sample.caption
+
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        return control_names(len(self.sample.controls))
+
+    def source(self, name: str) -> Source | None:
+        """Returns the source of an image by name; None if the sample has no mask.
+
+        Raises KeyError for an unknown name.
+        """
+        return {
+            "image": self.sample.image,
+            "mask": self.sample.mask,
+            **dict(zip(self.control_names, self.sample.controls, strict=True)),
+        }[name]
+
+    def size(self, name: str) -> Size:
+        """Returns the size at which the model sees an image."""
+        sizes = dict(zip(self.control_names, self.control_sizes, strict=True)) if self.control_sizes else {}
+        return sizes.get(name, (self.width, self.height))
+
+    def pixels(self, name: str = "image") -> np.ndarray:
+        """Returns an image as (height, width, 3) uint8. Raises errors.DataError."""
+        from trainer.dataset.image import fit
+
+        width, height = self.size(name)
+        if self.drop_control and name in self.control_names:
+            import numpy as np
+
+            return np.full((height, width, 3), GRAY, np.uint8)
+        source = self.source(name)
+        assert source is not None, f"{self.sample.id} has no {name}"
+        return fit(source.open(), width, height, self.flip)
+
+    def control_pixels(self) -> list[np.ndarray]:
+        """Returns the control images as (height, width, 3) uint8. Raises errors.DataError."""
+        return [self.pixels(name) for name in self.control_names]
+
+    def geometry(self) -> tuple[int, int, int, int, int, int]:
+        """Returns (original height, original width, crop top, crop left, height, width).
+
+        The crop is in pixels of the scaled image; see `image.fit`.
+        """
+        width, height = self.sample.image.size()
+        scale = max(self.width / width, self.height / height)
+        top, left = round((height * scale - self.height) / 2), round((width * scale - self.width) / 2)
+        return height, width, top, left, self.height, self.width
+
+    def content_key(self, field: str) -> object:
+        """Returns what identifies a field in a cache key: its content and its transform, but no file name.
+
+        `field` is an image by its name, `controls` for all control images, `caption` or `geometry`. Raises ValueError
+        for another.
+        """
+        if field == "caption":
+            return self.caption
+        if field == "geometry":
+            return self.geometry()
+        if field == "controls":
+            return [self.content_key(name) for name in self.control_names]
+        try:
+            source = self.source(field)
+        except KeyError:
+            fields = ", ".join(["image", *self.control_names, "controls", "mask", "caption", "geometry"])
+            raise ValueError(f"a sample has no field {field!r}: {fields}") from None
+        if self.drop_control and field in self.control_names:
+            return ["left away", *self.size(field)]
+        return [source and source.digest(), *self.size(field), self.flip]
+
+    def describe(self, field: str) -> list[str]:
+        """Returns names for a field that messages can show; see `content_key`."""
+        if field == "caption":
+            return [f"caption {self.caption:.80}" if self.caption else "the empty caption"]
+        if field == "geometry":
+            return [f"the size of {self.sample.image.name}"]
+        sources = [self.source(name) for name in (self.control_names if field == "controls" else (field,))]
+        return [source.name for source in sources if source]
+
+
+@dataclass(slots=True, frozen=True)
+class Transform:
+    """The sizes that images are resized to. Each image takes the size with the aspect ratio nearest to its own.
+
+    Control images take the size of their target if `control_sizes` is empty.
+    """
+
+    sizes: tuple[Size, ...]
+    control_sizes: tuple[Size, ...] = ()
+    _source_sizes: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
+    """So that a header is read once, not at each visit."""
+
+    def apply(
+        self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False
+    ) -> TransformedSample:
+        width, height = self._choose_size(sample.image, self.sizes)
+        control_sizes: tuple[Size, ...] = ()
+        if self.control_sizes:
+            control_sizes = tuple(self._choose_size(control, self.control_sizes) for control in sample.controls)
+        return TransformedSample(sample, width, height, flip, drop_caption, drop_control, control_sizes)
+
+    def _choose_size(self, source: Source, sizes: tuple[Size, ...]) -> Size:
+        if len(sizes) == 1:
+            return sizes[0]
+        if source not in self._source_sizes:
+            self._source_sizes[source] = source.size()
+        return nearest_bucket(self._source_sizes[source], sizes)
+
+
+def build_transform(settings: Dataset, multiple: int) -> Transform:
+    """Returns the transform for a model whose image sides must be divisible by `multiple`. Raises errors.UsageError."""
+    control_sizes: tuple[Size, ...] = ()
+    if settings.control_resolution is not None:
+        control_sizes = (_parse_divisible("control_resolution", settings.control_resolution, multiple),)
+    if isinstance(settings.buckets, list):
+        sizes = [_parse_divisible("buckets", text, multiple) for text in settings.buckets]
+        return Transform(tuple(dict.fromkeys(sizes)), control_sizes)
+    width, height = _parse_divisible("resolution", settings.resolution, multiple)
+    if settings.buckets:
+        return Transform(make_buckets(width, height, multiple, settings.bucket_ratio), control_sizes)
+    return Transform(((width, height),), control_sizes)
+
+
+def _parse_divisible(key: str, text: object, multiple: int) -> Size:
+    size = parse_size(key, text)
+    if any(side % multiple for side in size):
+        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        typed = f"[...,{nearest}]" if key == "buckets" else nearest
+        raise UsageError(
+            f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}"
+        )
+    return size
