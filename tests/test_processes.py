@@ -1,4 +1,4 @@
-"""Several processes train one run as one would: the real program, forked once for each rank, as a launcher starts it."""
+"""Runs in several processes give the results of one. The real program is forked once per rank, as by a launcher."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from program import (
 )
 from torch.distributed import TCPStore
 
-from trainer import model
-from trainer.distributed.sharding import is_part
+from trainer.config.groups import GROUPS
+from trainer.distributed.sharding import is_sharded
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 STEP = "trainer.run:Training._losses"
 EVALUATION = "trainer.training.evaluator:held_out_loss"
-SAVE = "trainer.core.files:save_tensors"
+SAVE = "trainer.core.tensor_files:save_tensors"
 KILLED = to_itself(signal.SIGKILL)
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch --config_file launch/fsdp2.yaml` says."""
+"""Environment variables that `accelerate launch --config_file launch/fsdp2.yaml` sets."""
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @dataclass(slots=True)
 class Launched:
-    """What a launcher holds: the processes of one run, and the store in which they meet."""
+    """The processes of one run, and the store through which they connect, which the launcher owns."""
 
     processes: list[Started]
     store: TCPStore
-
-    def signal(self, number: int) -> None:
-        for process in self.processes:
-            process.signal(number)
 
     def wait(self) -> list[Ended]:
         return [process.wait() for process in self.processes]
@@ -67,7 +63,7 @@ class Launched:
 def launch(
     lab: Lab, out: Path, *settings: str, count: int = 2, before: dict[int, Action] | None = None, **environment: str
 ) -> Launched:
-    """The program in `count` processes; `before` sets the scene for single ranks."""
+    """Starts the program in `count` processes. `before` maps ranks to actions that run in the process first."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {
         "WORLD_SIZE": str(count),
@@ -78,15 +74,15 @@ def launch(
         **environment,
     }
 
-    def scene(rank: int) -> Action:
-        told = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return all_of(lambda: os.environ.update(told), (before or {}).get(rank, lambda: None))
+    def prepare(rank: int) -> Action:
+        variables = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return all_of(lambda: os.environ.update(variables), (before or {}).get(rank, lambda: None))
 
-    return Launched([lab.start(out, *settings, before=scene(rank)) for rank in range(count)], store)
+    return Launched([lab.start(out, *settings, before=prepare(rank)) for rank in range(count)], store)
 
 
 def finish(lab: Lab, out: Path, *settings: str, count: int = 2, **environment: str) -> Path:
-    """The folder of a run that must succeed; only the first process says anything."""
+    """Runs to the end, which must succeed, and returns the run folder. Only the first process may print anything."""
     ended = launch(lab, out, *settings, count=count, **environment).wait()
     assert [end.code for end in ended] == [0] * count, ended
     assert [end.text for end in ended[1:]] == [""] * (count - 1), ended
@@ -94,15 +90,15 @@ def finish(lab: Lab, out: Path, *settings: str, count: int = 2, **environment: s
 
 
 def assert_same_losses(folder: Path, reference: Path) -> None:
-    """That two runs measured the same, but for the order in which float32 was added."""
+    """Asserts that two runs have the same losses, up to the order of float32 additions."""
     ours, theirs = losses(folder), losses(reference)
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     for (*_, loss), (*_, expected) in zip(ours, theirs, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def told(ended: list[Ended]) -> list[str]:
-    """The paragraphs in which the processes say why they end: all that is no progress."""
+def reasons(ended: list[Ended]) -> list[str]:
+    """Returns the paragraphs in which processes print why they end: all output except that of training."""
     lines = [line for end in ended for line in end.text.splitlines()]
     return [
         line
@@ -119,17 +115,17 @@ def told(ended: list[Ended]) -> list[str]:
     ("count", "settings"),
     [(2, ["batch=5", "hardware.micro_batch=2"]), pytest.param(3, ["batch=2"], marks=pytest.mark.slow)],
 )
-def test_processes_that_share_a_batch_unevenly_give_the_losses_of_one(lab: Lab, count: int, settings: list[str]):
-    """Of five samples two processes have three and two; of two samples the third process has none."""
+def test_an_unevenly_shared_batch_gives_the_losses_of_one_process(lab: Lab, count: int, settings: list[str]):
+    """Two processes share five samples as three and two; of three processes that share two samples, one has none."""
     folder = finish(lab, lab.place(), *settings, count=count)
     assert_same_losses(folder, lab.reference(*settings))
     assert [record["number"] for record in records(folder, "attempt")] == [1]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(lab: Lab):
+def test_a_run_resumes_with_another_number_of_processes(lab: Lab):
     out = lab.place()
-    for count, forward in ((2, 2), (1, 2)):
-        stop = {rank: at(STEP, forward, to_itself(signal.SIGTERM)) for rank in range(count)}
+    for count, call in ((2, 2), (1, 2)):
+        stop = {rank: at(STEP, call, to_itself(signal.SIGTERM)) for rank in range(count)}
         ended = launch(lab, out, count=count, before=stop).wait() if count > 1 else [lab.run(out, before=stop[0])]
         assert [end.code for end in ended] == [143] * count, ended
     assert_same_losses(finish(lab, out), lab.reference())
@@ -138,7 +134,7 @@ def test_a_run_goes_on_with_another_number_of_processes(lab: Lab):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_ends_all_after_the_same_step(lab: Lab, number: int):
-    """Launchers signal all, at moments of their own; a batch system may signal one."""
+    """A launcher signals all processes, at slightly different times; a batch system may signal a single one."""
     out = lab.place()
     ended = launch(lab, out, before={1: at(STEP, 3, to_itself(number))}).wait()
     assert [end.code for end in ended] == [128 + number] * 2, ended
@@ -153,7 +149,7 @@ def test_a_process_that_is_killed_ends_all(lab: Lab, rank: int):
     ended = launch(lab, out, count=3, before={rank: at(STEP, 3, KILLED)}).wait()
     assert [end.code for end in ended] == [-signal.SIGKILL if i == rank else 74 for i in range(3)], ended
     assert max(end.seconds for end in ended) < 30
-    (paragraph,) = told(ended)
+    (paragraph,) = reasons(ended)
     assert "has ended or cannot be reached" in paragraph and "The same command continues" in paragraph
     assert_same_losses(finish(lab, out), lab.reference())
 
@@ -166,23 +162,23 @@ def test_a_process_that_is_killed_ends_all(lab: Lab, rank: int):
         (["optimizer=sgd", "optimizer.lr=1e38", "steps=9"], 70, "loss"),
     ],
 )
-def test_what_ends_all_is_said_once(lab: Lab, settings: list[str], code: int, words: str):
+def test_an_error_of_all_processes_is_printed_once(lab: Lab, settings: list[str], code: int, words: str):
     ended = launch(lab, lab.place(), *settings).wait()
     assert [end.code for end in ended] == [code] * 2, ended
-    (paragraph,) = told(ended)
+    (paragraph,) = reasons(ended)
     assert words in paragraph
 
 
-def test_accelerate_that_starts_one_process_of_several_is_not_taken_for_a_run_of_one(lab: Lab):
-    """The environment that `accelerate launch --cpu --num_processes 2` makes."""
+def test_a_single_process_that_accelerate_started_for_several_is_refused(lab: Lab):
+    """Sets the environment variables that `accelerate launch --cpu --num_processes 2` sets."""
     out = lab.place()
-    scene = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    ended = lab.run(out, before=lambda: os.environ.update(scene))
+    variables = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    ended = lab.run(out, before=lambda: os.environ.update(variables))
     assert ended.code == 64 and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in ended.text
     assert not list(out.iterdir())
 
 
-# A network of which each process holds a part
+# Sharded networks
 
 
 @pytest.mark.parametrize(
@@ -194,8 +190,8 @@ def test_accelerate_that_starts_one_process_of_several_is_not_taken_for_a_run_of
     ],
 )
 @pytest.mark.slow
-def test_a_sharded_network_gives_the_losses_and_files_of_a_whole_one(lab: Lab, count: int, settings: list[str]):
-    """With unequal numbers of micro-batches, and where a process has no sample at all."""
+def test_a_sharded_network_gives_the_losses_and_files_of_an_unsharded_one(lab: Lab, count: int, settings: list[str]):
+    """Also with unequal numbers of micro-batches, and if a process has no sample at all."""
     folder, reference = finish(lab, lab.place(), *settings, count=count, **SHARDED), lab.reference(*settings)
     assert_same_losses(folder, reference)
     assert [path.relative_to(folder) for path in sorted(folder.rglob("*"))] == [
@@ -208,7 +204,7 @@ def test_a_sharded_network_gives_the_losses_and_files_of_a_whole_one(lab: Lab, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [["method=lora"], ["method=full", "hardware.gradient_checkpointing=true"]])
-@pytest.mark.parametrize("family", sorted(name for name, kind in model.families().items() if "full" in kind.methods))
+@pytest.mark.parametrize("family", sorted(name for name, kind in GROUPS["model"].items() if "full" in kind.methods))
 def test_every_family_can_be_sharded(tmp_path: Path, family: str, settings: list[str]):
     lab = Lab(tmp_path, family)
     assert_same_losses(finish(lab, lab.place(), *settings, **SHARDED), lab.reference(*settings))
@@ -216,22 +212,22 @@ def test_every_family_can_be_sharded(tmp_path: Path, family: str, settings: list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "loha", "lokr"])
-def test_every_adapter_can_lie_beside_a_sharded_network(lab: Lab, method: str):
+def test_every_adapter_trains_beside_a_sharded_network(lab: Lab, method: str):
     assert_same_losses(finish(lab, lab.place(), f"method={method}", **SHARDED), lab.reference(f"method={method}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
-def test_sharding_changes_no_bit_of_an_adapter_beside_rounded_weights(lab: Lab, precision: str):
-    """Against as many processes with the whole network each: rounded products depend on how a batch is divided."""
+def test_sharding_changes_no_bit_of_an_adapter_beside_low_precision_weights(lab: Lab, precision: str):
+    """Compared with unsharded processes, as low-precision products depend on how a batch is divided."""
     settings = [f"precision={precision}", "batch=5", "hardware.gradient_checkpointing=true"]
     assert fingerprint(finish(lab, lab.place(), *settings, **SHARDED)) == fingerprint(
         finish(lab, lab.place(), *settings)
     )
 
 
-def test_a_run_goes_on_sharded_or_whole(lab: Lab):
-    """Checkpoints are the same files: begun in parts, continued whole, ended in parts; of the five micro-batches one process has two."""
+def test_a_run_resumes_sharded_or_unsharded(lab: Lab):
+    """Checkpoints are the same files. The run begins and ends sharded; of five micro-batches one process has two."""
     out, settings = lab.place(), ["method=full", "ema=0.9", "batch=5", "hardware.micro_batch=1"]
     sharded = launch(lab, out, *settings, before={1: at(STEP, 4, to_itself(signal.SIGTERM))}, **SHARDED).wait()
     assert [end.code for end in sharded] == [143, 143], sharded
@@ -242,41 +238,41 @@ def test_a_run_goes_on_sharded_or_whole(lab: Lab):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_each_process_holds_its_part_and_no_more(lab: Lab, method: str):
+def test_each_process_holds_only_its_shard(lab: Lab, method: str):
     out = lab.place()
-    weighed = {rank: out / f"{rank}" for rank in (0, 1)}
+    counts = {rank: out / f"{rank}" for rank in (0, 1)}
     assert [
         end.code
         for end in launch(
-            lab, out, f"method={method}", before={rank: weigh(weighed[rank]) for rank in weighed}, **SHARDED
+            lab, out, f"method={method}", before={rank: count_parameters(counts[rank]) for rank in counts}, **SHARDED
         ).wait()
     ] == [0, 0]
-    whole, here = zip(*(map(int, path.read_text().split()) for path in weighed.values()), strict=True)
-    assert whole[0] == whole[1] and max(here) < (0.6 if method == "full" else 0.65) * whole[0]
+    total, local = zip(*(map(int, path.read_text().split()) for path in counts.values()), strict=True)
+    assert total[0] == total[1] and max(local) < (0.6 if method == "full" else 0.65) * total[0]
 
 
-def weigh(path: Path) -> Action:
-    """Write down how many numbers the network has, and how many of them this process holds when training begins."""
+def count_parameters(path: Path) -> Action:
+    """Writes down the number of parameters of the network, and how many this process holds when training begins."""
 
     def set_up() -> None:
         from trainer import run
 
         go = run.Training.go
 
-        def weighed(self, overrides: list[str]):
+        def counting(self, overrides: list[str]):
             parameters = list(self.network.parameters())
-            here = sum((p.to_local() if is_part(p) else p).numel() for p in parameters)
-            path.write_text(f"{sum(p.numel() for p in parameters)} {here}")
+            local = sum((p.to_local() if is_sharded(p) else p).numel() for p in parameters)
+            path.write_text(f"{sum(p.numel() for p in parameters)} {local}")
             return go(self, overrides)
 
-        run.Training.go = weighed
+        run.Training.go = counting
 
     return set_up
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [EVALUATION, SAVE])
-def test_a_signal_while_a_sharded_network_is_evaluated_or_saved_ends_all_after_a_step(lab: Lab, where: str):
+def test_a_signal_while_a_sharded_network_is_evaluated_or_saved_ends_all(lab: Lab, where: str):
     out, settings = lab.place(), ["method=full"]
     ended = launch(lab, out, *settings, before={0: at(where, 2, to_itself(signal.SIGTERM))}, **SHARDED).wait()
     assert [end.code for end in ended] == [143, 143], ended
@@ -290,7 +286,7 @@ def test_a_process_of_a_sharded_network_that_is_killed_ends_all(lab: Lab, where:
     out = lab.place()
     ended = launch(lab, out, "method=full", before={rank: at(where, 3, KILLED)}, **SHARDED).wait()
     assert sorted(end.code for end in ended) == [-signal.SIGKILL, 74], ended
-    (paragraph,) = told(ended)
+    (paragraph,) = reasons(ended)
     assert "has ended or cannot be reached" in paragraph
 
 
@@ -307,15 +303,15 @@ def fail(error: BaseException) -> Action:
     [
         (0, SAVE, OSError(errno.ENOSPC, "No space left on device"), 74, "No space left"),
         (1, STEP, MemoryError(), 71, "memory"),
-        (1, EVALUATION, ValueError("a fault"), 1, "a fault"),
+        (1, EVALUATION, ValueError("a bug"), 1, "a bug"),
     ],
 )
-def test_what_fails_in_one_process_of_a_sharded_network_is_said_once_and_ends_all(
+def test_an_error_in_one_process_of_a_sharded_network_is_printed_once_and_ends_all(
     lab: Lab, rank: int, where: str, error: BaseException, code: int, words: str
 ):
     ended = launch(lab, lab.place(), "method=full", before={rank: at(where, 2, fail(error))}, **SHARDED).wait()
     assert ended[rank].code == code and ended[1 - rank].code, ended
-    (paragraph,) = told(ended)
+    (paragraph,) = reasons(ended)
     assert words in paragraph
 
 
@@ -329,30 +325,29 @@ def test_what_fails_in_one_process_of_a_sharded_network_is_said_once_and_ends_al
         ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
     ],
 )
-def test_what_a_sharded_network_cannot_do_is_refused(
+def test_settings_that_sharding_does_not_support_are_refused(
     lab: Lab, settings: list[str], environment: dict[str, str], words: str
 ):
-    """Before the processes meet, so that one is enough to see it."""
-    scene = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **SHARDED, **environment}
+    """They are refused before the processes connect, so one process is enough for this test."""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **SHARDED, **environment}
     out = lab.place()
-    ended = lab.run(out, *settings, before=lambda: os.environ.update(scene))
+    ended = lab.run(out, *settings, before=lambda: os.environ.update(variables))
     assert ended.code == 64 and words in ended.text, ended
     assert not list(out.iterdir())
 
 
-# The launcher itself
+# The real launcher
 
 
 def accelerate(lab: Lab, out: Path, how: list[str], *settings: str) -> subprocess.Popen[str]:
-    """`accelerate launch`, as it is typed."""
+    """Starts `accelerate launch`."""
     program = [str(Path(sys.executable).with_name("accelerate")), "launch", *how, "-m", "trainer"]
     arguments = [*lab.settings, *DEMO, *SCHEDULE, f"out={out}", *settings]
     return subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
-def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
-    """SIGTERM to the launcher of two processes saves; the same run goes on as a network in parts."""
+def test_accelerate_launch_trains_saves_on_sigterm_and_resumes_sharded(lab: Lab):
     out, settings = lab.place(), ["steps=80", "save.every=1000", "evaluation.every=80"]
     launcher = accelerate(lab, out, ["--config_file", str(LAUNCH / "cpu.yaml")], *settings)
     while not list(out.glob("*/journal.jsonl")) or last_step(only_run(out)) < 3:
@@ -370,7 +365,7 @@ def test_what_is_typed_at_accelerate_is_what_is_trained(lab: Lab):
 
 
 @pytest.mark.slow
-def test_the_kind_of_launch_that_starts_too_few_processes_says_what_to_type_and_that_works(lab: Lab):
+def test_the_refusal_of_a_single_process_names_a_command_that_works(lab: Lab):
     out = lab.place()
     text, _ = (launcher := accelerate(lab, out, ["--num_processes", "2", "--cpu"])).communicate(timeout=300)
     assert launcher.returncode and "accelerate launch --multi_gpu --num_processes 2 -m trainer hardware=cpu" in text, (
@@ -382,7 +377,7 @@ def test_the_kind_of_launch_that_starts_too_few_processes_says_what_to_type_and_
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
-def test_accelerate_reads_the_settings_files(path: Path):
+def test_accelerate_reads_the_files_in_launch(path: Path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(path)).num_machines == 1

@@ -69,5 +69,5 @@ def _digest(header: dict[str, str], value: Tensor) -> str:
 
     description = [header["part"], header["key"], header["source"], str(value.dtype), list(value.shape)]
     digest = hashlib.sha256(json.dumps(description).encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from trainer.core.errors import Interrupted
 
@@ -28,7 +29,7 @@ class Signals:
         self._awaits_release = False
         self._seen = 0
         self._process = os.getpid()
-        self._previous_handlers: dict[int, object] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
