@@ -47,8 +47,8 @@ def race(
 ) -> dict[str, list[Turn]]:
     """Measures turns of `steps` training steps each. While a contender runs, the others wait.
 
-    `tracked` names the contender whose run MLflow follows. MLflow's thread works only during the turns of this contender,
-    and an operation that it has begun is completed within the turn.
+    `tracked` names the contender whose run MLflow follows. MLflow's thread works only during the turns of this
+    contender, and an operation that it has begun is completed within the turn.
     """
     names = list(contenders)
     results: dict[str, list[Turn]] = {name: [] for name in contenders}

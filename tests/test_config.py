@@ -1,4 +1,4 @@
-"""Composition, the rules that cross rooms, what is resolved from several rooms, and the identity of a run."""
+"""Composing a run, rules about its settings, resolving nulls, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,15 +17,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config
-from trainer.config import Run
-from trainer.config.command_line import CONF
+from trainer.config.compose import compose_config, read_run, to_run
+from trainer.config.groups import CONF, GROUPS
+from trainer.config.identity import differences, flatten, identity_settings, run_id, to_plain
+from trainer.config.schema import DECIDES_WEIGHTS, Run
+from trainer.config.suggestions import all_keys, explain_unknown_key
 from trainer.core import errors
 
 OPTIONS = [
-    (path.parent.name, path.stem)
-    for room in (*config.GROUPS, "experiment")
-    for path in sorted((CONF / room).glob("*.yaml"))
+    (path.parent.name, path.stem) for group in (*GROUPS, "experiment") for path in sorted((CONF / group).glob("*.yaml"))
 ]
 FREE = {
     "hardware",
@@ -43,9 +42,9 @@ FREE = {
     "name",
     "out",
     "fresh",
+    "skip_nonfinite",
 }
-FREE |= {"skip_nonfinite"}
-"""Root settings that do not decide the path of the weights. Whether NaN is skipped decides whether there is a result, not which."""
+"""Root settings that do not decide the trained weights. `skip_nonfinite` decides whether there is a result, not which one."""
 DECISIVE = """
     optimizer.lr=5e-4 optimizer.weight_decay=0.5 optimizer.betas=[0.8,0.9] lr_scheduler=constant lr_scheduler.warmup=3
     method.rank=8 method.alpha=8 method.dropout=0.1 method.targets=[to_q] method.init=gaussian method.init_from=x method=full
@@ -57,64 +56,64 @@ DECISIVE = """
 
 @cache
 def composed(*choices: str) -> DictConfig:
-    """What Hydra composes of these options."""
-    config.register()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=list(choices))
+    return compose_config(choices)
 
 
 def compose(*overrides: str) -> DictConfig:
-    """What Hydra composes of these overrides, in a tenth of its time: rooms know nothing of each other, so that their options are composed
-    side by side, and what a command line sets is set as Hydra sets it."""
+    """Returns what Hydra composes for these overrides, in a tenth of the time.
+
+    Groups are independent of each other. Hence several options are composed at once and combined here, and values are then
+    set as Hydra sets them.
+    """
     pairs = [text.partition("=") for text in overrides]
     result = copy.deepcopy(composed(*(text for text in overrides if text.startswith("experiment="))))
-    for room, _, option in pairs:
-        if room in config.GROUPS:
-            options = [name for group, name in OPTIONS if group == room]
-            result[room] = copy.deepcopy(shelf(options.index(option))[room])
+    for key, _, option in pairs:
+        if key in GROUPS:
+            options = [name for group, name in OPTIONS if group == key]
+            result[key] = copy.deepcopy(composed_options(options.index(option))[key])
     for key, _, value in pairs:
-        if key not in config.GROUPS and key != "experiment":
+        if key not in GROUPS and key != "experiment":
             override = OverridesParser.create().parse_override(f"{key}={value}")
             OmegaConf.update(result, override.key_or_group, override.value(), force_add=override.is_add())
     return result
 
 
-def shelf(place: int) -> DictConfig:
-    """The option at this place of every room, or its last."""
-    options = {room: [name for group, name in OPTIONS if group == room] for room in config.GROUPS}
-    return composed(*(f"{room}={names[min(place, len(names) - 1)]}" for room, names in options.items()))
+def composed_options(index: int) -> DictConfig:
+    """Returns a configuration with the option of this index of every group, or the last one."""
+    options = {key: [name for group, name in OPTIONS if group == key] for key in GROUPS}
+    return composed(*(f"{group}={names[min(index, len(names) - 1)]}" for group, names in options.items()))
 
 
 def run_of(*overrides: str) -> Run:
-    return config.typed(compose(*overrides))
+    return to_run(compose(*overrides))
 
 
-def needed(group: str, option: str, folder: Path) -> list[str]:
-    """The settings that a user must type beside an option."""
+def required(group: str, option: str, folder: Path) -> list[str]:
+    """Returns the overrides that a user must type together with an option."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     path = [f"{group}.path={folder}"] if values.get("path", "given") is None else []
-    families = config.GROUPS["model"]
+    families = GROUPS["model"]
     if group == "method":
-        fitting = next(
+        model = next(
             name
             for name, kind in {"mini_kontext": families["flux_kontext"], **families}.items()
             if option in kind.methods
         )
-        return [*path, f"model={fitting}"]
+        return [*path, f"model={model}"]
     return [*path, f"method={families[option].methods[0]}"] if group == "model" and option in families else path
 
 
-def typed_as(value: Any) -> str:
-    """A value as a command line has it."""
+def to_override(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(typed_as, value))}]"
+        return f"[{','.join(map(to_override, value))}]"
     return json.dumps(value)
 
 
-def written(run: Run, folder: Path) -> Path:
-    """The folder of a run that wrote down its settings."""
+def save(run: Run, folder: Path) -> Path:
+    """Saves the settings of a run in its folder, and returns the folder."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(run), sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(run), sort_keys=False))
     return folder
 
 
@@ -122,24 +121,22 @@ def written(run: Run, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=map("=".join, OPTIONS))
-def test_every_shipped_option_composes_keeps_the_rules_and_can_be_read_again(group: str, option: str, tmp_path: Path):
-    run = run_of(f"{group}={option}", *needed(group, option, tmp_path))
+def test_every_option_composes_and_can_be_read_again(group: str, option: str, tmp_path: Path):
+    run = run_of(f"{group}={option}", *required(group, option, tmp_path))
     assert run.optimizer.lr > 0 and (run.steps or run.epochs) and run.batch and run.dataset.size()
-    path = written(run, tmp_path / "run") / "config.yaml"
-    assert config.from_yaml(path) == run
-    assert config.identity(config.from_yaml(path)) == config.identity(run)
+    path = save(run, tmp_path / "run") / "config.yaml"
+    assert read_run(path) == run
+    assert run_id(read_run(path)) == run_id(run)
 
 
 @pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
 @pytest.mark.parametrize("method", [option for group, option in OPTIONS if group == "method"])
-def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(
-    model: str, method: str, tmp_path: Path
-):
-    choice = [f"model={model}", *needed("model", model, tmp_path), f"method={method}"]
-    composed = compose(*choice)
-    suggested = composed.model.suggested.learning_rate
-    if method not in OmegaConf.get_type(composed.model).methods:
-        with pytest.raises(errors.UsageError, match="this model is trained by .*; type method="):
+def test_learning_rate_defaults_to_the_models_suggestion_for_the_method(model: str, method: str, tmp_path: Path):
+    choice = [f"model={model}", *required("model", model, tmp_path), f"method={method}"]
+    config = compose(*choice)
+    suggested = config.model.suggested.learning_rate
+    if method not in OmegaConf.get_type(config.model).methods:
+        with pytest.raises(errors.UsageError, match="this model can be trained by .*; type method="):
             run_of(*choice)
         return
     if method in suggested:
@@ -150,7 +147,7 @@ def test_the_learning_rate_is_the_models_own_for_the_method_unless_one_is_typed(
     assert run_of(*choice, "optimizer.lr=3e-4").optimizer.lr == 3e-4
 
 
-def test_what_no_room_can_know_alone_is_taken_from_the_model():
+def test_nulls_are_resolved_from_the_models_suggestions():
     run = run_of()
     suggested = run.model.suggested
     assert (run.steps, run.batch, run.dataset.resolution) == (
@@ -163,7 +160,7 @@ def test_what_no_room_can_know_alone_is_taken_from_the_model():
         suggested.guidance,
         suggested.evaluation_images,
     )
-    assert run.method.targets == list(run.model.targets)
+    assert run.method.targets == list(run.model.target_modules)
     typed = run_of(
         "steps=7",
         "batch=3",
@@ -184,14 +181,14 @@ def test_what_no_room_can_know_alone_is_taken_from_the_model():
     assert run_of("epochs=2").steps is None
 
 
-def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
+def test_alpha_is_alpha_per_rank_times_rank_unless_typed():
     for rank in (1, 4, 64):
         run = run_of(f"method.rank={rank}", "method.alpha_per_rank=2")
         assert run.method.alpha == 2 * rank
     assert run_of("method.rank=4", "method.alpha=1").method.alpha == 1
 
 
-# What is refused
+# Refused settings
 
 
 @pytest.mark.parametrize(
@@ -224,7 +221,7 @@ def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
         ("dataset.resolution=big", "832x576"),
         ("dataset.limit=0", "1 or more"),
         ("dataset.validation_fraction=1", "0 to 0.99"),
-        ("dataset.caption_dropout=2", "0 to 1"),
+        ("dataset.caption_dropout=2", r"dataset\.caption_dropout=0\.1"),
         ("dataset.pairs=0", r"dataset\.pairs=1"),
         ("dataset.path=pictures", "dataset=pairs, dataset=imagefolder or another"),
         ("hardware.micro_batch=0", "1 or more"),
@@ -249,7 +246,7 @@ def test_alpha_follows_the_rank_so_that_a_sweep_over_ranks_keeps_the_scale():
         ("+nonsense=1", "no such setting"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused_with_what_to_type(overrides: str, reason: str):
+def test_invalid_setting_is_refused_with_what_to_type(overrides: str, reason: str):
     with pytest.raises(errors.UsageError, match=reason) as refusal:
         run_of(*overrides.split())
     assert refusal.value.code == 64
@@ -257,10 +254,10 @@ def test_a_setting_that_makes_no_sense_is_refused_with_what_to_type(overrides: s
     assert "abcdefghijklmnop" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("group", config.GROUPS)
-def test_a_wrong_key_in_a_yaml_file_is_refused(group: str, tmp_path: Path):
+@pytest.mark.parametrize("group", GROUPS)
+def test_unknown_key_in_yaml_file_is_refused(group: str, tmp_path: Path):
     (tmp_path / group).mkdir()
-    option = next(option for room, option in OPTIONS if room == group)
+    option = next(name for key, name in OPTIONS if key == group)
     (tmp_path / group / "mine.yaml").write_text(f"defaults: [{option}]\nnonsense: 1\n")
     with pytest.raises((HydraException, OmegaConfBaseException), match="nonsense"):
         composed(f"{group}=mine", f"hydra.searchpath=['file://{tmp_path}']")
@@ -280,11 +277,11 @@ def test_a_wrong_key_in_a_yaml_file_is_refused(group: str, tmp_path: Path):
         ("nonsense", "--cfg job lists all"),
     ],
 )
-def test_of_an_unknown_key_the_one_that_was_meant_is_named(wrong: str, meant: str):
-    assert meant in config.unknown(wrong, config.keys(compose()))
+def test_similar_key_is_suggested_for_an_unknown_key(wrong: str, meant: str):
+    assert meant in explain_unknown_key(wrong, all_keys(compose()))
 
 
-# The identity
+# Identity
 
 
 @pytest.mark.parametrize(
@@ -304,44 +301,47 @@ def test_of_an_unknown_key_the_one_that_was_meant_is_named(wrong: str, meant: st
         "dataset.resolution=64x64 model=mini_kontext",
     ],
 )
-def test_how_fast_and_how_watched_a_run_is_does_not_change_its_identity(overrides: str):
-    assert config.identity(run_of(*overrides.split())) == config.identity(run_of())
+def test_identity_does_not_depend_on_speed_and_monitoring(overrides: str):
+    assert run_id(run_of(*overrides.split())) == run_id(run_of())
 
 
-def test_what_decides_the_weights_changes_the_identity():
+def test_identity_depends_on_settings_that_decide_weights():
     choices = DECISIVE.split()
-    identities = {config.identity(run_of(choice)) for choice in choices}
-    assert len(identities | {config.identity(run_of())}) == len(choices) + 1
+    identities = {run_id(run_of(choice)) for choice in choices}
+    assert len(identities | {run_id(run_of())}) == len(choices) + 1
 
 
-def test_where_a_data_set_lies_does_not_change_the_identity():
+def test_identity_does_not_depend_on_the_dataset_path():
     here, there = (run_of("dataset=imagefolder", f"dataset.path={path}") for path in ("here", "there"))
-    assert (
-        config.identity(here) == config.identity(there) != config.identity(run_of("dataset=pairs", "dataset.path=here"))
-    )
+    assert run_id(here) == run_id(there) != run_id(run_of("dataset=pairs", "dataset.path=here"))
 
 
-def test_a_default_that_is_typed_gives_the_same_run():
-    settings = config.flat(config.decisive(run_of()))
+def test_typing_the_default_values_does_not_change_the_identity():
+    settings = flatten(identity_settings(run_of()))
     overrides = [
-        f"{name}={typed_as(value)}"
+        f"{name}={to_override(value)}"
         for name, value in settings.items()
         if value is not None and not name.endswith(".kind")
     ]
     assert len(overrides) > 30
-    assert config.identity(run_of(*overrides)) == config.identity(run_of())
-    assert config.identity(run_of(*reversed(overrides))) == config.identity(run_of())
+    assert run_id(run_of(*overrides)) == run_id(run_of())
+    assert run_id(run_of(*reversed(overrides))) == run_id(run_of())
 
 
-def test_the_identity_depends_on_neither_the_order_of_settings_nor_the_process(tmp_path: Path):
-    def backwards(value: Any) -> Any:
-        return {key: backwards(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+def test_identity_does_not_depend_on_order_and_process(tmp_path: Path):
+    def reverse(value: Any) -> Any:
+        return {key: reverse(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
 
     run = run_of("method.rank=3")
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(backwards(config.plain(run)), sort_keys=False))
-    assert config.identity(config.from_yaml(path)) == config.identity(run)
-    script = f"from pathlib import Path; from trainer import config; print(config.identity(config.from_yaml(Path({str(path)!r}))))"
+    path.write_text(yaml.safe_dump(reverse(to_plain(run)), sort_keys=False))
+    assert run_id(read_run(path)) == run_id(run)
+    script = f"""
+from pathlib import Path
+from trainer.config.compose import read_run
+from trainer.config.identity import run_id
+print(run_id(read_run(Path({str(path)!r}))))
+"""
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=CONF.parent,
@@ -350,69 +350,76 @@ def test_the_identity_depends_on_neither_the_order_of_settings_nor_the_process(t
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == config.identity(run)
+    assert done.stdout.strip() == run_id(run)
 
 
-def test_of_every_root_setting_it_is_known_whether_it_decides_the_weights():
-    names = set(config.plain(run_of()))
-    assert set(config.DECIDES_WEIGHTS) <= names <= {*config.DECIDES_WEIGHTS, *FREE}
-    assert not FREE & set(config.DECIDES_WEIGHTS)
+def test_every_root_setting_either_decides_weights_or_is_free():
+    names = set(to_plain(run_of()))
+    assert set(DECIDES_WEIGHTS) <= names <= {*DECIDES_WEIGHTS, *FREE}
+    assert not FREE & set(DECIDES_WEIGHTS)
 
 
-def test_nothing_in_a_runs_settings_bears_the_name_of_another_option():
-    """Options that share a dataclass cannot be told apart by it."""
-    params = config.flat(config.decisive(run_of("precision=bf16")))
-    assert params["precision.storage"] == "bf16"
-    assert params.get("precision.kind", "bf16") == "bf16"
+def test_kind_is_saved_only_for_options_with_their_own_class():
+    settings = to_plain(run_of("precision=bf16", "hardware=cpu", "method=lora"))
+    assert "kind" not in settings["precision"] and "kind" not in settings["hardware"]
+    assert settings["method"]["kind"] == "lora"
 
 
-# Runs that are there
+def test_config_with_kind_of_a_shared_class_can_be_read(tmp_path: Path):
+    run = run_of("precision=bf16", "hardware=cpu")
+    settings = to_plain(run)
+    # As older versions saved it: the first option, whatever was selected.
+    settings["precision"]["kind"], settings["hardware"]["kind"] = "fp32", "auto"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert read_run(path) == run
 
 
-def test_resume_means_the_settings_of_that_run_under_what_is_typed(tmp_path: Path):
+# Existing runs
+
+
+def test_resume_uses_saved_settings_updated_with_typed_ones(tmp_path: Path):
     own = run_of("method.rank=3", "optimizer.lr=7e-4", "steps=9", "evaluation.samples=5")
-    folder = written(own, tmp_path / "run")
+    folder = save(own, tmp_path / "run")
 
     def resumed(*overrides: str) -> Run:
         overrides = (f"resume={folder}", *overrides)
-        return config.typed(compose(*overrides), overrides, lambda name, out: Path(name))
+        return to_run(compose(*overrides), overrides, lambda name, out: Path(name))
 
-    assert config.decisive(resumed()) == config.decisive(own)
+    assert identity_settings(resumed()) == identity_settings(own)
     assert resumed().evaluation == own.evaluation and resumed().resume == str(folder)
     assert resumed().out == str(tmp_path) and resumed("out=elsewhere").out == "elsewhere"
-    assert config.differences(config.decisive(own), config.decisive(resumed("steps=20"))) == ["steps: 9 -> 20"]
-    assert config.differences(config.decisive(own), config.decisive(resumed("seed=4"))) == ["seed: 0 -> 4"]
-    assert config.differences(config.decisive(own), config.decisive(resumed("epochs=4"))) == [
+    assert differences(identity_settings(own), identity_settings(resumed("steps=20"))) == ["steps: 9 -> 20"]
+    assert differences(identity_settings(own), identity_settings(resumed("seed=4"))) == ["seed: 0 -> 4"]
+    assert differences(identity_settings(own), identity_settings(resumed("epochs=4"))) == [
         "epochs: None -> 4",
         "steps: 9 -> None",
     ]
-    assert "method.kind: lora -> full" in config.differences(
-        config.decisive(own), config.decisive(resumed("method=full"))
-    )
+    assert "method.kind: lora -> full" in differences(identity_settings(own), identity_settings(resumed("method=full")))
 
 
-def test_a_finished_run_is_used_with_its_own_settings_and_refuses_others(tmp_path: Path):
+def test_post_training_stage_uses_saved_settings_and_refuses_others(tmp_path: Path):
     own = run_of("method.rank=3", "sample.guidance=5", "evaluation.samples=5", "dataset=pairs", "dataset.path=old")
-    folder = written(own, tmp_path / "run")
+    folder = save(own, tmp_path / "run")
 
     def used(*overrides: str) -> Run:
         overrides = ("stage=sample", f"run={folder}", *overrides)
-        return config.typed(compose(*overrides), overrides, lambda name, out: Path(name))
+        return to_run(compose(*overrides), overrides, lambda name, out: Path(name))
 
-    assert config.decisive(used()) == config.decisive(own)
+    assert identity_settings(used()) == identity_settings(own)
     assert (used().sample, used().evaluation) == (own.sample, own.evaluation)
     assert used("sample.seed=4").sample.guidance == 5
     assert used("sample.seed=4", "hardware=cpu", "dataset.path=new").dataset.path == "new"
     for refused in ("method.rank=4", "optimizer=adamw", "dataset.flip=true", "experiment=mini_base", "seed=1"):
-        with pytest.raises(errors.UsageError, match="own settings"):
+        with pytest.raises(errors.UsageError, match="saved settings"):
             used(refused)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "{}", "just words", "model: 3", "model: {kind: nonsense}"])
-def test_a_config_that_is_none_is_bad_data(text: str, tmp_path: Path):
+def test_invalid_config_file_is_a_data_error(text: str, tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(errors.DataError, match="does not hold the settings"):
-        config.from_yaml(path)
+        read_run(path)
     with pytest.raises(errors.DataError):
-        config.from_yaml(tmp_path / "nowhere.yaml")
+        read_run(tmp_path / "missing.yaml")

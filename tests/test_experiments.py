@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import hydra
 import pytest
 import yaml
 from layouts import arrays, captions_json, imagefolder, pairs
 
-from trainer import config, model
 from trainer.__main__ import main
-from trainer.config.command_line import CONF
+from trainer.config.compose import compose_config, to_run
+from trainer.config.groups import CONF, GROUPS
+from trainer.config.identity import flatten, run_id, to_plain
+from trainer.config.schema import Run
 
 RECIPES = {path.stem: path for path in sorted((CONF / "experiment").glob("face_seg_*.yaml"))}
 
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_its_model_and_exports_what_it_trained(name: str, data: Path, tmp_path: Path):
     family = "qwen_image_edit" if "qwen" in name else "flux_kontext"
-    tiny = model.families()[family].tiny(tmp_path / "model")
+    tiny = GROUPS["model"][family].save_tiny_checkpoint(tmp_path / "model")
     # Sizes, lengths and places are this test's, all else the recipe's.
     small = [
         "model.encoder_dtype=float32",
@@ -154,15 +155,13 @@ GUIDES = {
 }
 
 
-def resolved(*overrides: str) -> config.Run:
-    config.register()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.typed(hydra.compose("config", overrides=list(overrides)))
+def resolved(*overrides: str) -> Run:
+    return to_run(compose_config(overrides))
 
 
 @pytest.mark.parametrize("recipe", GUIDES)
 def test_a_recipe_has_the_values_of_its_guide(recipe: str):
-    values = config.flat(config.plain(resolved(f"experiment={recipe}")))
+    values = flatten(to_plain(resolved(f"experiment={recipe}")))
     wrong = {name: (values.get(name), wanted) for name, wanted in GUIDES[recipe].items() if values.get(name) != wanted}
     assert wrong == {}
     if "shoes" in recipe:
@@ -181,13 +180,13 @@ PRESETS = ["best_quality", "quick", "small_memory", "smoke", "debug"]
 def test_a_preset_goes_on_top_of_a_recipe_and_stands_alone(recipe: str | None, preset: str):
     own = resolved(*([f"experiment={recipe}"] if recipe else []))
     run = resolved(f"experiment=[{recipe},{preset}]" if recipe else f"experiment={preset}")
-    assert (config.identity(run) == config.identity(own)) == (preset == "small_memory")
+    assert (run_id(run) == run_id(own)) == (preset == "small_memory")
     assert run.hardware.device == own.hardware.device
 
 
 def test_a_preset_of_another_method_is_refused_in_one_line(capsys: pytest.CaptureFixture):
     assert main(["experiment=[floorplans_a100,quick]", "--cfg", "job"]) == 64
-    assert "method.rank: the method that is chosen beside it has no such setting" in capsys.readouterr().err
+    assert "method.rank: the selected method has no such setting" in capsys.readouterr().err
 
 
 SMALL = ["hardware=cpu", "precision=fp32", "model.vae=null", "sample.steps=1", "evaluation.samples=2", "tracking=none"]
@@ -206,7 +205,7 @@ def test_a_recipe_with_a_preset_walks_all_the_way(
     recipe: str, family: str, write, counts: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     write(tmp_path / "data", 10)
-    tiny = model.families()[family].tiny(tmp_path / "model")
+    tiny = GROUPS["model"][family].save_tiny_checkpoint(tmp_path / "model")
     places = [f"dataset.path={tmp_path / 'data'}", f"out={tmp_path / 'runs'}", "dataset.validation_fraction=0.3"]
     assert main([f"experiment={recipe}", *SMALL, *tiny, *places]) == 0
     told = capsys.readouterr().out

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Signals() as signals, ExitStack() as composing:
             # Hydra and OmegaConf lose an exception that comes from outside in the midst of their clean-up, or turn it into another.
-            composing.enter_context(signals.held())
+            composing.enter_context(signals.deferred())
             code = compose(arguments, signals, composing.close)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -60,10 +60,13 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from trainer import config
     from trainer.config import command_line
+    from trainer.config.compose import register, to_run
+    from trainer.config.groups import CONF
+    from trainer.config.help import help_text
+    from trainer.config.hydra_errors import usage_errors
 
-    config.register()
+    register()
     # Otherwise Hydra prints and exits by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A log that cannot be written is no reason for tracebacks on the terminal.
@@ -78,8 +81,8 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
         # As they were typed: what ${...} stands for is a matter of the setting it is in.
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         try:
-            with command_line.explained(asked):
-                typed = config.typed(composed, overrides, run_folder.find)
+            with usage_errors(asked):
+                typed = to_run(composed, overrides, run_folder.find)
             begin()
             return run.execute(typed, signals, overrides)
         except Exception as error:
@@ -92,23 +95,23 @@ def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -
     if "--version" in arguments:
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0
-    asked = command_line.read(arguments)
+    asked = command_line.parse(arguments)
     if asked.multirun and rank_and_world_size()[1] > 1:
         raise UsageError(
             "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
         )
-    with command_line.explained(asked):
+    with usage_errors(asked):
         if asked.help:
-            print(command_line.manual(asked))
+            print(help_text(asked))
             return 0
-        if asked.shell_completion and not command_line.harmless(os.environ.get("COMP_LINE", "")):
+        if asked.shell_completion and not command_line.is_safe_to_complete(os.environ.get("COMP_LINE", "")):
             return 0
         before, sys.argv = sys.argv, ["trainer", *asked.flags, *asked.overrides]
         # While the tab key is pressed, complaints would only garble the terminal.
         quiet = redirect_stderr(io.StringIO()) if asked.shell_completion else nullcontext()
         try:
             with quiet:
-                hydra.main(version_base="1.3", config_path=str(command_line.CONF), config_name="config")(job)()
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
         except SystemExit as stop:
             code = stop.code
         finally:
@@ -133,7 +136,7 @@ def unexpected(error: Exception) -> int:
             with tempfile.NamedTemporaryFile(
                 "w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace"
             ) as file:
-                file.write(redaction.redacted("".join(traceback.format_exception(error))))
+                file.write(redaction.redact("".join(traceback.format_exception(error))))
             where = f"the traceback is in {file.name}"
         except OSError as reason:
             where = f"its traceback could not be written ({reason})"
@@ -148,7 +151,7 @@ def complain(text: str) -> None:
     if owns_stderr():
         rank, count = rank_and_world_size()
         speaker = f"process {rank} of 0 to {count - 1}: " if rank else ""
-        print(redaction.redacted(f"{speaker}{text}"), file=sys.stderr, flush=True)
+        print(redaction.redact(f"{speaker}{text}"), file=sys.stderr, flush=True)
 
 
 def reader_left() -> bool:

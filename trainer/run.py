@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import dataset
 from trainer.config.groups import option_name
 from trainer.config.identity import flatten, run_id, to_plain
 from trainer.config.rules import check_sharded, memory_remedies, open_device
@@ -47,7 +46,7 @@ from trainer.training.run_folder import CHECKPOINTS, SUMMARY, RunFolder, acquire
 if TYPE_CHECKING:
     import torch
 
-    from trainer.dataset.view import TransformedSample
+    from trainer.dataset.transform import TransformedSample
     from trainer.tracking.journal import Journal
     from trainer.tracking.tracker import Tracker
     from trainer.training.batches import Batches
@@ -144,7 +143,7 @@ def in_types(run: Run) -> str:
 
 def shapes(run: Run, view: TransformedSample) -> dict[str, tuple[int, ...]]:
     """The shapes of what is cached of a view."""
-    return run.model.shapes(view.height, view.width, [view.size(name)[::-1] for name in view.controls])
+    return run.model.shapes(view.height, view.width, [view.size(name)[::-1] for name in view.control_names])
 
 
 def train(
@@ -187,7 +186,7 @@ def train(
         if faults := material.listing.faults:
             journal.log_event("left_out", faults=faults)
             print_line(
-                f"left out: {material.listing.counted(dataset.where(run.dataset))}; the journal lists them, and so does stage=check"
+                f"left out: {material.listing.count_faults(run.dataset.describe())}; the journal lists them, and so does stage=check"
             )
         for note in (
             *material.listing.notes,
@@ -439,14 +438,14 @@ class Training:
         return losses * row["loss_mask"] if "loss_mask" in row else losses
 
     def _log(self, done: Step, speed: dict[str, float]) -> None:
-        from trainer.hardware import memory
+        from trainer.hardware.devices import memory_metrics
 
         values = {"train/loss": done.loss, "train/grad_norm": done.grad_norm, "train/lr": done.lr}
         if (effective := self.run.optimizer.effective_lr(self.optimizer)) is not None:
             values["train/lr_effective"] = effective
         if self.loss_scale is not None:
             values["train/loss_scale"] = self.loss_scale.value
-        self.journal.log_metrics(done.number, values | speed | memory(self.device))
+        self.journal.log_metrics(done.number, values | speed | memory_metrics(self.device))
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate each step that asks for it once, however often the run is resumed there; whether it is the best so far."""
@@ -504,7 +503,7 @@ class Training:
 
     def _finish(self) -> None:
         from trainer.export.write import export_after_training
-        from trainer.hardware import memory
+        from trainer.hardware.devices import memory_metrics
         from trainer.training.build import weights_of
 
         folder, refusal = self.place.folder, None
@@ -522,7 +521,7 @@ class Training:
         print_line(
             f"{how} at step {self.step}" + (f": held-out loss {last:.4f}, best {best:.4f}" if last is not None else "")
         )
-        used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory(self.device).items()}
+        used = {name.removeprefix("system/").removesuffix("_gib"): value for name, value in memory_metrics(self.device).items()}
         print_line(", ".join(f"{name.replace('_', ' ')} {value:.2f} GiB" for name, value in used.items()))
         print_line(f"pictures {folder / 'pictures'}, curves {folder / 'training_curves.png'}")
         if where := self.run.tracking.page(Path(self.run.out)):

@@ -64,3 +64,25 @@ def _options(group: str) -> dict[str, type]:
 
 GROUPS: dict[str, dict[str, type]] = {group: _options(group) for group in BASES}
 """Group -> option -> settings class."""
+
+OPTION_OF: dict[type, str] = {
+    settings: option
+    for options in GROUPS.values()
+    for option, settings in options.items()
+    if list(options.values()).count(settings) == 1
+}
+"""Settings class -> option, for the options that have a settings class of their own."""
+
+
+def option_name(settings: object) -> str:
+    """Name of the option that has this settings class. Raises KeyError if several options share the class."""
+    return OPTION_OF[type(settings)]
+
+
+def saved_settings_class(group: str, kind: str) -> type:
+    """Settings class of a group in a saved config.yaml in which `kind` names the option.
+
+    If the options of a group share a class, their `kind` is ignored. Only older files have one.
+    """
+    base = BASES[group]
+    return base if base in GROUPS[group].values() else GROUPS[group][kind]

@@ -49,7 +49,9 @@ class Save:
         if self.every < 1:
             raise UsageError(f"save.every={self.every} is not a number of steps; type save.every=1 or more")
         if self.keep < 1:
-            raise UsageError(f"save.keep={self.keep} would leave no checkpoint to resume from; type save.keep=1 or more")
+            raise UsageError(
+                f"save.keep={self.keep} would leave no checkpoint to resume from; type save.keep=1 or more"
+            )
 
 
 class SplitName(Enum):

@@ -15,11 +15,14 @@ from trainer.core.dtypes import Dtype
 from trainer.export import verify
 from trainer.export.format import ExportFormat
 from trainer.export.read import read_adapter
-from trainer.method import adapter
-from trainer.model import empty_model
+from trainer.method.adapter_formats import load_peft, save_peft, to_comfyui, to_peft
+from trainer.method.adapter_layers import layer_adapters
+from trainer.method.adapter_loading import load_into
+from trainer.method.adapter_probe import probe_outputs
+from trainer.model.weights import empty_model
 
 if TYPE_CHECKING:
-    from trainer.config import Run
+    from trainer.config.schema import Run
 
 
 class AdapterFormat(ExportFormat):
@@ -32,8 +35,8 @@ class AdapterFormat(ExportFormat):
         replace = files.replace_folder if self.is_folder else files.replace_file
         with replace(path) as unfinished:
             self.save(run, network, dtype, unfinished)
-            found = adapter.probe_outputs(self.load(run, unfinished))
-            verify.compare_adapters(adapter.probe_outputs(network), found, dtype, path)
+            found = probe_outputs(self.load(run, unfinished))
+            verify.compare_adapters(probe_outputs(network), found, dtype, path)
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
         """Saves the adapter that is attached to `network`. Raises OSError."""
@@ -48,7 +51,7 @@ class DiffusersFormat(AdapterFormat):
     """A file for `load_lora_weights` of a diffusers pipeline."""
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
-        weights, configuration = adapter.adapter(network)
+        weights, configuration = to_peft(network)
         run.model.save_lora(_cast(weights, dtype), configuration, path)
 
     def load(self, run: Run, path: Path) -> torch.nn.Module:
@@ -61,18 +64,18 @@ class PeftFormat(AdapterFormat):
     is_folder = True
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
-        weights, configuration = adapter.adapter(network)
-        adapter.save_adapter(_cast(weights, dtype), configuration, path)
+        weights, configuration = to_peft(network)
+        save_peft(_cast(weights, dtype), configuration, path)
 
     def load(self, run: Run, path: Path) -> torch.nn.Module:
-        return adapter.load_adapter(empty_model(run.model.meta_model()), path)
+        return load_peft(empty_model(run.model.meta_model()), path)
 
 
 class ComfyUIFormat(AdapterFormat):
     """A file for ComfyUI, which reads no metadata: each layer has a tensor with its alpha, always in float32."""
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
-        tensors = adapter.to_comfyui(adapter.parts(network), run.model.comfyui_key)
+        tensors = to_comfyui(layer_adapters(network), run.model.comfyui_key)
         alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
         tensor_files.save_tensors(path, _cast(tensors, dtype) | alphas, {"format": "pt"})
 
@@ -82,7 +85,7 @@ class ComfyUIFormat(AdapterFormat):
             return run.model.load_lora(path)
         network = empty_model(run.model.meta_model())
         run.method.attach(network, run.model.target_modules, run.seed)
-        adapter.put(read_adapter(path, run.model), network, path)
+        load_into(read_adapter(path, run.model), network, path)
         return network
 
 

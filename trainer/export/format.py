@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from trainer.config import Run
+    from trainer.config.schema import Run
 
 
 class ExportFormat:

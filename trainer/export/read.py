@@ -11,7 +11,7 @@ from trainer.core.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from trainer.method.adapter import Part
+    from trainer.method.adapter_layers import LayerAdapter
     from trainer.model import Family
 
 PEFT_CONFIG = "adapter_config.json"
@@ -23,20 +23,21 @@ def is_adapter_path(path: Path) -> bool:
     return path.is_file() or (path / PEFT_CONFIG).is_file()
 
 
-def read_adapter(path: Path, family: Family, scale: float = 1.0) -> dict[str, Part]:
+def read_adapter(path: Path, family: Family, scale: float = 1.0) -> dict[str, LayerAdapter]:
     """Reads a peft folder or a safetensors file of adapter weights; returns layer name -> the adapter of that layer.
 
     `scale` is alpha / rank for a file with this program's own tensor names, which does not contain it.
 
     Raises errors.UsageError if it holds no adapter of this model.
     """
-    from trainer.method.adapter import from_comfyui, load_adapter, of_trained, parts
-    from trainer.model import empty_model
+    from trainer.method.adapter_formats import from_checkpoint, from_comfyui, load_peft
+    from trainer.method.adapter_layers import layer_adapters
+    from trainer.model.weights import empty_model
 
     if path.is_dir():
-        return parts(load_adapter(empty_model(family.meta_model()), path))
+        return layer_adapters(load_peft(empty_model(family.meta_model()), path))
     tensors = tensor_files.load_tensors(path)
-    if own := of_trained(tensors, scale):
+    if own := from_checkpoint(tensors, scale):
         return own
     layers = {name for name, _ in family.meta_model().named_modules()}
     found = from_comfyui(tensors, sorted(layers), family.comfyui_key)
@@ -46,7 +47,7 @@ def read_adapter(path: Path, family: Family, scale: float = 1.0) -> dict[str, Pa
         return found
     # diffusers also reads LoRA files that keep alpha in the metadata or that use the names of fused layers.
     try:
-        return parts(family.load_lora(path))
+        return layer_adapters(family.load_lora(path))
     except (ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(

@@ -15,11 +15,11 @@ from trainer.export.adapters import ComfyUIFormat, DiffusersFormat, PeftFormat
 from trainer.export.format import ExportFormat
 from trainer.export.pipeline import PipelineFormat
 from trainer.export.soft_prompt import SoftPromptFormat
-from trainer.method import swapped, trained
-from trainer.method.adapter import is_noop
+from trainer.method.adapter_probe import is_noop
+from trainer.method.trainable import swap_weights, trainable_parameters
 
 if TYPE_CHECKING:
-    from trainer.config import Run
+    from trainer.config.schema import Run
 
 FORMATS: dict[Format, ExportFormat] = {
     Format.diffusers: DiffusersFormat(),
@@ -52,10 +52,10 @@ def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.T
     formats = run.export.select(run.method.formats)
     _remove_unfinished(folder)
     network.eval()
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     with (
         torch.no_grad(),
-        swapped(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}),
+        swap_weights(network, {name: weights[name].to(parameter.device) for name, parameter in parameters.items()}),
     ):
         if run.method.is_adapter and is_noop(network):
             raise DataError(

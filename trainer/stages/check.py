@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from trainer import config, dataset
-from trainer.config import Run
+from trainer.config.identity import run_id
+from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import print_line
-from trainer.dataset import Sample, survey
-from trainer.dataset.buckets import enlargement
+from trainer.dataset import image_facts
+from trainer.dataset.buckets import upscale_factor
+from trainer.dataset.sample import Sample
 from trainer.training.data import TrainingData
 
 SHOWN = 3
@@ -23,7 +24,7 @@ ON_SHEET = 24
 
 def data(run: Run, material: TrainingData) -> None:
     """Print the report, and write the contact sheet and the list of faults beside the runs. Raises errors.DataError where there are faults."""
-    folder = Path(run.out) / "check" / config.identity(run)
+    folder = Path(run.out) / "check" / run_id(run)
     split, listing = material.split, material.listing
     samples = [*split.train, *split.validation]
     visited = len(material.visited)
@@ -36,14 +37,14 @@ def data(run: Run, material: TrainingData) -> None:
     for line in (*_sizes(material, samples), *_captions(run, samples), *_twice(material, samples), *listing.notes):
         print_line(f"            {line}")
     print_line(f"sheet       {_sheet(folder / 'samples.png', material, samples)}")
-    where = dataset.where(run.dataset)
+    where = run.dataset.describe()
     if listing.faults:
-        files.write(folder / "faults.txt", listing.listed() + "\n")
-        print_line(f"faults      {listing.counted(where)}, listed in {folder / 'faults.txt'}")
+        files.write(folder / "faults.txt", listing.format_faults() + "\n")
+        print_line(f"faults      {listing.count_faults(where)}, listed in {folder / 'faults.txt'}")
     if run.dataset.on_fault == "stop":
-        listing.refuse(where, at_most=None)
+        listing.raise_on_faults(where, max_shown=None)
     elif listing.faults:
-        print_line(f"left out, for dataset.on_fault=skip:\n{listing.listed()}")
+        print_line(f"left out, for dataset.on_fault=skip:\n{listing.format_faults()}")
 
 
 def _sizes(material: TrainingData, samples: Sequence[Sample]) -> Iterable[str]:
@@ -64,7 +65,7 @@ def enlarged(material: TrainingData, samples: Iterable[Sample]) -> list[str]:
     factors = {}
     for sample in samples:
         view = material.transform.apply(sample)
-        factors[sample.image.name] = enlargement(sample.image.size(), (view.width, view.height))
+        factors[sample.image.name] = upscale_factor(sample.image.size(), (view.width, view.height))
     more = {name: factor for name, factor in factors.items() if factor > 1}
     if not more:
         return []
@@ -76,7 +77,7 @@ def enlarged(material: TrainingData, samples: Iterable[Sample]) -> list[str]:
 
 def cut(run: Run, samples: Sequence[Sample]) -> list[str]:
     """A line on captions of which the model does not read all, where there are some."""
-    counted = run.model.caption_tokens([sample.caption for sample in samples])
+    counted = run.model.count_caption_tokens([sample.caption for sample in samples])
     if counted is None:
         return []
     counts, most = counted
@@ -92,7 +93,7 @@ def _captions(run: Run, samples: Sequence[Sample]) -> Iterable[str]:
     texts = [sample.caption for sample in samples]
     lengths = [len(text) for text in texts]
     yield f"captions: {min(lengths)} to {max(lengths)} characters, half of them up to {median(lengths):.0f}"
-    counted = run.model.caption_tokens(texts)
+    counted = run.model.count_caption_tokens(texts)
     if counted is not None:
         counts, most = counted
         yield f"tokens: {min(counts)} to {max(counts)}; the model reads {most}"
@@ -110,7 +111,7 @@ def _twice(material: TrainingData, samples: Sequence[Sample]) -> Iterable[str]:
     facts = material.listing.facts
     # One sample a picture: what is the same looks the same.
     single = [group[0] for group in _groups(samples, lambda sample: sample.image.digest())] if facts else []
-    near = [[single[i] for i in group] for group in survey.near_duplicates([facts[sample.image] for sample in single])]
+    near = [[single[i] for i in group] for group in image_facts.find_near_duplicates([facts[sample.image] for sample in single])]
     if near:
         yield f"pictures that look alike, {len(near)} group(s): {_listed(near)}"
     training = {sample.id for sample in material.split.train}
@@ -141,9 +142,9 @@ def _some(samples: Sequence[Sample]) -> str:
 
 def _sheet(path: Path, material: TrainingData, samples: Sequence[Sample]) -> Path:
     """Samples as the model sees them, spread over the set."""
-    from trainer.dataset import strip
+    from trainer.dataset import image_grid
 
     step = max(1, len(samples) // ON_SHEET)
     views = [material.transform.apply(sample) for sample in samples[::step][:ON_SHEET]]
-    strip.save(path, strip.contact([([*view.control_pixels(), view.pixels()], view.caption) for view in views]))
+    image_grid.save_png(path, image_grid.contact_sheet([([*view.control_pixels(), view.pixels()], view.caption) for view in views]))
     return path

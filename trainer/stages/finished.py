@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import config
-from trainer.config import Run, Stage
-from trainer.config.sections import SplitName
+from trainer.config.identity import to_plain
+from trainer.config.rules import open_device
+from trainer.config.schema import Run
+from trainer.config.sections import SplitName, Stage
 from trainer.core import files
 from trainer.core.console import print_line
 from trainer.core.digests import Digests
 from trainer.core.errors import UsageError
-from trainer.dataset import Sample
+from trainer.dataset.sample import Sample
 from trainer.training.data import TrainingData, drawn, held_out, prepare, unconditional
 from trainer.training.encoding import encode
 from trainer.training.run_folder import find
 
 if TYPE_CHECKING:
-    from trainer.dataset.view import TransformedSample
+    from trainer.dataset.transform import TransformedSample
     from trainer.training.evaluator import Evaluator
 
 
@@ -32,7 +33,7 @@ def execute(run: Run) -> float | None:
     from trainer.training.evaluator import Evaluator
 
     folder = find(run.run, run.out)
-    device = config.open_device(run)
+    device = open_device(run)
     network = build(run, device)
     step, weights = weights_of(folder)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
@@ -82,10 +83,10 @@ def sample(run: Run, material: TrainingData, judge: Evaluator, root: Path, step:
 
     What is asked for names the folder, so that nothing is overwritten, and a picture that is there already is not drawn again.
     """
-    from trainer.dataset import strip
+    from trainer.dataset import image_grid
 
     views = _of_split(run, material) if run.sample.prompts is None else _prompted(run, material)
-    request = {"step": step, "sample": config.plain(run.sample), "data": material.digests["data"]}
+    request = {"step": step, "sample": to_plain(run.sample), "data": material.digests["data"]}
     name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     paths = [root / name / f"{i:05d}.png" for i in range(len(views))]
     files.write_json(root / name / "request.json", request | {"captions": [view.caption for view in views]})
@@ -94,7 +95,7 @@ def sample(run: Run, material: TrainingData, judge: Evaluator, root: Path, step:
     encode(run, material, wanted + unconditional(run, wanted))
     for place, image in judge.draw(wanted, [run.sample.seed + i for i in lacking]):
         i = lacking[place]
-        strip.save(paths[i], image)
+        image_grid.save_png(paths[i], image)
         yield paths[i], views[i].caption
     if not lacking:
         print_line(f"all {len(paths)} pictures are in {root / name} already")
@@ -112,7 +113,7 @@ def _of_split(run: Run, material: TrainingData) -> list[TransformedSample]:
 
 
 def _prompted(run: Run, material: TrainingData) -> list[TransformedSample]:
-    from trainer.dataset.picture import FileSource
+    from trainer.dataset.source import FileSource
 
     prompts, names = run.sample.prompts, run.sample.images or []
     if material.controls and not names:

@@ -19,8 +19,9 @@ from trainer.core.signals import reset_worker_signals
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainer.dataset import Dataset, Sample
-    from trainer.dataset.view import Transform, TransformedSample
+    from trainer.dataset import Dataset
+    from trainer.dataset.sample import Sample
+    from trainer.dataset.transform import Transform, TransformedSample
     from trainer.model import Family
 
 STALLED = 600

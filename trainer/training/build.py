@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import config
-from trainer.config import Run
+from trainer.config.compose import read_run
+from trainer.config.schema import Run
 from trainer.core import tensor_files
 from trainer.core.console import print_line
 from trainer.core.errors import DataError, UsageError
@@ -28,9 +28,9 @@ def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], No
     import torch
 
     there = torch.device("cpu") if divide else device
-    types = run.model.weights().types()
-    run.precision.check_types(types)
-    stored = run.precision.stored(run.model.unquantized_modules, there, types)
+    types = run.model.weights().dtypes()
+    run.precision.check_checkpoint(types)
+    stored = run.precision.quantizer(run.model.unquantized_modules, there, types)
     network = run.model.load_network(run.method.dtype(run.precision.dtype()), there, stored)
     run.method.attach(network, run.model.target_modules, run.seed)
     if run.hardware.gradient_checkpointing:
@@ -45,7 +45,7 @@ def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], No
 def foresee(run: Run, begins: bool = True) -> None:
     """Raise errors.UsageError for what would be refused when the network is built, as far as the headers of files tell; `begins`: whether the run has
     no weights of its own yet."""
-    run.precision.check_types(run.model.weights().types())
+    run.precision.check_checkpoint(run.model.weights().dtypes())
     if begins and run.method.init_from is not None and not is_adapter_path(Path(run.method.init_from).expanduser()):
         find(run.method.init_from, run.out)
 
@@ -54,22 +54,23 @@ def begin_from(run: Run, network: torch.nn.Module) -> None:
     """Give what trains the weights that `method.init_from` names: those to use of a run, or of a file or folder that this program, diffusers,
     peft, ComfyUI or kohya's scripts wrote. An adapter begins by doing what that one does, whatever alpha either has. Raises errors.UsageError where
     they do not fit."""
-    from trainer.method import trained
+    from trainer.method.trainable import trainable_parameters
 
     path, method = Path(run.method.init_from).expanduser(), run.method
     if not method.is_adapter:
         weights = tensor_files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
-        fill(trained(network), weights, path)
+        fill(trainable_parameters(network), weights, path)
         return
-    from trainer.method.adapter import of_trained, put
+    from trainer.method.adapter_formats import from_checkpoint
+    from trainer.method.adapter_loading import load_into
 
     if is_adapter_path(path):
         found = read_adapter(path, run.model, method.alpha / method.rank)
     else:
         folder = find(method.init_from, run.out)
-        theirs = config.from_yaml(folder / "config.yaml").method
-        found = of_trained(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
-    put(found, network, method.init_from)
+        theirs = read_run(folder / "config.yaml").method
+        found = from_checkpoint(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
+    load_into(found, network, method.init_from)
 
 
 def weights_of(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:

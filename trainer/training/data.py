@@ -10,16 +10,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trainer import dataset
 from trainer.cache.store import Cache
 from trainer.config.schema import Run
 from trainer.config.sections import Stage
 from trainer.core.console import refresh_interval
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.dataset import Sample, Source, Split
-from trainer.dataset.reading import Listing
-from trainer.dataset.view import Transform, TransformedSample
+from trainer.dataset import splitting
+from trainer.dataset.listing import Listing
+from trainer.dataset.sample import Sample
+from trainer.dataset.source import Source
+from trainer.dataset.splitting import Split
+from trainer.dataset.survey import survey_dataset
+from trainer.dataset.transform import Transform, TransformedSample, build_transform
 from trainer.model import Recipe
 
 MASK = "mask"
@@ -58,17 +61,17 @@ def prepare(run: Run) -> TrainingData:
     """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
-    transform = dataset.transform(run.dataset, run.model.size_multiple)
-    listing = dataset.surveyed(run.dataset, digests, transform, _progress)
-    where = dataset.where(run.dataset)
+    transform = build_transform(run.dataset, run.model.size_multiple)
+    listing = survey_dataset(run.dataset, digests, transform, _progress)
+    where = run.dataset.describe()
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
-        listing.refuse(where)
+        listing.raise_on_faults(where)
     try:
-        split = dataset.split(listing.samples, run.dataset.validation_fraction, where=where)
+        split = splitting.split_samples(listing.samples, run.dataset.validation_fraction, dataset_name=where)
     except DataError as error:
         # What is left out may be why too little is left.
         if listing.faults:
-            raise DataError(f"{error}\n{listing.counted(where)}:\n{listing.listed()}") from None
+            raise DataError(f"{error}\n{listing.count_faults(where)}:\n{listing.format_faults()}") from None
         raise
     controls = len(split.train[0].controls)
     if controls not in run.model.control_counts:

@@ -15,7 +15,7 @@ from trainer.core.console import refresh_interval
 from trainer.core.errors import StorageError, TrainerError
 from trainer.core.lock import Lock
 from trainer.core.signals import reset_worker_signals
-from trainer.dataset.view import TransformedSample
+from trainer.dataset.transform import TransformedSample
 from trainer.training.data import MASK, TrainingData, pixels_a_latent
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _mask(view: TransformedSample, pixels: int) -> torch.Tensor:
 
     if view.sample.mask is None:
         return torch.ones(1, view.height // pixels, view.width // pixels)
-    grey = torch.from_numpy(view.picture(MASK)).float().mean(2) / 255
+    grey = torch.from_numpy(view.pixels(MASK)).float().mean(2) / 255
     return torch.nn.functional.avg_pool2d(grey[None], pixels)
 
 

@@ -16,7 +16,7 @@ from trainer.core.errors import StorageError, is_out_of_memory
 from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.evaluation.metrics import psnr
 from trainer.evaluation.sampling import generate_images
-from trainer.method import swapped
+from trainer.method.trainable import swap_weights
 from trainer.training.data import TrainingData, drawn, held_out, unconditional
 
 if TYPE_CHECKING:
@@ -118,13 +118,13 @@ class Evaluator:
 
     def _judged(self):
         self.network.eval()
-        return swapped(self.network, self.average)
+        return swap_weights(self.network, self.average)
 
     def _keep(
         self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path
     ) -> dict[str, float]:
         """Keep the first pictures beside control, before training and target; compare all with their targets."""
-        from trainer.dataset import strip
+        from trainer.dataset import image_grid
 
         wanted = drawn(self.run, self.material)
         here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
@@ -136,17 +136,17 @@ class Evaluator:
             # Without room for them the rest is measured all the same.
             if i > self.run.evaluation.shown or full:
                 continue
-            row = {name.replace("_", " "): view.picture(name) for name in view.controls}
+            row = {name.replace("_", " "): view.pixels(name) for name in view.control_names}
             if step and (first / f"{i}.png").exists():
-                row["before training"] = strip.load(first / f"{i}.png")
+                row["before training"] = image_grid.load_png(first / f"{i}.png")
             row[f"step {step}"] = image
             if comparable:
                 row["target"] = view.pixels()
             path = here / f"{i}-strip.png"
             try:
-                strip.save(here / f"{i}.png", image)
+                image_grid.save_png(here / f"{i}.png", image)
                 # As near to a square as they go: MLflow shows pictures in square frames.
-                strip.save(path, strip.strip(row, across=math.ceil(math.sqrt(len(row)))))
+                image_grid.save_png(path, image_grid.label_grid(row, columns=math.ceil(math.sqrt(len(row)))))
             except StorageError as error:
                 full = f"{error} This evaluation goes without its pictures."
                 journal.log_event("warning", text=full)

@@ -1,140 +1,196 @@
-"""Training itself: one optimizer step at a time."""
+"""The training loop: yields one `Step` after each optimizer step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import is_out_of_memory
 from trainer.core.rng import seed_for
-from trainer.distributed.sharding import whole
+from trainer.distributed.sharding import full_tensor
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.precision import LossScale
-
-Batch = dict[str, "torch.Tensor"]
+    from trainer.core.batch import Batch
+    from trainer.precision.loss_scale import LossScale
 
 
 @dataclass(slots=True, frozen=True)
 class Step:
-    """One finished optimizer step. `loss` is the mean over the global batch; `grad_norm` is before clipping."""
+    """A finished optimizer step."""
 
     number: int
     loss: float
+    """Mean over the global batch."""
     grad_norm: float
+    """Before clipping."""
     lr: float
     finite: bool = True
-    """False where loss or gradients were not, and nothing was updated with them. A loss scale that was too high is no such case."""
-    micro_batch: int | None = None
-    """Where memory was too short for more: how many samples a forward pass has from this step on."""
+    """False if the loss or the gradients were NaN or infinite, so that nothing was updated.
 
-
-def fit(
-    parameters: list[torch.nn.Parameter],
-    losses: Callable[[Batch], torch.Tensor],
-    batches: Iterable[tuple[int, list[Batch]]],
-    optimizer: torch.optim.Optimizer,
-    rate: Callable[[int], float],
-    uninterrupted: Callable[[], AbstractContextManager],
-    *,
-    batch: int,
-    max_grad_norm: float,
-    seed: int,
-    average: list[torch.Tensor] | None = None,
-    decay: float = 0.0,
-    loss_scale: LossScale | None = None,
-    reduce: Callable[[list[torch.nn.Parameter], float], float] | None = None,
-    may_halve: bool = True,
-) -> Iterator[Step]:
-    """Yield each step once its weights are updated; the caller logs, evaluates and saves in between.
-
-    `batches` yields (step, micro-batches); `losses` gives the loss of each sample of a micro-batch, (b,); `rate` the learning rate of a
-    step; `average`, where given, follows `parameters` as their exponential moving average. `loss_scale`, where given, scales the loss for the
-    backward pass; a step in which it was too high updates nothing, and counts. `reduce`, where given, adds to the gradients and the loss (and
-    returns it) those of other processes, whose samples are the rest of the batch. A step that is not finite is yielded as such, with weights
-    and optimizer as they were. Where memory is short a step begins again in micro-batches of half the size, and the later ones keep to it;
-    what a single sample has no room for is raised, and all where not `may_halve`: where others take part in each forward pass.
+    A gradient that overflows because the loss scale is too high does not count: the loss scale is reduced instead.
     """
-    import torch
+    new_micro_batch_size: int | None = None
+    """If this step ran out of memory: the largest micro-batch from now on."""
 
-    device = parameters[0].device
-    # torch.manual_seed would also seed, and write down a stack trace for, each kind of device that is not there.
-    generators = [torch.default_generator] + ([] if device.type == "cpu" else [torch.get_device_module(device)])
 
-    def accumulate(step: int, micro_batches: list[Batch]) -> list[torch.Tensor]:
-        """What each micro-batch adds to the loss of a step, whose gradients the parameters then have."""
-        optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for index, rows in enumerate(micro_batches):
-            # Dropout draws from torch's global generators: seeded here, nothing that ran before can change it.
-            for generator in generators:
-                generator.manual_seed(seed_for(seed, "dropout", step, index))
-            # The sum over the samples by the global batch, never a mean of means: the last micro-batch may be smaller.
-            part = losses(rows).sum() / batch
-            (part if loss_scale is None else part * loss_scale.value).backward()
-            parts.append(part.detach())
-        return parts
+@dataclass(slots=True, kw_only=True)
+class TrainingLoop:
+    """Trains `parameters`, one optimizer step at a time.
 
-    ceiling = batch
-    for step, micro_batches in batches:
-        before = ceiling
+    A step that runs out of memory starts again with micro-batches of half the size, which later steps keep. A step whose
+    loss or gradients are not finite leaves weights and optimizer unchanged.
+    """
+
+    parameters: list[torch.nn.Parameter]
+    losses: Callable[[Batch], torch.Tensor]
+    """Loss of each sample of a micro-batch, (b,)."""
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    """Learning rate of a step."""
+    batch_size: int
+    """Number of samples in the global batch."""
+    max_grad_norm: float
+    """Gradients with a larger norm are scaled down to it."""
+    seed: int
+    """Seed of dropout."""
+    uninterrupted: Callable[[], AbstractContextManager] = nullcontext
+    """Context of an update, in which signals are deferred."""
+    average: list[torch.Tensor] | None = None
+    """Exponential moving average of `parameters`, updated in place."""
+    decay: float = 0.0
+    """Decay of `average`."""
+    loss_scale: LossScale | None = None
+    """Factor of the loss in the backward pass."""
+    reduce: Callable[[list[torch.nn.Parameter], float], float] | None = None
+    """Sums the gradients (in place) and the loss (returned) over all processes of the run."""
+    may_halve: bool = True
+    """False if all processes take part in each forward pass: then none can change its micro-batches alone."""
+
+    def steps(self, batches: Iterable[tuple[int, list[Batch]]]) -> Iterator[Step]:
+        """Yields each step after its update, so that the caller can log, evaluate and save.
+
+        `batches` yields step numbers and the micro-batches of this process.
+        """
+        import torch
+
+        max_size = self.batch_size
+        for step, micro_batches in batches:
+            # Gradients of this process
+            backward = partial(self._backward, step)
+            previous_max_size = max_size
+            micro_losses, max_size = self._backward_within_memory(backward, micro_batches, max_size)
+
+            # Gradients and loss of the global batch
+            reduced_loss = None
+            if self.reduce is not None:
+                reduced_loss = self.reduce(self.parameters, sum_in_order(loss.item() for loss in micro_losses))
+            if self.loss_scale is not None:
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+            # One transfer for all values: each transfer waits until the GPU has finished its queue.
+            *values, grad_norm = torch.stack([*micro_losses, norm]).tolist()
+            loss = sum_in_order(values) if reduced_loss is None else reduced_loss
+
+            # Update
+            lr = self.learning_rate(step)
+            update = math.isfinite(loss) and math.isfinite(grad_norm)
+            with self.uninterrupted():
+                finite = self._update(step, lr, update, math.isfinite(loss))
+                reduced_size = max_size if max_size < previous_max_size else None
+                finished = Step(step, loss, grad_norm, lr, finite, reduced_size)
+            yield finished
+
+    def _backward_within_memory(
+        self, backward: Callable[[list[Batch]], list[torch.Tensor]], micro_batches: list[Batch], max_size: int
+    ) -> tuple[list[torch.Tensor], int]:
+        """Calls `backward` with micro-batches of at most `max_size` samples; if memory is exhausted, of half the size.
+
+        Returns the losses and the size for which the memory was sufficient.
+        """
         while True:
-            micro_batches = [piece for rows in micro_batches for piece in pieces(rows, ceiling)]
-            largest = max(map(count, micro_batches), default=0)
+            micro_batches = [part for micro_batch in micro_batches for part in split(micro_batch, max_size)]
+            largest = max(map(sample_count, micro_batches), default=0)
             try:
-                parts = accumulate(step, micro_batches)
-                break
+                return backward(micro_batches), max_size
             except (RuntimeError, MemoryError) as error:
-                if largest < 2 or not may_halve or not is_out_of_memory(error):
+                if largest < 2 or not self.may_halve or not is_out_of_memory(error):
                     raise
-            # Not before the handler is left: until then the traceback keeps the tensors of the failed pass.
-            ceiling = (largest + 1) // 2
-        loss = None if reduce is None else reduce(parameters, total(part.item() for part in parts))
-        if loss_scale is not None:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / loss_scale.value)
-        # All values in one reading: at each a GPU has to come to the end of its queue.
-        *values, norm = torch.stack([*parts, whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))]).tolist()
-        loss = total(values) if loss is None else loss
-        lr = rate(step)
-        update = math.isfinite(loss) and math.isfinite(norm)
-        finite = update or (math.isfinite(loss) and loss_scale is not None and loss_scale.value > 1)
-        with uninterrupted():
-            if finite and loss_scale is not None:
-                loss_scale.follow(update)
-            if finite:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-            if update:
-                optimizer.step()
-            if update and average is not None:
-                # Short memory at first (TensorFlow's num_updates rule), or the average keeps the untrained start.
-                share = 1 - min(decay, (1 + step) / (10 + step))
-                for mean, parameter in zip(average, parameters, strict=True):
-                    # An average of bfloat16 weights is in float32: it moves by less than they do.
-                    mean.lerp_(parameter.data.to(mean.dtype), share)
-            finished = Step(step, loss, norm, lr, finite, ceiling if ceiling < before else None)
-        yield finished
+            # Not in the except block: there, the traceback still keeps the tensors of the failed pass alive.
+            max_size = (largest + 1) // 2
+
+    def _backward(self, step: int, micro_batches: list[Batch]) -> list[torch.Tensor]:
+        """Computes the gradients of a step. Returns what each micro-batch adds to the loss."""
+        import torch
+
+        device = self.parameters[0].device
+        # torch.manual_seed would also seed each absent device, and record a stack trace for it.
+        generators = [torch.default_generator] + ([] if device.type == "cpu" else [torch.get_device_module(device)])
+        self.optimizer.zero_grad(set_to_none=True)
+        micro_losses = []
+        for index, micro_batch in enumerate(micro_batches):
+            # Dropout uses torch's global generators. Seeded here, it does not depend on what ran before.
+            for generator in generators:
+                generator.manual_seed(seed_for(self.seed, "dropout", step, index))
+            # Micro-batches may differ in size, so the sum is divided by the global batch size; a mean of means is wrong.
+            loss = self.losses(micro_batch).sum() / self.batch_size
+            (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+            micro_losses.append(loss.detach())
+        return micro_losses
+
+    def _update(self, step: int, lr: float, update: bool, finite_loss: bool) -> bool:
+        """Updates weights, average and loss scale. Returns whether the step counts as finite."""
+        overflow = not update and finite_loss and self.loss_scale is not None and self.loss_scale.value > 1
+        if not update and not overflow:
+            return False
+        if self.loss_scale is not None:
+            self.loss_scale.update(update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if update:
+            self.optimizer.step()
+            self._update_average(step)
+        return True
+
+    def _update_average(self, step: int) -> None:
+        if self.average is None:
+            return
+        # The decay rises during the first steps (num_updates in TensorFlow's ExponentialMovingAverage), or the average
+        # would keep the untrained weights for too long.
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for mean, parameter in zip(self.average, self.parameters, strict=True):
+            # The average of bfloat16 weights is float32: its changes are smaller than bfloat16 can represent.
+            mean.lerp_(parameter.data.to(mean.dtype), weight)
 
 
-def total(values: Iterable[float]) -> float:
-    """Added one after the other: since Python 3.12 `sum` adds floats in a way of its own, and losses shall be the same bits."""
+def sum_in_order(values: Iterable[float]) -> float:
+    """Returns the sum of floats, added from left to right.
+
+    `sum` adds floats with compensation since Python 3.12, so its result depends on the version.
+    """
     result = 0.0
     for value in values:
         result += value
     return result
 
 
-def count(rows: Batch) -> int:
-    return len(next(iter(rows.values())))
+def sample_count(batch: Batch) -> int:
+    """Returns the number of samples in a batch."""
+    return len(next(iter(batch.values())))
 
 
-def pieces(rows: Batch, size: int) -> list[Batch]:
-    """The same samples in micro-batches of at most `size`."""
-    if count(rows) <= size:
-        return [rows]
-    return [{name: tensor[i : i + size] for name, tensor in rows.items()} for i in range(0, count(rows), size)]
+def split(batch: Batch, max_size: int) -> list[Batch]:
+    """Splits a batch into batches of at most `max_size` samples."""
+    count = sample_count(batch)
+    if count <= max_size:
+        return [batch]
+    return [
+        {name: tensor[start : start + max_size] for name, tensor in batch.items()}
+        for start in range(0, count, max_size)
+    ]

@@ -13,11 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import __version__, config
+from trainer import __version__
+from trainer.config.groups import option_name
+from trainer.config.identity import flatten, to_plain
 from trainer.core.console import refresh_interval
 
 if TYPE_CHECKING:
-    from trainer.config import Run
+    from trainer.config.schema import Run
     from trainer.training.loop import Step
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow", "safetensors")
@@ -99,7 +101,7 @@ def tags(
     machine = (
         f"{begun['host']}: {begun['device']}, {begun['threads']} threads, {begun['platform']}, Python {begun['python']}"
     )
-    loose = config.plain(run)
+    loose = to_plain(run)
     # One tag each: MLflow shows them all, and dozens would hide those above.
     values = {
         "git": begun["git"],
@@ -113,12 +115,12 @@ def tags(
 
 
 def _typed(settings: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in config.flat(settings).items() if value is not None)
+    return " ".join(f"{name}={value}" for name, value in flatten(settings).items() if value is not None)
 
 
 def description(run: Run, folder: Path, counts: str) -> str:
     """The text on top of the run's MLflow page."""
-    kinds = {room: config.option(getattr(run, room)) for room in ("method", "dataset")}
+    kinds = {room: option_name(getattr(run, room)) for room in ("method", "dataset")}
     source = f" from `{run.dataset.path}`" if run.dataset.path else ""
     return (
         f"**{kinds['method']}** on `{run.model.path}` with **{kinds['dataset']}** data{source}: {counts}.\n\n"

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import __version__, config
-from trainer.config import Run
+from trainer import __version__
+from trainer.config.identity import differences, identity_settings, run_id
+from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import timestamp
 from trainer.core.errors import UsageError
+from trainer.core.lock import Lock
 
 MANIFEST, SUMMARY, CHECKPOINTS = "run.json", "summary.json", "checkpoints"
 
@@ -33,22 +35,22 @@ class RunFolder:
 
 def acquire(run: Run, digests: dict[str, Any], stack: ExitStack) -> RunFolder:
     """Find or make the folder of this run, lock it, and refuse to go on with other data, weights or program than it began with."""
-    decisive, parent = config.decisive(run), None
+    decisive, parent = identity_settings(run), None
     if run.resume is not None:
         folder, decisive, parent = _resumed(run, decisive)
         id = folder.name
     else:
-        id = config.identity(run)
+        id = run_id(run)
         folder = _newest(Path(run.out), id, run.fresh)
     if not (folder / MANIFEST).exists():
-        with files.storage("make the run folder", folder):
+        with files.storage_errors("make the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(files.Lock(folder / "lock"))
+    stack.enter_context(Lock(folder / "lock"))
     path = folder / MANIFEST
     digests = digests | {"program": __version__}
     if path.exists():
         manifest = files.read_json(path)
-        changes = config.differences(manifest["digests"], digests)
+        changes = differences(manifest["digests"], digests)
         if changes:
             raise UsageError(
                 f"{folder} began with other data, weights or program than there are now ({'; '.join(_short(change) for change in changes)}). "
@@ -66,7 +68,7 @@ def acquire(run: Run, digests: dict[str, Any], stack: ExitStack) -> RunFolder:
         files.write_json(path, manifest)
     finished = (folder / SUMMARY).exists() and files.read_json(folder / SUMMARY).get("status") == "finished"
     if not finished:
-        files.clean(folder)
+        files.remove_temporary(folder)
     return RunFolder(folder, id, manifest, parent, finished)
 
 
@@ -84,7 +86,7 @@ def _resumed(run: Run, decisive: dict[str, Any]) -> tuple[Path, dict[str, Any], 
     """The folder that `resume` names; with more steps a new one, whose parent it is."""
     folder = find(run.resume, run.out)
     begun = files.read_json(folder / MANIFEST)["settings"]
-    changes = config.differences(begun, decisive)
+    changes = differences(begun, decisive)
     if [change.partition(":")[0] for change in changes] == ["steps"] and (run.steps or 0) > (begun["steps"] or 0) > 0:
         longer = hashlib.sha256(json.dumps([folder.name, decisive], sort_keys=True).encode()).hexdigest()[:12]
         return _newest(Path(run.out), longer, fresh=False), decisive, folder

@@ -1,0 +1,193 @@
+"""From a command line to a checked `Run`: composing with Hydra, settings of existing runs, and resolving nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config.groups import CONF, GROUPS, option_name, saved_settings_class
+from trainer.config.rules import check, check_which_run
+from trainer.config.schema import FREE_IN_POST_TRAINING_STAGES, Run, is_group
+from trainer.config.sections import POST_TRAINING_STAGES
+from trainer.config.suggestions import all_keys, explain_unknown_key, unknown_keys
+from trainer.core.errors import DataError, UsageError
+from trainer.dataset.demo import Task
+
+T = TypeVar("T")
+
+
+@cache
+def register() -> None:
+    """Registers the settings classes with Hydra as `schema/run` and `schema/<group>/<option>`. The yaml files extend them."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=Run)
+    for group, options in GROUPS.items():
+        for option, settings in options.items():
+            schema = OmegaConf.structured(settings)
+            for field in fields(settings):
+                if OmegaConf.get_type(schema, field.name) is dict:
+                    # The user chooses the keys of this dictionary, and `key={name: value}` should not need a +.
+                    OmegaConf.set_struct(schema[field.name], False)
+            store.store(group=f"schema/{group}", name=option, node=schema)
+
+
+def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """Returns the configuration that Hydra composes; `config_dir` is the folder given by --config-dir."""
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", overrides=[*overrides, *search_path(config_dir)])
+
+
+def search_path(config_dir: str | None) -> list[str]:
+    """Returns the override that makes Hydra search `config_dir`, too."""
+    return [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
+
+
+def to_run(
+    config: DictConfig, overrides: Sequence[str] = (), find_folder: Callable[[str, str], Path] | None = None
+) -> Run:
+    """Returns the checked and resolved settings of a composed configuration.
+
+    If the configuration names an existing run by `run` or `resume`, `find_folder(name, out)` returns the folder of that
+    run, and the result has its settings except for those in `overrides` (key=value).
+
+    Raises errors.UsageError, and errors of OmegaConf for unknown settings and values of the wrong type.
+    """
+    if unknown := unknown_keys(config):
+        raise UsageError(explain_unknown_key(unknown[0], [key for key in all_keys(config) if key not in unknown]))
+    check_which_run(config)
+    name = config.run or config.resume
+    if name is not None and find_folder is not None:
+        config = _apply_to_saved(config, find_folder(name, config.out), overrides)
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UsageError(f"{', '.join(missing)} must be set; type for example {missing[0]}=VALUE")
+    run = resolve(_to_object(config))
+    check(run)
+    return run
+
+
+def _to_object(config: DictConfig) -> Run:
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, Run)
+    return run
+
+
+# Settings of existing runs
+
+
+def read_run(path: Path) -> Run:
+    """Reads the settings that a run saved in `path` (its config.yaml). Raises errors.DataError."""
+    return _to_object(_read_config(path))
+
+
+def _read_config(path: Path) -> DictConfig:
+    try:
+        values = yaml.safe_load(path.read_text())
+        schema = OmegaConf.structured(Run)
+        for group in GROUPS:
+            schema[group] = OmegaConf.structured(saved_settings_class(group, values[group].pop("kind", "")))
+        config = OmegaConf.merge(schema, values)
+        assert isinstance(config, DictConfig)
+        return config
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
+        raise DataError(
+            f"{path} does not hold the settings of a run ({str(error).splitlines()[0]}); restore it, or start a new run"
+        ) from error
+
+
+def _apply_to_saved(config: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """Returns the settings that the run in `folder` saved, updated with the typed settings of `config`."""
+    typed = [text.lstrip("+").partition("=")[0] for text in overrides]
+    post_training = config.stage in POST_TRAINING_STAGES
+    if post_training:
+        free = tuple(f"{key}." for key in FREE_IN_POST_TRAINING_STAGES)
+        fixed = [key for key in typed if not f"{key}.".startswith(free)]
+        if fixed:
+            raise UsageError(
+                f"stage={config.stage.value} uses the saved settings of the run in {folder}, so {', '.join(fixed)} cannot "
+                f"be changed; leave it out (only {', '.join(FREE_IN_POST_TRAINING_STAGES)} may be typed)"
+            )
+    path = folder / "config.yaml"
+    # An experiment sets many values: the composed configuration is then compared with the saved one as a whole, later.
+    sets_many = any(is_group(key) and key not in GROUPS for key in typed)
+    if not post_training and (sets_many or not path.is_file()):
+        return config
+    saved = _read_config(path)
+    # A typed number of steps replaces a saved number of epochs, and the other way round.
+    length = {"steps", "epochs"} if {"steps", "epochs"} & set(typed) else set()
+    for key in [*typed, *length, "stage", "run", "resume", "fresh"]:
+        if "." in key:
+            OmegaConf.update(saved, key, OmegaConf.select(config, key), merge=False)
+        else:
+            saved[key] = config[key]
+    if "out" not in typed:
+        # The folder may have been moved since.
+        saved.out = str(folder.parent)
+    return saved
+
+
+# Values that depend on several groups
+
+
+def resolve(run: Run) -> Run:
+    """Returns the run with values in place of the nulls that depend on several groups. Raises errors.UsageError."""
+    suggested = run.model.suggested
+    method = option_name(run.method)
+    if method not in run.model.methods:
+        raise UsageError(
+            f"method={method}: this model can be trained by {', '.join(run.model.methods)}; type "
+            f"method={run.model.methods[0]}"
+        )
+    if run.steps is not None and run.epochs is not None:
+        raise UsageError(f"steps={run.steps} and epochs={run.epochs} are both set; type only one of them")
+    if run.steps is None and run.epochs is None:
+        run = replace(run, steps=suggested.steps)
+    if run.optimizer.lr is None:
+        lr = run.optimizer.default_lr() or suggested.learning_rate.get(method)
+        if lr is None:
+            raise UsageError(
+                f"this model suggests no learning rate for method={method}; type optimizer.lr=1e-4 or another number"
+            )
+        run = replace(run, optimizer=replace(run.optimizer, lr=lr))
+    if getattr(run.dataset, "task", 0) is None:
+        run = replace(
+            run, dataset=replace(run.dataset, task=Task.edit if max(run.model.control_counts) else Task.describe)
+        )
+    # A square has one spelling.
+    width, height = run.dataset.size() or (suggested.resolution, suggested.resolution)
+    resolution = str(width) if width == height else f"{width}x{height}"
+    return replace(
+        run,
+        method=run.method.resolve(run.model.target_modules),
+        batch=_default(run.batch, suggested.batch),
+        dataset=replace(run.dataset, resolution=resolution),
+        sample=replace(
+            run.sample,
+            steps=_default(run.sample.steps, suggested.sample_steps),
+            guidance=_default(run.sample.guidance, suggested.guidance),
+        ),
+        evaluation=replace(run.evaluation, images=_default(run.evaluation.images, suggested.evaluation_images)),
+    )
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value
