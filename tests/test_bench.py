@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench import bare, race, speed
-from trainer.method import Lora, trained
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
 from trainer.model.flux_kontext import FluxKontext
 
 STEPS, TURNS = 3, 4
@@ -20,14 +21,14 @@ STEPS, TURNS = 3, 4
 def test_the_bare_loop_is_short_and_trains_as_much_as_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(Path(bare.__file__).read_text().splitlines()) <= 60
     family = FluxKontext(path=str(speed.MINI))
-    network = family.network(torch.float32)
-    Lora(rank=16, alpha=16.0).attach(network, family.targets, seed=0)
+    network = family.load_network(torch.float32)
+    Lora(rank=16, alpha=16.0).attach(network, family.target_modules, seed=0)
     tensors = {"latents": (5, 8, 4, 4), "control": (5, 8, 4, 4), "prompt": (5, 12, 64), "pooled": (5, 64)}
     save_file({name: torch.randn(shape) for name, shape in tensors.items()}, tmp_path / "tensors.safetensors")
     updated = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: updated.append(parameters))
     assert list(bare.train(speed.MINI, tmp_path / "tensors.safetensors", 2, 2)) == [1, 2]
-    assert sorted(p.shape for p in updated[0]) == sorted(p.shape for p in trained(network).values())
+    assert sorted(p.shape for p in updated[0]) == sorted(p.shape for p in trainable_parameters(network).values())
 
 
 def test_contenders_take_turns_and_one_that_fails_ends_the_race():

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import config, model
-from trainer.config import Run
+from trainer.config.schema import DECIDES_WEIGHTS, FREE_IN_POST_TRAINING_STAGES, Run
 from trainer.config.sections import Export, Format
 from trainer.core import files, tensor_files
 from trainer.core.digests import sha256
@@ -24,10 +23,19 @@ from trainer.core.dtypes import Dtype
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.rng import normal
 from trainer.export.write import export_after_training, write_exports
-from trainer.method import Adapter, Dora, Full, Loha, Lokr, Lora, trained
-from trainer.method.adapter import frozen, load_adapter, merged, parts
-from trainer.model import Family
-from trainer.precision import Compute, Precision
+from trainer.method.adapter import Adapter
+from trainer.method.adapter_formats import load_peft
+from trainer.method.adapter_layers import frozen_tensor, layer_adapters, merged_tensor
+from trainer.method.dora import Dora
+from trainer.method.full import Full
+from trainer.method.loha import Loha
+from trainer.method.lokr import Lokr
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
+from trainer.model import Family, weights
+from trainer.model.checkpoint_files import SUFFIXES
+from trainer.model.weights import ComponentWeights
+from trainer.precision import Precision
 from trainer.precision import Storage as Stored
 
 CPU = torch.device("cpu")
@@ -50,17 +58,17 @@ def run_of(family: Family, *formats: Format, dtype: Dtype | None = None, **setti
 
 def network_of(run: Run, size: float = 0.3) -> torch.nn.Module:
     """Returns the network of the run, its trainable parameters changed by normal numbers times `size`."""
-    network = run.model.load_network(run.precision.dtype(), CPU, run.precision.stored((), CPU))
+    network = run.model.load_network(run.precision.dtype(), CPU, run.precision.quantizer((), CPU))
     run.method.attach(network, run.model.target_modules, seed=0)
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             change = size * normal(tuple(parameter.shape), name)
             parameter.copy_(change if run.method.is_adapter else parameter + change)
     return network.eval()
 
 
 def write(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
-    weights = {name: parameter.detach().clone() for name, parameter in trained(network).items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trainable_parameters(network).items()}
     return write_exports(run, network, weights, folder)
 
 
@@ -88,7 +96,7 @@ def test_pipeline_and_peft_exports_predict_like_the_trained_network(family: Fami
     pipeline, peft_folder = write(run, network, tmp_path / "export")
     again = dataclasses.replace(family, path=str(pipeline))
     assert_close(prediction(again, again.load_network(torch.float32).eval()), expected)
-    with_adapter = load_adapter(family.load_network(torch.float32).eval(), peft_folder)
+    with_adapter = load_peft(family.load_network(torch.float32).eval(), peft_folder)
     assert_close(prediction(family, with_adapter), expected)
     assert (prediction(family, family.load_network(torch.float32).eval()) - expected).abs().max() > 0.01
 
@@ -133,13 +141,13 @@ def test_comfyui_restores_the_trained_weights_from_loha_and_lokr(family: Family,
     run = run_of(family, Format.comfyui, method=method)
     network = network_of(run)
     (path,) = write(run, network, tmp_path)
-    tensors, layers = tensor_files.load_tensors(path), parts(network)
+    tensors, layers = tensor_files.load_tensors(path), layer_adapters(network)
     for name in layers:
         start = family.comfyui_key(f"{name}.alpha").removesuffix("alpha")
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         weight = f"{name}.weight"
         torch.testing.assert_close(
-            comfyui_merge(frozen(network, weight), own), merged(network, weight), rtol=0, atol=1e-5
+            comfyui_merge(frozen_tensor(network, weight), own), merged_tensor(network, weight), rtol=0, atol=1e-5
         )
     assert layers and not tensors
 
@@ -152,7 +160,7 @@ def test_adapters_are_merged_into_the_dequantized_weights(family: Family, comput
     (path,) = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
     dtype = getattr(torch, compute)
-    assert model.Weights(path / family.denoiser)(next(iter(family.meta_model().state_dict()))).dtype == dtype
+    assert ComponentWeights(path / family.denoiser).read(next(iter(family.meta_model().state_dict()))).dtype == dtype
     with precision.autocast(CPU):
         expected, found = prediction(family, network), prediction(again, again.load_network(dtype).eval())
     assert_close(found, expected, 1e-4 if compute == "float32" else 0.3)
@@ -161,7 +169,7 @@ def test_adapters_are_merged_into_the_dequantized_weights(family: Family, comput
 def test_large_checkpoints_are_split_into_shards_that_load(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(model, "SHARD", 20_000)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
     run = run_of(family, Format.pipeline)
     network = network_of(run)
     (path,) = write(run, network, tmp_path)
@@ -178,7 +186,7 @@ def test_pipeline_export_copies_only_weights_configs_and_tokenizers(family: Fami
         (source / name).write_text("")
     run = run_of(dataclasses.replace(family, path=str(source)), Format.pipeline)
     (path,) = write(run, network_of(run), tmp_path / "export")
-    expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in model.KINDS}
+    expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in SUFFIXES}
     assert {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} == expected
 
 
@@ -187,8 +195,8 @@ def test_full_training_is_exported_as_a_checkpoint(family: Family, tmp_path: Pat
     network = network_of(run, 0.01)
     (path,) = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
-    exported = model.Weights(path / family.denoiser)
-    assert all(torch.equal(exported(name), parameter) for name, parameter in trained(network).items())
+    exported = ComponentWeights(path / family.denoiser)
+    assert all(torch.equal(exported.read(name), parameter) for name, parameter in trainable_parameters(network).items())
     assert_close(prediction(again, again.load_network(torch.float32).eval()), prediction(family, network))
     assert export_after_training(run, network, {}, tmp_path / "none") == []
 
@@ -202,7 +210,7 @@ def test_adapter_formats_are_refused_for_full_training():
 
 @EACH_ADAPTER
 def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adapter, tmp_path: Path):
-    precision = Precision(storage=Stored.bf16, compute=Compute.bfloat16)
+    precision = Precision(storage=Stored.bf16, compute=Dtype.bfloat16)
     run = run_of(family, *(Format[name] for name in method.formats), method=method, precision=precision)
     network = run.model.load_network(precision.dtype())
     method.attach(network, family.target_modules, seed=0)
@@ -211,7 +219,7 @@ def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adap
     assert contents(tmp_path) == {}
     if isinstance(method, Dora):
         # A change of the magnitudes alone is a change.
-        network.get_parameter(next(name for name in trained(network) if "magnitude" in name)).data *= 1.01
+        network.get_parameter(next(name for name in trainable_parameters(network) if "magnitude" in name)).data *= 1.01
         assert write(dataclasses.replace(run, export=Export([Format.peft])), network, tmp_path)
 
 
@@ -334,5 +342,5 @@ def test_exported_configs_keep_alpha_and_have_no_dropout(family: Family, tmp_pat
 
 
 def test_export_settings_are_not_part_of_the_identity():
-    assert "export" not in config.DECIDES_WEIGHTS
-    assert "export" in config.FREE_IN_POST_TRAINING_STAGES
+    assert "export" not in DECIDES_WEIGHTS
+    assert "export" in FREE_IN_POST_TRAINING_STAGES

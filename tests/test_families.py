@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 
 import pytest
 import torch
-from drawn import Noise, view
+from synthetic import NoiseSource, noise_sample
 
-from trainer import method as method_module
+from trainer.config.groups import GROUPS
 from trainer.core.batch import collate, get_conditions
 from trainer.core.rng import generator, normal, uniform
-from trainer.dataset import Sample
-from trainer.dataset.view import TransformedSample
+from trainer.dataset.sample import Sample
+from trainer.dataset.transform import TransformedSample
 from trainer.evaluation.held_out_loss import held_out_loss
-from trainer.method import trained
+from trainer.method.full import Full
+from trainer.method.trainable import trainable_parameters
 from trainer.model import Family
 from trainer.objective import Diffusion, Flow, Prediction
-from trainer.optimizer import AdamW
-from trainer.training.loop import fit
+from trainer.optimizer.adamw import AdamW
+from trainer.training.loop import TrainingLoop
 
 HEIGHT, WIDTH = 32, 48
 
@@ -36,13 +36,13 @@ def digests(family: Family) -> dict[str, str]:
 def row(family: Family, caption: str, controls: int | None = None) -> dict[str, torch.Tensor]:
     """What is cached of a sample; with as many controls as the family takes, up to one, where none are asked for."""
     controls = min(1, max(family.control_counts)) if controls is None else controls
-    encoder, seen = family.build_encoder(torch.device("cpu")), view(caption, WIDTH, HEIGHT, controls)
+    encoder, seen = family.build_encoder(torch.device("cpu")), noise_sample(caption, WIDTH, HEIGHT, controls)
     return {part: encoder.encode(part, seen) for part in family.recipes(digests(family), controls)}
 
 
 def network_of(family: Family, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The network with what the family's first method trains in it."""
-    network, method = family.load_network(dtype), method_module.OPTIONS[family.methods[0]]()
+    network, method = family.load_network(dtype), GROUPS["method"][family.methods[0]]()
     if method.is_adapter:
         method.rank, method.alpha = 2, 2.0
     method.attach(network, family.target_modules, seed=0)
@@ -119,7 +119,7 @@ def test_the_skeleton_is_the_network_without_its_weights(family: Family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_adapter_trains_in_float32_and_gets_a_gradient(family: Family, dtype: torch.dtype):
     network = network_of(family, dtype)
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     assert {parameter.dtype for parameter in network.parameters() if not parameter.requires_grad} == {dtype}
     assert parameters and all(parameter.dtype == torch.float32 for parameter in parameters.values())
     rows = [row(family, "make it night")]
@@ -135,7 +135,7 @@ def test_cached_parts_are_named_by_all_that_makes_them(family: Family):
     before = family.recipes(digests(family), controls)
     for component in family.components:
         after = family.recipes(digests(family) | {component: "another"}, controls)
-        changed = {part for part in before if before[part].maker != after[part].maker}
+        changed = {part for part in before if before[part].digest != after[part].digest}
         # The denoiser and its noise table make nothing that is cached.
         assert bool(changed) == (component not in ("transformer", "unet", "scheduler")), component
         assert changed != set(before)
@@ -153,11 +153,11 @@ STEPS, BATCH, RATE = 50, 8, 3e-3
 
 def learned(family: Family, shuffled: bool) -> float:
     """Held-out loss after a short training of all weights on samples whose caption decides their latents, or, `shuffled`, does not."""
-    controls = tuple(Noise("control", WIDTH, HEIGHT) for _ in range(min(1, max(family.control_counts))))
+    controls = tuple(NoiseSource("control", WIDTH, HEIGHT) for _ in range(min(1, max(family.control_counts))))
     encoder, told = family.build_encoder(torch.device("cpu")), []
     parts = [part for part in family.recipes(digests(family), len(controls)) if not part.startswith("latents")]
     for caption in CAPTIONS:
-        seen = TransformedSample(Sample(caption, Noise("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
+        seen = TransformedSample(Sample(caption, NoiseSource("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
         told.append({part: encoder.encode(part, seen) for part in parts})
     shape = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
 
@@ -187,12 +187,19 @@ def learned(family: Family, shuffled: bool) -> float:
         )
 
     network = family.load_network(torch.float32).train()
-    method_module.Full().attach(network, family.target_modules, seed=0)
-    weights = list(trained(network).values())
-    optimizer = AdamW(lr=RATE).build(weights)
-    for _ in fit(
-        weights, losses, batches(), optimizer, lambda step: RATE, nullcontext, batch=BATCH, max_grad_norm=1.0, seed=0
-    ):
+    Full().attach(network, family.target_modules, seed=0)
+    weights = list(trainable_parameters(network).values())
+    optimizer = AdamW(lr=RATE).build(weights, seed=0)
+    loop = TrainingLoop(
+        parameters=weights,
+        losses=losses,
+        optimizer=optimizer,
+        learning_rate=lambda step: RATE,
+        batch_size=BATCH,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    for _ in loop.steps(batches()):
         pass
     held_out = [(f"{i}", sample(f"held out {i}", i % 2, i % 2)) for i in range(8)]
     return held_out_loss(family, predict, held_out, torch.device("cpu"), 32)["val/loss"]

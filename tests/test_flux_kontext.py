@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import DEVICE, Noise, normal
+from synthetic import DEVICE, NoiseSource, normal
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.config.sections import Export, Format
-from trainer.core.batch import collate
-from trainer.core.batch import get_conditions
-from trainer.dataset import Sample
-from trainer.dataset.view import Transform
+from trainer.core.batch import collate, get_conditions
+from trainer.dataset.sample import Sample
+from trainer.dataset.transform import Transform
 from trainer.export.write import write_exports
-from trainer.method import Lora, trained
-from trainer.model.flux_kontext import FluxKontext, pack
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
+from trainer.model.flux.tokens import pack
+from trainer.model.flux_kontext import FluxKontext
 from trainer.precision import Precision
 
 HEIGHT, WIDTH = 32, 48
@@ -45,8 +46,8 @@ def pipeline(family: FluxKontext):
     return loaded
 
 
-def control_pictures(width: int, height: int) -> list[Noise]:
-    return [Noise(f"control {i}", width, height) for i in range(2)]
+def control_pictures(width: int, height: int) -> list[NoiseSource]:
+    return [NoiseSource(f"control {i}", width, height) for i in range(2)]
 
 
 def noise(family: FluxKontext) -> torch.Tensor:
@@ -56,7 +57,7 @@ def noise(family: FluxKontext) -> torch.Tensor:
 
 def conditions(family: FluxKontext, size: tuple[int, int] = (WIDTH, HEIGHT)) -> dict[str, torch.Tensor]:
     """Of two samples with control pictures of this (width, height)."""
-    encoder, target = family.build_encoder(DEVICE), Noise("target", WIDTH, HEIGHT)
+    encoder, target = family.build_encoder(DEVICE), NoiseSource("target", WIDTH, HEIGHT)
     samples = [
         Sample(text, target, text, (image,)) for image, text in zip(control_pictures(*size), CAPTIONS, strict=True)
     ]
@@ -137,7 +138,7 @@ def test_a_second_control_picture_is_told_from_the_first_by_its_position_ids(fam
     encoder = family.build_encoder(DEVICE)
     sources = control_pictures(WIDTH, HEIGHT)
     sample = Sample(
-        "id", Noise("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64))
+        "id", NoiseSource("target", WIDTH, HEIGHT), CAPTIONS[0], (sources[0], replace(sources[1], width=32, height=64))
     )
     view = Transform(((WIDTH, HEIGHT),), ((WIDTH, HEIGHT), (32, 64))).apply(sample)
     row = collate(
@@ -189,7 +190,7 @@ def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
     method.attach(network, family.target_modules, seed=0)
     before = ours(family, network.eval())
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             parameter.copy_(0.3 * normal(tuple(parameter.shape), name))
     after = ours(family, network)
     assert np.abs(after - before).max() > 0.01
@@ -206,7 +207,7 @@ def lora(family: FluxKontext) -> tuple[Run, torch.nn.Module, np.ndarray]:
 def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(lora, format: Format, tmp_path: Path):
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[format]))
-    weights = {name: parameter.detach() for name, parameter in trained(network).items()}
+    weights = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
     (path,) = write_exports(run, network, weights, tmp_path)
     if format is Format.pipeline:
         again = dataclasses.replace(run.model, path=str(path))
@@ -232,7 +233,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    (path,) = write_exports(run, network, {n: p.detach() for n, p in trainable_parameters(network).items()}, tmp_path)
     tensors, fresh = load_file(path), run.model.load_network(torch.float32, DEVICE).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")

@@ -13,13 +13,16 @@ import pytest
 import torch
 from conftest import Tiny
 
-from trainer import model
 from trainer.cache.store import Cache, count_outcomes
+from trainer.config.groups import GROUPS
 from trainer.core.batch import get_conditions
 from trainer.core.digests import Digests
-from trainer.dataset import Demo, read, split, transform
+from trainer.dataset.demo import Demo
+from trainer.dataset.splitting import split_samples
+from trainer.dataset.transform import build_transform
 from trainer.lr_scheduler.cosine import Cosine
-from trainer.method import OPTIONS, Init, Lora, trained
+from trainer.method.lora import Lora, LoraInit
+from trainer.method.trainable import trainable_parameters
 from trainer.optimizer.adamw import AdamW
 from trainer.training.batches import Batches, load
 from trainer.training.loop import TrainingLoop
@@ -106,7 +109,7 @@ def machine() -> str:
 def losses(name: str, folder: Path) -> list[float]:
     """Five steps of LoRA (or what a family has in its place) on its tiny self: loss and gradient norm of each."""
     torch.set_num_threads(1)
-    tiny = Tiny(name, model.families()[name].save_tiny_checkpoint(folder / "model"))
+    tiny = Tiny(name, GROUPS["model"][name].save_tiny_checkpoint(folder / "model"))
     family = tiny.family()
     dataset = Demo(
         resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"],
@@ -117,20 +120,24 @@ def losses(name: str, folder: Path) -> list[float]:
     controls = min(1, max(family.control_counts))
     samples = [
         replace(sample, controls=sample.controls[:controls])
-        for sample in split(read(dataset, Digests(folder / "digests")), 0.1, where="demo").train
+        for sample in split_samples(dataset.read(Digests(folder / "digests")).samples, 0.1, dataset_name="demo").train
     ]
     cache = Cache(folder / "cache", family.recipes(dict.fromkeys(family.components, ""), controls))
     batches = Batches(
-        samples, cache, family, dataset, transform(dataset, family.size_multiple), seed=0, batch=5, micro_batch=2
+        samples, cache, family, dataset, build_transform(dataset, family.size_multiple), seed=0, batch=5, micro_batch=2
     )
     encoder = family.build_encoder(torch.device("cpu"))
     views = [batches.view(0, index) for index in range(len(samples))]
     count_outcomes(cache.recipes, cache.encode_missing(cache.missing(views), encoder.encode))
     network = family.load_network(torch.float64)
-    method = Lora(rank=2, alpha=2.0, init=Init.gaussian) if "lora" in family.methods else OPTIONS[family.methods[0]]()
+    method = (
+        Lora(rank=2, alpha=2.0, init=LoraInit.gaussian)
+        if "lora" in family.methods
+        else GROUPS["method"][family.methods[0]]()
+    )
     method.attach(network, family.target_modules, seed=0)
     network.double()
-    parameters = list(trained(network).values())
+    parameters = list(trainable_parameters(network).values())
 
     def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
@@ -151,7 +158,7 @@ def losses(name: str, folder: Path) -> list[float]:
     return [value for step in steps for value in (step.loss, step.grad_norm)]
 
 
-@pytest.mark.parametrize("name", sorted(model.families()))
+@pytest.mark.parametrize("name", sorted(GROUPS["model"]))
 def test_losses_are_the_golden_ones(name: str, tmp_path: Path):
     found = losses(name, tmp_path)
     assert len(found) == 10
@@ -163,6 +170,6 @@ def test_losses_are_the_golden_ones(name: str, tmp_path: Path):
 
 
 if __name__ == "__main__":
-    for each in sorted(model.families()):
+    for each in sorted(GROUPS["model"]):
         with tempfile.TemporaryDirectory() as temporary:
             print(each, machine(), losses(each, Path(temporary)), sep="\n")

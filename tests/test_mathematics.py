@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ from trainer.core.errors import UsageError
 from trainer.core.rng import generator, normal, uniform
 from trainer.evaluation.held_out_loss import QUANTILES
 from trainer.evaluation.metrics import psnr
-from trainer.lr_scheduler import Constant, Cosine
+from trainer.lr_scheduler.constant import Constant
+from trainer.lr_scheduler.cosine import Cosine
 from trainer.objective import Flow, TimeDistribution
 from trainer.training.batches import visits
-from trainer.training.loop import fit
+from trainer.training.loop import TrainingLoop
 
 
 def test_times_are_logit_normal_then_shifted():
@@ -124,20 +124,18 @@ def linear(
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     batches = ((step, [{"x": x[rows], "y": y[rows]} for rows in micro_batches]) for step in range(1, steps + 1))
-    done = fit(
-        [parameter],
-        lambda rows: (rows["x"] @ parameter - rows["y"]) ** 2,
-        batches,
-        optimizer,
-        lambda step: 0.1,
-        nullcontext,
-        batch=5,
+    loop = TrainingLoop(
+        parameters=[parameter],
+        losses=lambda batch: (batch["x"] @ parameter - batch["y"]) ** 2,
+        optimizer=optimizer,
+        learning_rate=lambda step: 0.1,
+        batch_size=5,
         max_grad_norm=max_grad_norm,
         seed=0,
         average=average,
         decay=decay,
     )
-    return parameter.detach(), list(done)
+    return parameter.detach(), list(loop.steps(batches))
 
 
 def test_five_samples_in_twos_equal_five_at_once():

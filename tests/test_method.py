@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import signal
-from contextlib import nullcontext
 from pathlib import Path
 
 import program
@@ -13,22 +12,34 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer import config
-from trainer.config import Run
+from trainer.config.groups import GROUPS, option_name
+from trainer.config.schema import Run
 from trainer.config.sections import Export, Format
 from trainer.core import tensor_files
+from trainer.core.dtypes import Dtype
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
 from trainer.export.write import write_exports
-from trainer.method import Adapter, Dora, Full, Loha, Lokr, LokrInit, Lora, Master, trained
-from trainer.method.adapter import is_noop, layers, merged, parts, probe_outputs
-from trainer.model import Family, Weights
+from trainer.method.adapter import Adapter
+from trainer.method.adapter_layers import adapted_layers, layer_adapters, merged_tensor
+from trainer.method.adapter_probe import is_noop, probe_outputs
+from trainer.method.dora import Dora
+from trainer.method.full import Full, MasterWeights
+from trainer.method.loha import Loha
+from trainer.method.lokr import Lokr, LokrInit
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
+from trainer.model import Family
 from trainer.model.flux_kontext import FluxKontext
-from trainer.optimizer import SGD, AdamW, AdamW8bit, rounding
-from trainer.optimizer.rounding import rounded
-from trainer.precision import Compute, Precision, Storage
+from trainer.model.weights import ComponentWeights
+from trainer.optimizer import stochastic_rounding
+from trainer.optimizer.adamw import AdamW
+from trainer.optimizer.adamw8bit import AdamW8bit
+from trainer.optimizer.sgd import SGD
+from trainer.optimizer.stochastic_rounding import round_stochastically
+from trainer.precision import Precision, Storage
 from trainer.training.build import begin_from
-from trainer.training.loop import fit
+from trainer.training.loop import TrainingLoop
 
 CPU = torch.device("cpu")
 ADAPTERS = [
@@ -56,12 +67,12 @@ def run_of(family: Family, method: Adapter | Full, *formats: Format, **rooms) ->
 
 def attached(run: Run, size: float | None = None) -> torch.nn.Module:
     """The run's network; where a size is given with adapters of normal numbers."""
-    stored = run.precision.stored(run.model.unquantized_modules, CPU)
+    stored = run.precision.quantizer(run.model.unquantized_modules, CPU)
     network = run.model.load_network(run.method.dtype(run.precision.dtype()), CPU, stored)
     run.method.attach(network, run.model.target_modules, seed=0)
     if size is not None:
         with torch.no_grad():
-            for name, parameter in trained(network).items():
+            for name, parameter in trainable_parameters(network).items():
                 parameter.add_(size * normal(tuple(parameter.shape), name))
     return network.eval()
 
@@ -74,7 +85,7 @@ def prediction(run: Run, network: torch.nn.Module) -> torch.Tensor:
 
 
 def written(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
-    weights = {name: parameter.detach().clone() for name, parameter in trained(network).items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trainable_parameters(network).items()}
     return write_exports(run, network, weights, folder)
 
 
@@ -82,7 +93,7 @@ def written(run: Run, network: torch.nn.Module, folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "precision", [Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.nf4, Compute.bfloat16)]
+    "precision", [Precision(), Precision(Storage.bf16, Dtype.bfloat16), Precision(Storage.nf4, Dtype.bfloat16)]
 )
 @EACH_ADAPTER
 def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(
@@ -90,13 +101,13 @@ def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(
 ):
     run = run_of(family, method, precision=precision)
     network = attached(run)
-    plain = family.load_network(precision.dtype(), CPU, precision.stored(family.unquantized_modules, CPU))
+    plain = family.load_network(precision.dtype(), CPU, precision.quantizer(family.unquantized_modules, CPU))
     found, expected = prediction(run, network), prediction(run, plain)
     torch.testing.assert_close(
         found, expected, rtol=0, atol=0 if not isinstance(method, Dora) else 1e-6 if precision == Precision() else 0.01
     )
     assert is_noop(network)
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     network.train()
     prediction(run, network).square().mean().backward()
@@ -106,16 +117,16 @@ def test_an_adapter_begins_by_changing_nothing_and_trains_in_float32(
 
 
 def test_doras_lengths_begin_at_those_of_the_frozen_weights_whatever_type_these_have(family: Family):
-    for precision in (Precision(), Precision(Storage.bf16, Compute.bfloat16), Precision(Storage.fp8, Compute.bfloat16)):
+    for precision in (Precision(), Precision(Storage.bf16, Dtype.bfloat16), Precision(Storage.fp8, Dtype.bfloat16)):
         network = attached(run_of(family, ADAPTERS[1], precision=precision))
-        for _, layer, active in layers(network):
+        for _, layer, active in adapted_layers(network):
             expected = torch.linalg.norm(layer.get_base_layer().weight.float(), dim=1)
             assert torch.equal(layer.lora_magnitude_vector[active].weight, expected)
 
 
 @EACH_ADAPTER
 def test_a_stored_base_is_adapted_as_its_dequantised_weights_are(family: Family, method: Adapter):
-    stored = attached(run_of(family, method, precision=Precision(Storage.nf4, Compute.float32)), 0.1)
+    stored = attached(run_of(family, method, precision=Precision(Storage.nf4, Dtype.float32)), 0.1)
     plain = attached(run_of(family, method), 0.1)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -126,8 +137,8 @@ def test_a_stored_base_is_adapted_as_its_dequantised_weights_are(family: Family,
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for output in (found, expected):
         output.square().mean().backward()
-    for name, parameter in trained(stored).items():
-        torch.testing.assert_close(parameter.grad, trained(plain)[name].grad, rtol=1e-3, atol=1e-7)
+    for name, parameter in trainable_parameters(stored).items():
+        torch.testing.assert_close(parameter.grad, trainable_parameters(plain)[name].grad, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +188,10 @@ def test_convolutions_are_adapted_and_merged_too(method: Adapter, tmp_path: Path
     x = normal((2, 4, 8, 8), "x")
     assert is_noop(network)
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             parameter.add_(0.3 * normal(tuple(parameter.shape), name))
         network.eval()
-        conv, point = (merged(network, f"{name}.weight") for name in ("conv", "point"))
+        conv, point = (merged_tensor(network, f"{name}.weight") for name in ("conv", "point"))
         expected = functional.conv2d(
             functional.conv2d(x, conv, network.conv.base_layer.bias, padding=1), point, network.point.base_layer.bias, 2
         )
@@ -243,7 +254,7 @@ def test_an_adapter_of_other_trainers_is_read_by_its_names(
     alpha = 2.0 if isinstance(method, Lokr) else 4.0
     network = attached(run_of(family, dataclasses.replace(method, alpha=alpha)), 0.3)
     tensors = {}
-    for name, part in parts(network).items():
+    for name, part in layer_adapters(network).items():
         start = spelling.format(name.replace(".", "_"))
         tensors |= {f"{start}.{other_name(leaf)}": tensor for leaf, tensor in part.tensors.items()} | {
             f"{start}.alpha": torch.tensor(alpha)
@@ -258,14 +269,17 @@ def test_an_adapter_of_other_trainers_is_read_by_its_names(
 def test_what_does_not_fit_is_refused_by_name_with_what_to_type(family: Family, tmp_path: Path):
     source = run_of(family, Lora(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), Format.diffusers)
     (path,) = written(source, attached(source, 0.3), tmp_path)
-    first = next(iter(parts(attached(source))))
+    first = next(iter(layer_adapters(attached(source))))
     for method, said in (
         (Lora(rank=4, alpha=4.0, targets=["to_q", "to_out.0"]), f"has rank 2 .*{re.escape(first)}.*type method.rank=2"),
         (
             Lora(rank=2, alpha=2.0, targets=["to_q", "to_k", "to_out.0"]),
-            r"it lacks \(.*to_k.*Type method.targets=\[to_out.0,to_q\]",
+            r"only of method.targets \(.*to_k.*Type method.targets=\[to_out.0,to_q\]",
         ),
-        (Lora(rank=2, alpha=2.0, targets=["to_q"]), r"it has more \(.*to_out.*Type method.targets=\[to_out.0,to_q\]"),
+        (
+            Lora(rank=2, alpha=2.0, targets=["to_q"]),
+            r"only of init_from \(.*to_out.*Type method.targets=\[to_out.0,to_q\]",
+        ),
         (Dora(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
         (Lokr(rank=2, alpha=2.0, targets=["to_q", "to_out.0"]), "holds lora; type method=lora"),
     ):
@@ -285,8 +299,8 @@ def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
 
 
 def test_every_method_is_an_option_with_settings_of_its_own():
-    assert set(config.GROUPS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
-    assert len({config.option(kind()) for kind in (Lora, Dora, Loha, Lokr, Full)}) == 5
+    assert set(GROUPS["method"]) >= {"lora", "dora", "loha", "lokr", "full"}
+    assert len({option_name(kind()) for kind in (Lora, Dora, Loha, Lokr, Full)}) == 5
 
 
 # Whole weights in bfloat16
@@ -295,7 +309,7 @@ def test_every_method_is_an_option_with_settings_of_its_own():
 def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_the_value_on_average():
     values = normal((200, 300), "values") * torch.logspace(-20, 20, 300)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([rounded(values, generator).float() for _ in range(400)])
+    drawn = torch.stack([round_stochastically(values, generator).float() for _ in range(400)])
     # A bfloat16 is the upper half of a float32.
     low = (values.view(torch.int32) >> 16 << 16).view(torch.float32)
     high = ((values.view(torch.int32) >> 16) + 1 << 16).view(torch.float32)
@@ -303,7 +317,7 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_the_value_on_av
     # 400 draws of 60,000 values, each off by at most 2^-7.
     assert ((drawn.mean(0) - values) / values.abs()).mean().abs() < 1e-5
     exact = values.to(torch.bfloat16)
-    assert torch.equal(rounded(exact.float(), generator), exact)
+    assert torch.equal(round_stochastically(exact.float(), generator), exact)
 
 
 def descended(how: str) -> tuple[float, float]:
@@ -313,7 +327,7 @@ def descended(how: str) -> tuple[float, float]:
     goal = start.float() + 1e-3 * normal((128, 128), "goal").sign()
     parameter = torch.nn.Parameter(start.float() if how == "float32" else start.clone())
     settings = AdamW(lr=1e-5, weight_decay=0.0)
-    optimizer = settings.build([parameter]) if how == "nearest" else settings.live([parameter], seed=0)
+    optimizer = settings.create([parameter]) if how == "nearest" else settings.build([parameter], seed=0)
 
     def loss() -> torch.Tensor:
         return (parameter.float() - goal).square().sum()
@@ -357,65 +371,70 @@ def test_an_optimizer_of_bfloat16_weights_continues_from_its_state_bit_for_bit(
         ]
 
     whole = fresh()
-    stepped(whole, optimizer.live(whole, seed=3), range(6))
+    stepped(whole, optimizer.build(whole, seed=3), range(6))
     first = fresh()
-    live = optimizer.live(first, seed=3)
+    live = optimizer.build(first, seed=3)
     stepped(first, live, range(3))
     state, second = live.state_dict(), [torch.nn.Parameter(parameter.detach().clone()) for parameter in first]
     # A turn for each tensor gives the same bits.
-    monkeypatch.setattr(rounding, "AT_ONCE", 1)
-    live = optimizer.live(second, seed=3)
+    monkeypatch.setattr(stochastic_rounding, "MAX_FLOAT32_ENTRIES", 1)
+    live = optimizer.build(second, seed=3)
     live.load_state_dict(state)
     stepped(second, live, range(3, 6))
     assert all(
         one.dtype == torch.bfloat16 and torch.equal(one, other) for one, other in zip(whole, second, strict=True)
     )
     other = fresh()
-    stepped(other, optimizer.live(other, seed=4), range(6))
+    stepped(other, optimizer.build(other, seed=4), range(6))
     assert not torch.equal(other[0], whole[0])
 
 
 def test_whole_weights_without_masters_stay_in_bfloat16_and_their_average_is_in_float32(family: Family, tmp_path: Path):
     run = run_of(
-        family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16)
+        family,
+        Full(master_weights=MasterWeights.none),
+        Format.pipeline,
+        precision=Precision(Storage.bf16, Dtype.bfloat16),
     )
     network = attached(run)
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = AdamW(lr=1e-3).live(parameters.values(), seed=0)
+    optimizer = AdamW(lr=1e-3).build(parameters.values(), seed=0)
     average = [parameter.detach().float().clone() for parameter in parameters.values()]
 
     def losses(rows: dict[str, torch.Tensor]) -> torch.Tensor:
         return prediction(run, network).square().mean()[None]
 
     batches = ((step, [{"x": torch.zeros(1)}]) for step in range(1, 4))
-    for _ in fit(
-        list(parameters.values()),
-        losses,
-        batches,
-        optimizer,
-        lambda step: 1e-3,
-        nullcontext,
-        batch=1,
+    loop = TrainingLoop(
+        parameters=list(parameters.values()),
+        losses=losses,
+        optimizer=optimizer,
+        learning_rate=lambda step: 1e-3,
+        batch_size=1,
         max_grad_norm=1.0,
         seed=0,
         average=average,
         decay=0.9,
-    ):
+    )
+    for _ in loop.steps(batches):
         pass
     moved = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
     assert len(moved) > 0.8 * len(parameters)
     for mean, (name, parameter) in zip(average, parameters.items(), strict=True):
         assert mean.dtype == torch.float32 and torch.equal(mean, parameter.float()) == (name not in moved)
     (path,) = written(run, network, tmp_path)
-    read = Weights(path / family.denoiser)
+    read = ComponentWeights(path / family.denoiser).read
     assert all(torch.equal(read(name), parameter) for name, parameter in parameters.items())
 
 
 def test_bfloat16_weights_that_only_were_rounded_are_no_result(family: Family, tmp_path: Path):
     run = run_of(
-        family, Full(master_weights=Master.none), Format.pipeline, precision=Precision(Storage.bf16, Compute.bfloat16)
+        family,
+        Full(master_weights=MasterWeights.none),
+        Format.pipeline,
+        precision=Precision(Storage.bf16, Dtype.bfloat16),
     )
     with pytest.raises(DataError, match="nothing has changed"):
         written(run, attached(run), tmp_path)

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,18 +17,30 @@ import transformers
 from omegaconf import OmegaConf
 from torch import nn
 
-from trainer import config
 from trainer.__main__ import main
-from trainer.config.command_line import CONF
+from trainer.config.compose import compose_config, register, resolve, to_run
+from trainer.config.groups import CONF, GROUPS
+from trainer.config.schema import Run
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
-from trainer.lr_scheduler import Constant, Cosine, CosineRestarts, Linear, LRScheduler, Polynomial
-from trainer.method import Full, Lora
+from trainer.lr_scheduler import LRScheduler
+from trainer.lr_scheduler.constant import Constant
+from trainer.lr_scheduler.cosine import Cosine
+from trainer.lr_scheduler.cosine_restarts import CosineRestarts
+from trainer.lr_scheduler.linear import Linear
+from trainer.lr_scheduler.polynomial import Polynomial
+from trainer.method.full import Full
+from trainer.method.lora import Lora
 from trainer.model.flux_kontext import FluxKontext
-from trainer.optimizer import OPTIONS, SGD, Adam8bit, AdamW, AdamW8bit, Optimizer, Prodigy
-from trainer.tracking.journal import read
+from trainer.optimizer import Optimizer
+from trainer.optimizer.adam8bit import Adam8bit
+from trainer.optimizer.adamw import AdamW
+from trainer.optimizer.adamw8bit import AdamW8bit
+from trainer.optimizer.prodigy import Prodigy
+from trainer.optimizer.sgd import SGD
+from trainer.tracking.journal import read_records
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.loop import fit
+from trainer.training.loop import TrainingLoop
 
 ALL = [
     AdamW(lr=1e-2),
@@ -72,16 +83,16 @@ def train(
 
     batches = ((step, [{"weight": torch.tensor([1.0])}]) for step in steps)
     rates = []
-    options = {"batch": 1, "max_grad_norm": 1.0, "seed": 0}
-    for _ in fit(
-        parameters,
-        losses,
-        batches,
-        optimizer,
-        lambda step: settings.lr * schedule.factor(step, 30),
-        nullcontext,
-        **options,
-    ):
+    loop = TrainingLoop(
+        parameters=parameters,
+        losses=losses,
+        optimizer=optimizer,
+        learning_rate=lambda step: settings.lr * schedule.factor(step, 30),
+        batch_size=1,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    for _ in loop.steps(batches):
         rates.append(settings.effective_lr(optimizer))
     return rates
 
@@ -89,10 +100,10 @@ def train(
 @pytest.mark.parametrize("settings", ALL, ids=str)
 def test_every_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(settings: Optimizer, tmp_path: Path):
     whole = parameters_of([torch.ones(shape) for shape in SHAPES])
-    optimizer = settings.build(whole)
+    optimizer = settings.create(whole)
     train(settings, whole, optimizer, range(1, 7))
     first = parameters_of([torch.ones(shape) for shape in SHAPES])
-    before = settings.build(first)
+    before = settings.create(first)
     train(settings, first, before, range(1, 4))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(
@@ -100,7 +111,7 @@ def test_every_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(se
     )
     loaded = checkpoints.newest()
     again = parameters_of([loaded.weights[str(i)] for i in range(len(SHAPES))])
-    after = settings.build(again)
+    after = settings.create(again)
     after.load_state_dict(loaded.optimizer)
     train(settings, again, after, range(4, 7))
     for one, other, start in zip(whole, again, first, strict=True):
@@ -110,7 +121,7 @@ def test_every_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(se
 
 @pytest.mark.parametrize("settings", ALL, ids=str)
 def test_every_argument_reaches_the_optimizer(settings: Optimizer):
-    optimizer = settings.build(parameters_of([torch.ones(3)]))
+    optimizer = settings.create(parameters_of([torch.ones(3)]))
     (group,) = optimizer.param_groups
     arguments = getattr(optimizer, "args", None)
     for name, value in asdict(settings).items():
@@ -124,7 +135,7 @@ def test_every_argument_reaches_the_optimizer(settings: Optimizer):
 def test_moments_of_large_tensors_take_a_byte():
     parameters = parameters_of([torch.ones(shape) for shape in SHAPES])
     settings = AdamW8bit(lr=1e-2)
-    optimizer = settings.build(parameters)
+    optimizer = settings.create(parameters)
     train(settings, parameters, optimizer, range(1, 2))
     assert [optimizer.state[parameter]["state1"].dtype for parameter in parameters] == [torch.uint8, torch.float32]
 
@@ -133,14 +144,14 @@ def test_bitsandbytes_adam_and_adamw_are_one_where_their_values_are():
     ends = []
     for kind in (AdamW8bit, Adam8bit):
         settings, parameters = kind(lr=1e-2, weight_decay=0.1), parameters_of([torch.ones(shape) for shape in SHAPES])
-        train(settings, parameters, settings.build(parameters), range(1, 5))
+        train(settings, parameters, settings.create(parameters), range(1, 5))
         ends.append(parameters)
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
 def test_prodigy_finds_its_rate_and_tells_it():
     settings, parameters = Prodigy(lr=1.0), parameters_of([torch.zeros(shape) for shape in SHAPES])
-    optimizer = settings.build(parameters)
+    optimizer = settings.create(parameters)
     rates = train(settings, parameters, optimizer, range(1, 101), Constant(warmup=2))
     assert rates[0] == pytest.approx(1e-6 / 2)
     assert max(rates) > 1e-2
@@ -150,12 +161,12 @@ def test_prodigy_finds_its_rate_and_tells_it():
 
 @pytest.mark.parametrize("settings", [AdamW(lr=1.0), SGD(lr=1.0), AdamW8bit(lr=1.0)], ids=str)
 def test_where_the_rate_is_given_there_is_no_other(settings: Optimizer):
-    assert settings.effective_lr(settings.build(parameters_of([torch.ones(3)]))) is None
+    assert settings.effective_lr(settings.create(parameters_of([torch.ones(3)]))) is None
 
 
 def test_an_optimizer_prints_nothing(capsys: pytest.CaptureFixture):
     for settings in ALL:
-        settings.build(parameters_of([torch.ones(3)]))
+        settings.create(parameters_of([torch.ones(3)]))
     assert capsys.readouterr() == ("", "")
 
 
@@ -183,11 +194,9 @@ def test_values_that_train_nothing_are_refused(kind: type[Optimizer], values: di
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> config.Run:
-    settings = FluxKontext.tiny(tmp_path_factory.mktemp("tiny"))
-    config.register()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.typed(hydra.compose("config", overrides=["model=flux_kontext", *settings]))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings = FluxKontext.save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return to_run(compose_config(["model=flux_kontext", *settings]))
 
 
 @pytest.mark.parametrize(
@@ -206,14 +215,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> config.Run:
     ids=str,
 )
 def test_a_learning_rate_that_is_not_set_follows_from_model_method_and_optimizer(
-    run: config.Run, settings: Optimizer, method, rate: float
+    run: Run, settings: Optimizer, method, rate: float
 ):
-    assert config.resolved(replace(run, optimizer=settings, method=method)).optimizer.lr == rate
+    assert resolve(replace(run, optimizer=settings, method=method)).optimizer.lr == rate
 
 
 def test_every_option_of_the_optimizer_composes_with_the_values_its_yaml_gives():
-    config.register()
-    for name, kind in OPTIONS.items():
+    register()
+    for name, kind in GROUPS["optimizer"].items():
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose(f"optimizer/{name}").optimizer
         assert OmegaConf.to_object(composed) == kind(), name
@@ -297,7 +306,7 @@ def test_schedules_that_do_not_fit_are_refused(ours: LRScheduler, remedy: str):
 # The whole program
 
 
-def test_the_effective_rate_is_logged_beside_the_given_one(run: config.Run, tmp_path: Path):
+def test_the_effective_rate_is_logged_beside_the_given_one(run: Run, tmp_path: Path):
     small = [
         "dataset.pairs=3",
         "dataset.held_out=1",
@@ -324,7 +333,7 @@ def test_the_effective_rate_is_logged_beside_the_given_one(run: config.Run, tmp_
         == 0
     )
     (journal,) = tmp_path.glob("*/journal.jsonl")
-    values = [record["values"] for _, record in read(journal) if "train/lr" in record.get("values", {})]
+    values = [record["values"] for _, record in read_records(journal) if "train/lr" in record.get("values", {})]
     assert [value["train/lr"] for value in values] == pytest.approx([1, 2 / 3, 1 / 3])
     assert values[0]["train/lr_effective"] == pytest.approx(1e-4)
 
@@ -336,16 +345,16 @@ def test_bitsandbytes_is_imported_by_none_but_its_optimizers_and_asks_the_hub_fo
     )
     program = """
 import sys, torch
-from trainer.optimizer import AdamW8bit
+from trainer.optimizer.adamw8bit import AdamW8bit
 import diffusers.models.transformers.transformer_flux, peft.tuners.lora.model
 assert sys.modules["bitsandbytes"] is None
 assert not peft.import_utils.is_bnb_available()
 parameter = torch.nn.Parameter(torch.ones(64, 80))
-optimizer = AdamW8bit(lr=1e-2).build([parameter])
+optimizer = AdamW8bit(lr=1e-2).create([parameter])
 parameter.grad = torch.ones(64, 80)
 optimizer.step()
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(config.__file__).parents[2])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(CONF.parent)])}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
     )

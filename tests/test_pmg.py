@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import view
+from synthetic import noise_sample
 from PIL import Image
 from program import start
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.config.sections import Export
 from trainer.core.batch import collate
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
 from trainer.export.write import export_after_training, write_exports
-from trainer.method import SoftPrompt, trained
-from trainer.method.soft_prompt import Reader
-from trainer.method.soft_prompt import SoftPrompt as Prompt
-from trainer.model import on_meta_device
+from trainer.method.soft_prompt import SoftPrompt
+from trainer.method.soft_prompt_encoder import PromptSizes, SoftPromptEncoder
+from trainer.method.trainable import trainable_parameters
 from trainer.model.pmg import PMG
+from trainer.model.weights import on_meta_device
 from trainer.precision import Precision
 from trainer.training.build import begin_from
 
@@ -51,7 +51,7 @@ def words(family: PMG, captions: list[str]) -> dict[str, torch.Tensor]:
     encoder = family.build_encoder(torch.device("cpu"))
     return collate(
         [
-            {part: encoder.encode(part, view(caption, 32, 32)) for part in ("tokens", "tokens_mask")}
+            {part: encoder.encode(part, noise_sample(caption, 32, 32)) for part in ("tokens", "tokens_mask")}
             for caption in captions
         ]
     )
@@ -122,7 +122,7 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
     network = network_of(family, prefix_projection=True)
     x = normal((1, 4, 4, 4), "x")
     family.predict(network.train(), x, torch.tensor([300.0]), words(family, HISTORY[:1])).square().sum().backward()
-    assert set(trained(network)) == {name for name in network.state_dict() if name.startswith("soft_prompt.")}
+    assert set(trainable_parameters(network)) == {name for name in network.state_dict() if name.startswith("soft_prompt.")}
     assert all(
         parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.soft_prompt.parameters()
     )
@@ -132,7 +132,7 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
 @pytest.mark.parametrize(("width", "count"), [(None, 3_678_976), (64, 20_464_448), (4096, 1_093_948_160)])
 def test_beside_a_real_language_model_as_many_parameters_train_as_is_written(width: int | None, count: int):
     with on_meta_device():
-        prompt = Prompt(Reader(hidden=4096, layers=32, heads=32, head=128, width=768), 2, 2, width)
+        prompt = SoftPromptEncoder(PromptSizes(hidden=4096, layers=32, heads=32, head=128, width=768), 2, 2, width)
     assert sum(parameter.numel() for parameter in prompt.parameters()) == count
     assert f"{count:,}" in (Path(__file__).parents[1] / "conf" / "method" / "soft_prompt.yaml").read_text()
 
@@ -167,12 +167,12 @@ def trained_run(family: PMG) -> tuple[Run, torch.nn.Module]:
 
 def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_path: Path):
     run, network = trained_run
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     (path,) = export_after_training(run, network, dict(parameters), tmp_path)
     assert path.name == "soft_prompt.safetensors" and safe_open(path, "pt").metadata()["method"]
     fresh = network_of(run.model)
     begin_from(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
-    assert all(torch.equal(parameter, network.state_dict()[name]) for name, parameter in trained(fresh).items())
+    assert all(torch.equal(parameter, network.state_dict()[name]) for name, parameter in trainable_parameters(fresh).items())
     with pytest.raises(UsageError, match="do not fit"):
         begin_from(
             dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))),
@@ -184,7 +184,7 @@ def test_a_soft_prompt_that_did_not_move_is_not_written(trained_run, tmp_path: P
     run, _ = trained_run
     network = network_of(run.model)
     with pytest.raises(DataError, match="the one that training started with"):
-        write_exports(run, network, dict(trained(network)), tmp_path)
+        write_exports(run, network, dict(trainable_parameters(network)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

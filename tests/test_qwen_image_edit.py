@@ -12,28 +12,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import Noise
+from synthetic import NoiseSource
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from trainer.config import Run
+from trainer.config.schema import Run
 from trainer.config.sections import Export, Format
-from trainer.core.batch import collate
-from trainer.core.batch import get_conditions
+from trainer.core.batch import collate, get_conditions
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import generator, normal, uniform
-from trainer.dataset import Sample
-from trainer.dataset.view import Transform, TransformedSample
+from trainer.dataset.sample import Sample
+from trainer.dataset.transform import Transform, TransformedSample
 from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.export.write import write_exports
-from trainer.method import Full, Lora, trained
-from trainer.model.flux_kontext import pack
-from trainer.model.qwen_image_edit import DROPPED, PICTURE_TOKEN, SYSTEM, QwenImageEdit
+from trainer.method.full import Full
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
+from trainer.model.flux.tokens import pack
+from trainer.model.qwen.template import IMAGE_TOKEN, SYSTEM, SYSTEM_TOKENS
+from trainer.model.qwen_image_edit import QwenImageEdit
 from trainer.objective import Flow
-from trainer.optimizer import AdamW
+from trainer.optimizer.adamw import AdamW
 from trainer.precision import Precision
 
 HEIGHT, WIDTH = 32, 48
@@ -67,7 +69,7 @@ class Processor(Qwen2VLProcessor):
     """The real one, less its part for videos, which needs torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, **rest):
-        self.image_token, self.video_token = PICTURE_TOKEN, "<|video_pad|>"
+        self.image_token, self.video_token = IMAGE_TOKEN, "<|video_pad|>"
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
         ProcessorMixin.__init__(self, image_processor, tokenizer)
 
@@ -118,13 +120,13 @@ def watch(network, calls: list) -> None:
 
 
 def samples(controls: int) -> list[Sample]:
-    target = Noise("target", WIDTH, HEIGHT)
+    target = NoiseSource("target", WIDTH, HEIGHT)
     return [
         Sample(
             caption,
             target,
             caption,
-            tuple(Noise(f"{i} {caption}", *size) for i, size in enumerate(CONTROLS[:controls])),
+            tuple(NoiseSource(f"{i} {caption}", *size) for i, size in enumerate(CONTROLS[:controls])),
         )
         for caption in CAPTIONS
     ]
@@ -240,7 +242,7 @@ def test_the_language_model_is_given_what_the_pipeline_gives_it(name: str, contr
 def test_what_is_dropped_of_the_prompt_is_the_system_text(edit: QwenImageEdit):
     encoder = edit.build_encoder(torch.device("cpu"))
     ids = encoder.inputs(Transform(((WIDTH, HEIGHT),)).apply(samples(1)[0]))["input_ids"][0]
-    assert encoder._tokenizer.decode(ids[:DROPPED]) == SYSTEM
+    assert encoder._tokenizer.decode(ids[:SYSTEM_TOKENS]) == SYSTEM
 
 
 def test_prompts_depend_on_the_control_pictures_also_where_the_caption_is_empty(plus: QwenImageEdit):
@@ -293,7 +295,7 @@ def test_the_default_targets_of_the_published_network_are_all_that_see_the_pictu
     network = real.meta_model()
     assert sum(p.numel() for p in network.parameters()) == 20_430_401_088
     Lora(rank=16, alpha=16.0).attach(network, real.target_modules, seed=0)
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     assert len(parameters) == 2 * 4 * 60
     assert sum(p.numel() for p in parameters.values()) == 60 * 4 * 16 * (3072 + 3072)
     layers = {re.sub(r"\.\d+\.", ".N.", name.partition(".lora_")[0]) for name in parameters}
@@ -304,9 +306,9 @@ def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
     """The text's stream ends in the last block."""
     network = edit.load_network(torch.float32)
     Lora(rank=2, alpha=2.0).attach(network, ("add_q_proj", "add_k_proj", "to_add_out", "txt_mlp.net.2"), seed=0)
-    parameters = trained(network)
+    parameters = trainable_parameters(network)
     cond, x, t = get_conditions(collate(rows(edit, 1))), noise(edit), torch.tensor([0.3, 0.7])
-    optimizer = AdamW(lr=1e-2).build(parameters.values())
+    optimizer = AdamW(lr=1e-2).build(parameters.values(), seed=0)
     edit.predict(network, x, t, cond).square().sum().backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimizer.step()
@@ -323,7 +325,7 @@ def test_layers_that_never_get_a_gradient_stop_no_training(edit: QwenImageEdit):
 
 @dataclasses.dataclass(frozen=True)
 class Colour:
-    """A picture of one colour, or of its negative; see `trainer.dataset.sample.Source`."""
+    """A picture of one colour, or of its negative; see `trainer.dataset.source.Source`."""
 
     name: str
     negative: bool = False
@@ -356,8 +358,8 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
         rows = [row | {"latents": own} for row, own in zip(told, latents, strict=True)]
         network = edit.load_network(torch.float32)
         Full().attach(network, edit.target_modules, seed=0)
-        parameters = list(trained(network).values())
-        optimizer = AdamW(lr=1e-2).build(parameters)
+        parameters = list(trainable_parameters(network).values())
+        optimizer = AdamW(lr=1e-2).build(parameters, seed=0)
         for step in range(1, STEPS_TO_LEARN):
             row = collate([rows[(8 * step + i) % 48] for i in range(8)])
             clean = row["latents"]
@@ -388,7 +390,7 @@ def lora(edit: QwenImageEdit) -> tuple[Run, torch.nn.Module, np.ndarray]:
     method.attach(network, edit.target_modules, seed=0)
     before = ours(edit, network.eval())
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             parameter.copy_(0.3 * normal(tuple(parameter.shape), name))
     after = ours(edit, network)
     assert np.abs(after - before).max() > 0.01
@@ -404,7 +406,7 @@ def test_a_fresh_pipeline_draws_with_each_export_what_the_trained_network_draws(
 ):
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[format]))
-    weights = {name: parameter.detach() for name, parameter in trained(network).items()}
+    weights = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
     (path,) = write_exports(run, network, weights, tmp_path)
     if format is Format.pipeline:
         pipe = pipeline(dataclasses.replace(run.model, path=str(path)), monkeypatch)
@@ -428,7 +430,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(lora, tmp_path: Path):
     # Its rule: W += (alpha / rank, or 1 without an alpha) B A, whatever the metadata say.
     run, network, expected = lora
     run = dataclasses.replace(run, export=Export(formats=[Format.comfyui]))
-    (path,) = write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, tmp_path)
+    (path,) = write_exports(run, network, {n: p.detach() for n, p in trainable_parameters(network).items()}, tmp_path)
     tensors, fresh = load_file(path), run.model.load_network(torch.float32).eval()
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         layer = key.removesuffix(".lora_B.weight")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.method import Lora, trained
-from trainer.model import families
+from trainer.config.groups import GROUPS
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
 
 # As the published transformer/config.json and unet/config.json have it, where diffusers' own defaults are not that.
 CONFIGS = {
@@ -45,10 +46,10 @@ def test_the_default_targets_of_the_published_networks_are_counted(name: str, tm
     component, config = CONFIGS[name]
     (tmp_path / component).mkdir()
     (tmp_path / component / "config.json").write_text(json.dumps(config))
-    family = families()[name](path=str(tmp_path))
+    family = GROUPS["model"][name](path=str(tmp_path))
     network = family.meta_model()
     whole = sum(parameter.numel() for parameter in network.parameters())
-    Lora(rank=8, alpha=8.0).attach(network, family.targets, seed=0)
-    parameters = trained(network)
+    Lora(rank=8, alpha=8.0).attach(network, family.target_modules, seed=0)
+    parameters = trainable_parameters(network)
     found = whole, sum(parameter.numel() for parameter in parameters.values()), len(parameters) // 2
     assert found == COUNTS[name]

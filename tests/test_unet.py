@@ -11,19 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import view
+from synthetic import noise_sample
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from trainer.config import Run
+from trainer.config.groups import GROUPS
+from trainer.config.schema import Run
 from trainer.config.sections import Export, Format
+from trainer.core.dtypes import Dtype
 from trainer.core.errors import DataError
 from trainer.core.rng import normal
-from trainer.dataset import Sample
-from trainer.dataset.view import TransformedSample
+from trainer.dataset.sample import Sample
+from trainer.dataset.transform import TransformedSample
 from trainer.export.write import write_exports
-from trainer.method import Full, Lora, trained
-from trainer.model import Dtype, families
+from trainer.method.full import Full
+from trainer.method.lora import Lora
+from trainer.method.trainable import trainable_parameters
 from trainer.model.unet import Posterior, UNet
 from trainer.objective import Diffusion, Prediction, Schedule
 from trainer.precision import Precision
@@ -37,7 +40,7 @@ KINDS = ["sd15", "sdxl"]
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UNet:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
-    kind = families()[request.param]
+    kind = GROUPS["model"][request.param]
     kind.save_tiny_checkpoint(folder)
     return kind(path=str(folder))
 
@@ -56,7 +59,7 @@ def noise(family: UNet) -> torch.Tensor:
 def conditions(family: UNet, captions: list[str]) -> dict[str, torch.Tensor]:
     encoder = family.build_encoder(torch.device("cpu"))
     parts = [part for part in family.recipes(dict.fromkeys(family.components, ""), 0) if not part.startswith("latents")]
-    rows = [{part: encoder.encode(part, view(caption, WIDTH, HEIGHT)) for part in parts} for caption in captions]
+    rows = [{part: encoder.encode(part, noise_sample(caption, WIDTH, HEIGHT)) for part in parts} for caption in captions]
     return {part: torch.stack([row[part] for row in rows]) for part in parts}
 
 
@@ -147,7 +150,7 @@ def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(family.path, subfolder="vae")
-    seen, encoder = view("a photo", WIDTH, HEIGHT), family.build_encoder(torch.device("cpu"))
+    seen, encoder = noise_sample("a photo", WIDTH, HEIGHT), family.build_encoder(torch.device("cpu"))
     pixels = torch.from_numpy(seen.pixels()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
@@ -165,7 +168,7 @@ def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
     changed = dataclasses.replace(family, vae=str(other))
-    seen = view("a photo", WIDTH, HEIGHT)
+    seen = noise_sample("a photo", WIDTH, HEIGHT)
     mine, theirs = (each.build_encoder(torch.device("cpu")).encode("latents", seen) for each in (changed, family))
     torch.testing.assert_close(mine, theirs / config["scaling_factor"])
     digests = Digests(tmp_path / "digests")
@@ -187,13 +190,13 @@ def test_latents_that_overflow_are_refused_with_what_to_type(family: UNet, tmp_p
     save_file(tensors, weights, {"format": "pt"})
     half = dataclasses.replace(family, vae=str(folder), vae_dtype=Dtype.float16)
     with pytest.raises(DataError, match=r"target.* NaN or infinity in float16; type model.vae_dtype=float32"):
-        half.build_encoder(torch.device("cpu")).encode("latents", view("a photo", WIDTH, HEIGHT))
+        half.build_encoder(torch.device("cpu")).encode("latents", noise_sample("a photo", WIDTH, HEIGHT))
 
 
 def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: UNet):
     if "time_ids" not in family.shapes(HEIGHT, WIDTH):
         pytest.skip("this model is told no sizes")
-    seen = view("a photo", 100, 80)
+    seen = noise_sample("a photo", 100, 80)
     cut = TransformedSample(Sample("1", seen.sample.image, "a photo"), WIDTH, HEIGHT)
     sizes = family.build_encoder(torch.device("cpu")).encode("time_ids", cut)
     # 100 x 80 becomes 56 x 45 to cover 56 x 32: 6 or 7 rows are cut above.
@@ -227,7 +230,7 @@ def adapted(request: pytest.FixtureRequest, family: UNet) -> tuple[Run, torch.nn
     method = Lora(rank=4, alpha=8.0, dropout=0.5, targets=[*family.target_modules, *LAYERS])
     method.attach(network, family.target_modules, seed=0)
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             parameter.copy_(0.2 * normal(tuple(parameter.shape), name))
     after = ours(family, network.eval(), 2.0)
     assert np.abs(after - before).max() > 0.01
@@ -237,7 +240,7 @@ def adapted(request: pytest.FixtureRequest, family: UNet) -> tuple[Run, torch.nn
 def exported(adapted: tuple, format: Format, folder: Path) -> Path:
     run, network, _ = adapted
     run = dataclasses.replace(run, export=Export(formats=[format]))
-    return write_exports(run, network, {n: p.detach() for n, p in trained(network).items()}, folder)[0]
+    return write_exports(run, network, {n: p.detach() for n, p in trainable_parameters(network).items()}, folder)[0]
 
 
 @pytest.mark.parametrize("format", [Format[name] for name in Lora.formats])
@@ -298,11 +301,11 @@ def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(family: 
     network = family.load_network(torch.float32)
     Full().attach(network, family.target_modules, seed=0)
     with torch.no_grad():
-        for name, parameter in trained(network).items():
+        for name, parameter in trainable_parameters(network).items():
             parameter.add_(0.02 * normal(tuple(parameter.shape), name))
     expected = ours(family, network.eval(), 2.0)
     run = Run(model=family, method=Full(), precision=Precision(), export=Export(formats=[Format.pipeline]))
-    weights = {name: parameter.detach() for name, parameter in trained(network).items()}
+    weights = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
     (path,) = write_exports(run, network, weights, tmp_path)
     np.testing.assert_allclose(
         theirs(family, pipeline(dataclasses.replace(family, path=str(path))), 2.0), expected, atol=1e-4
@@ -323,5 +326,5 @@ def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(
     Lora(rank=2, alpha=2.0).attach(live_net, live.target_modules, seed=0)
     live_net.enable_gradient_checkpointing()
     live.predict(live_net.train(), x, t, conditions(live, CAPTIONS)).square().sum().backward()
-    gradients = {name.partition(".")[0] for name, parameter in trained(live_net).items() if parameter.grad is not None}
+    gradients = {name.partition(".")[0] for name, parameter in trainable_parameters(live_net).items() if parameter.grad is not None}
     assert gradients == {"unet", *(f"text_encoder{text}" for text in family.texts)}

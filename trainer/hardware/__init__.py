@@ -1,4 +1,4 @@
-"""Facts of a machine and how to use it: how fast a run goes, never what it computes."""
+"""Hardware profiles. They decide how fast a run goes, and never what it computes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from trainer.core.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
-
 
 class Device(Enum):
+    """Type of device."""
+
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
@@ -23,106 +23,66 @@ class Device(Enum):
 
 @dataclass(slots=True)
 class Card:
-    """What a device is and can do; null is not known before it is open."""
+    """Capabilities of a device. Null: unknown until the device is opened."""
 
     name: str | None = None
     memory_gib: float | None = None
-    """Of a Mac, all it has: CPU and GPU share it."""
+    """On a Mac all memory, which CPU and GPU share."""
     compute_capability: float | None = None
-    """NVIDIA's number of what a card can do, 8.9 for example; null for others."""
+    """NVIDIA's compute capability, for example 8.9; null for other devices."""
     bfloat16: bool | None = None
-    """Whether training in bfloat16 is worth it and right."""
+    """Whether training in bfloat16 works and is not slow."""
     float16: bool | None = None
+    """Whether training in float16 works and is not slow."""
     float8: bool | None = None
-    """Whether it multiplies float8. Where it does not, float8 still stores."""
+    """Whether it multiplies float8 numbers. Every device can store them."""
     bitsandbytes: bool | None = None
-    """Whether its 8-bit optimizers and 4-bit weights run on it."""
+    """Whether the 8-bit optimizers and 4-bit weights of bitsandbytes run on it."""
 
 
 @dataclass(slots=True)
 class Hardware:
-    """`micro_batch` is a ceiling on samples per forward pass; null leaves it to `micro_batch_for`. `card` are facts to be refused by, the
-    rest is how to use it."""
+    """A hardware profile: what the card can do, which `trainer.config` checks, and how to use it."""
 
     card: Card = field(default_factory=Card)
     device: Device = Device.auto
     micro_batch: int | None = None
+    """Largest number of samples in a forward pass; null: see `micro_batch_for`."""
     gradient_checkpointing: bool = False
     workers: int = 0
+    """Number of processes that load data; 0: the main process loads it."""
     compile: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UsageError(
-                f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null to leave it to the program"
+                f"hardware.micro_batch={self.micro_batch} holds no sample; type 1 or more, or null for the default"
             )
         if self.workers < 0:
             raise UsageError(
-                f"hardware.workers={self.workers} is no number of processes; type 0 to load in the main process, or more"
+                f"hardware.workers={self.workers} must not be negative; type 0 to load in the main process, or more"
             )
 
     def open(self) -> torch.device:
-        """The device of the run; a device asked for by name that is not there is refused."""
+        """Returns the device of the run. Raises errors.UsageError if this machine does not have it."""
         import torch
 
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         name = self.device.value
         if name == "auto":
-            name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-        if not there[name]:
+            name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+        if not available[name]:
             raise UsageError(
-                f"hardware.device={name}: this machine has no such device that torch {torch.__version__} can use; type hardware.device=auto"
+                f"hardware.device={name}: torch {torch.__version__} finds no such device on this machine; "
+                "type hardware.device=auto"
             )
         return torch.device(name)
 
     def micro_batch_for(self, batch: int, parameters: int) -> int:
-        """Samples per forward pass. Without a forecast of memory: the whole batch for a network of up to ten million parameters, else 1."""
+        """Number of samples in a forward pass of a network with this many parameters.
+
+        Without `micro_batch` it is the whole batch for networks of up to ten million parameters, and 1 for larger ones.
+        """
         if self.micro_batch is not None:
             return min(batch, self.micro_batch)
         return batch if parameters <= 10_000_000 else 1
-
-
-def card(device: torch.device) -> Card:
-    """The facts of an open device."""
-    import torch
-
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        capability = found.major + found.minor / 10
-        # developer.nvidia.com/cuda-gpus; TransformerEngine's support matrix: bfloat16 from 8.0, float8 from 8.9
-        return Card(found.name, found.total_memory / GIB, capability, capability >= 8.0, True, capability >= 8.9, True)
-    if device.type == "mps":
-        # float16 trained to NaN; bfloat16 needs macOS 14 and is no faster than float32; see conf/hardware/m2_max.yaml
-        return Card("Apple GPU", torch.mps.recommended_max_memory() / GIB, None, False, False, False, False)
-    return Card("CPU", _total() / GIB, None, True, False, False, True)
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Memory in use in GiB: this process's resident set, and what torch holds of an accelerator with its peak."""
-    import torch
-
-    used = {"system/memory_gib": _resident() / GIB}
-    if device.type == "cuda":
-        used["system/device_memory_gib"] = torch.cuda.memory_allocated() / GIB
-        used["system/device_memory_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-    elif device.type == "mps":
-        used["system/device_memory_gib"] = torch.mps.current_allocated_memory() / GIB
-    return used
-
-
-def _resident() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def _total() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total
-
-
-OPTIONS = dict.fromkeys(
-    ("auto", "cpu", "m2_max", "rtx3060", "t4", "rtx3090", "rtx4090", "a100_40g", "a100_80g", "h200"),
-    Hardware,
-)

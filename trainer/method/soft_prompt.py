@@ -1,62 +1,66 @@
-"""Soft prompts for a frozen language model that writes the condition of a frozen denoiser (Shen et al. 2024, arXiv 2404.08677).
-
-Three things train: embeddings that stand behind the tokens of the text, keys and values that stand before them in every layer (prefix tuning;
-Li & Liang 2021), and a linear map from the last hidden states at the learnt positions to the width of the denoiser's cross-attention.
-"""
+"""Soft prompt of a frozen language model; see `trainer.method.soft_prompt_encoder`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+from trainer.core.errors import UsageError
+from trainer.core.rng import seed_for
+from trainer.method import Method
 
-SPREAD = 0.02
-"""Standard deviation of what begins at random, as that of the embeddings of LLaMA's family (`initializer_range`)."""
+if TYPE_CHECKING:
+    import torch
 
-
-@dataclass(slots=True, frozen=True)
-class Reader:
-    """The sizes of a language model, and `width`, the size of a token of what is made for the denoiser."""
-
-    hidden: int
-    layers: int
-    heads: int
-    """Of keys and values."""
-    head: int
-    """Entries of a key or value."""
-    width: int
+    from trainer.method.soft_prompt_encoder import SoftPromptEncoder
 
 
-class SoftPrompt(torch.nn.Module):
-    """`tokens` (n, hidden), `map` (hidden -> width), and the prefix: as it is, or through two layers where `projection` (their width) is given."""
+@dataclass(slots=True)
+class SoftPrompt(Method):
+    """Trains what a frozen language model reads beside its text."""
 
-    def __init__(self, reader: Reader, tokens: int, prefix: int, projection: int | None):
-        super().__init__()
-        self.reader = reader
-        self.tokens = torch.nn.Parameter(SPREAD * torch.randn(tokens, reader.hidden))
-        self.map = torch.nn.Linear(reader.hidden, reader.width)
-        entries = reader.layers * 2 * reader.heads * reader.head
-        self.prefix = (
-            torch.nn.Parameter(SPREAD * torch.randn(prefix, reader.hidden if projection else entries))
-            if prefix
-            else None
-        )
-        self.project = None
-        if prefix and projection:
-            self.project = torch.nn.Sequential(
-                torch.nn.Linear(reader.hidden, projection), torch.nn.Tanh(), torch.nn.Linear(projection, entries)
+    num_image_prompt: int = 2
+    """Number of learned embeddings after the text."""
+    num_prefix_prompt: int = 2
+    """Number of learned keys and values before the text, in every layer."""
+    prefix_projection: bool = False
+    """Whether the keys and values are computed by two trained layers, instead of being parameters themselves."""
+    prefix_width: int = 64
+    """Width of the first of these layers."""
+
+    freezes = True
+    reads_weights_outside_forward = True
+    formats: ClassVar[tuple[str, ...]] = ("soft_prompt",)
+
+    def __post_init__(self) -> None:
+        if self.num_image_prompt < 1:
+            raise UsageError(
+                f"method.num_image_prompt={self.num_image_prompt} gives the image no condition; "
+                "type 1 or more, such as 2"
             )
+        if self.num_prefix_prompt < 0:
+            raise UsageError(
+                f"method.num_prefix_prompt={self.num_prefix_prompt} must not be negative; type 0 for none, or 2"
+            )
+        if self.prefix_width < 1:
+            raise UsageError(f"method.prefix_width={self.prefix_width} is too small; type 1 or more, such as 64")
 
-    @property
-    def length(self) -> int:
-        """Positions of the prefix."""
-        return 0 if self.prefix is None else len(self.prefix)
+    def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
+        network.requires_grad_(False)
+        network.soft_prompt = self.initial_prompt(network, seed)
 
-    def keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each layer the prefix's keys and values, (heads, positions, head) both."""
-        if self.prefix is None:
-            return []
-        flat = self.prefix if self.project is None else self.project(self.prefix)
-        reader = self.reader
-        layers = flat.view(self.length, reader.layers, 2, reader.heads, reader.head).permute(1, 2, 3, 0, 4)
-        return [(layer[0], layer[1]) for layer in layers]
+    def initial_prompt(self, network: torch.nn.Module, seed: int) -> SoftPromptEncoder:
+        """Returns the soft prompt at the start of training, for a network that has `prompt_sizes`."""
+        import torch
+
+        from trainer.method.soft_prompt_encoder import PromptSizes, SoftPromptEncoder
+
+        sizes: Any = network.prompt_sizes
+        torch.manual_seed(seed_for(seed, "adapter"))
+        encoder = SoftPromptEncoder(
+            PromptSizes(**sizes),
+            self.num_image_prompt,
+            self.num_prefix_prompt,
+            self.prefix_width if self.prefix_projection else None,
+        )
+        return encoder.to(next(network.parameters()).device)

@@ -66,8 +66,8 @@ class Diffusion:
             raise UsageError(f"model.objective.timesteps={self.timesteps} is too few; type 2 or more, such as 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UsageError(
-                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} are out of order or range; "
-                "type for example beta_start=0.00085 and beta_end=0.012"
+                f"model.objective.beta_start={self.beta_start:g} and beta_end={self.beta_end:g} must satisfy "
+                "0 < beta_start <= beta_end < 1; type for example beta_start=0.00085 and beta_end=0.012"
             )
         if self.min_snr is not None and not self.min_snr > 0:
             raise UsageError(

@@ -1,22 +1,28 @@
-"""How the frozen weights are stored, and in which type a step computes. What trains is kept in float32."""
+"""Numeric precision: the type in which frozen weights are stored, and the type in which a step computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
+from trainer.precision.checkpoint_types import FLOAT8, UNQUANTIZED, quantized_layers
+from trainer.precision.loss_scale import LossScale
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 
 class Storage(Enum):
-    """Type of the frozen weights: torch's own names, and those of bitsandbytes. Below 16 bits only linear layers take it, and `keep_high` of
-    the family does not."""
+    """Type of frozen weights, by the names of torch and bitsandbytes.
+
+    Types below 16 bits are only for linear layers, except those in the `unquantized_modules` of the model.
+    """
 
     fp32 = "float32"
     bf16 = "bfloat16"
@@ -26,11 +32,11 @@ class Storage(Enum):
     nf4 = "nf4"
     fp4 = "fp4"
     native = "native"
-    """As the checkpoint has them, which is quantised already."""
+    """The types of a checkpoint that is quantized already."""
 
     @property
-    def quantised(self) -> bool:
-        """Whether only what is frozen can be stored so."""
+    def is_quantized(self) -> bool:
+        """Whether only frozen weights can have this type."""
         return self not in (Storage.fp32, Storage.bf16, Storage.fp16)
 
     @property
@@ -38,117 +44,85 @@ class Storage(Enum):
         return self in (Storage.nf4, Storage.fp4)
 
 
-class Compute(Enum):
-    """Type of matrix products in a step: torch's own names."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @dataclass(slots=True)
 class Precision:
+    """Settings of the numeric precision."""
+
     storage: Storage = Storage.fp32
-    compute: Compute = Compute.float32
+    """Type of frozen weights."""
+    compute: Dtype = Dtype.float32
+    """Type of matrix products."""
 
     def dtype(self) -> torch.dtype:
-        """The type in which weights are loaded, and which those keep that no smaller storage takes."""
+        """Type of the weights that are not quantized."""
         import torch
 
-        return getattr(torch, self.compute.value if self.storage.quantised else self.storage.value)
+        return self.compute.torch if self.storage.is_quantized else getattr(torch, self.storage.value)
 
-    def check_types(self, types: dict[str, str]) -> None:
-        """Raise errors.UsageError, with what to type, where a checkpoint whose tensors are of these types (safetensors' names) cannot be stored so."""
-        kinds = set(kinds_of(types).values())
-        others = sorted(types[name] for name in types if name.endswith(".weight") and types[name] not in PLAIN | FLOAT8)
-        if len(others) > sum(kind in ("int8", "4-bit") for kind in kinds_of(types).values()):
+    def check_checkpoint(self, tensor_dtypes: dict[str, str]) -> None:
+        """Raises errors.UsageError, with what to type, if a checkpoint cannot be stored in this precision.
+
+        `tensor_dtypes` are the types of its tensors by safetensors' names for them.
+        """
+        kinds = list(quantized_layers(tensor_dtypes).values())
+        unusual = sorted(
+            dtype
+            for name, dtype in tensor_dtypes.items()
+            if name.endswith(".weight") and dtype not in UNQUANTIZED | FLOAT8
+        )
+        if len(unusual) > sum(kind in ("int8", "4-bit") for kind in kinds):
             raise UsageError(
-                f"the checkpoint's weights are quantised ({', '.join(sorted(set(others)))}) in a way that is not known here: float8, and "
-                "bitsandbytes' 4-bit and 8-bit layers are; type another model.path"
+                f"the checkpoint's weights are quantized ({', '.join(sorted(set(unusual)))}) in a way that is not "
+                "supported: float8 and the 4-bit and 8-bit layers of bitsandbytes are; type another model.path"
             )
         if kinds and self.storage is not Storage.native:
             raise UsageError(
-                f"precision={self.storage.name}: the checkpoint's weights are quantised already ({', '.join(sorted(kinds))}), and would lose "
-                "once more; type precision=native, or the model.path of the weights they were made of"
+                f"precision={self.storage.name}: the checkpoint's weights are quantized already "
+                f"({', '.join(sorted(set(kinds)))}), and quantizing them again would lose more; "
+                "type precision=native, or the model.path of the original weights"
             )
         if not kinds and self.storage is Storage.native:
             raise UsageError(
-                "precision=native takes weights that are quantised already, and this checkpoint's are not; type precision=fp8 or nf4"
+                "precision=native is for checkpoints that are quantized already, and the weights of this checkpoint "
+                "are not; type precision=fp8 or nf4"
             )
 
-    def stored(
-        self, keep_high: tuple[str, ...], device: torch.device, types: dict[str, str] | None = None
-    ) -> Callable | None:
-        """What makes of a frozen linear layer without weights, while a network is read (see `trainer.model.filled`), one that stores them in
-        fewer than 16 bits on `device`; None where nothing is. `types` are those of the tensors that are read, which decide where storage is
-        native."""
-        if not self.storage.quantised:
+    def quantizer(
+        self, unquantized_modules: tuple[str, ...], device: torch.device, tensor_dtypes: dict[str, str] | None = None
+    ) -> Callable[[str, torch.nn.Module, Callable[[str], torch.Tensor]], torch.nn.Module | None] | None:
+        """Returns the function that quantizes linear layers on `device` while a network is loaded; None if none are.
+
+        It is the `quantize` argument of `trainer.model.weights.load_weights`. `tensor_dtypes` are the types of the
+        checkpoint's tensors, which native storage needs.
+        """
+        if not self.storage.is_quantized:
             return None
         if self.storage is Storage.native:
-            from trainer.precision import native
+            from trainer.precision.prequantized import checkpoint_quantizer
 
-            return native.maker(types, self.dtype(), device)
-        from functools import partial
-
+            assert tensor_dtypes is not None
+            return checkpoint_quantizer(tensor_dtypes, self.dtype(), device)
         from trainer.precision import eight_bit, four_bit
-        from trainer.precision.linear import maker
+        from trainer.precision.quantized_linear import linear_quantizer
 
-        makes = {
-            Storage.fp8: eight_bit.fp8,
-            Storage.int8: eight_bit.int8,
-            Storage.nf4: partial(four_bit.four_bit, kind="nf4"),
-            Storage.fp4: partial(four_bit.four_bit, kind="fp4"),
-        }
-        return maker(makes[self.storage], keep_high, self.dtype(), device)
+        quantize_weight = {
+            Storage.fp8: eight_bit.fp8_weight,
+            Storage.int8: eight_bit.int8_weight,
+            Storage.nf4: four_bit.nf4_weight,
+            Storage.fp4: four_bit.fp4_weight,
+        }[self.storage]
+        return linear_quantizer(quantize_weight, unquantized_modules, self.dtype(), device)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """The context in which a network's forward pass runs."""
+        """Returns the context of a network's forward pass."""
         import torch
 
-        if self.compute is Compute.float32:
+        if self.compute is Dtype.float32:
             return nullcontext()
-        return torch.autocast(device.type, getattr(torch, self.compute.value))
+        return torch.autocast(device.type, self.compute.torch)
 
     def loss_scale(self, state: dict[str, float] | None = None) -> LossScale | None:
-        """What float16 products need, new or as a checkpoint's `vars` of it says; None for the other types."""
-        return LossScale(**state or {}) if self.compute is Compute.float16 else None
-
-
-@dataclass
-class LossScale:
-    """Gradients of float16 products vanish below 6e-8 and overflow above 65504, so the loss is scaled up for the backward pass (Micikevicius
-    et al. 2018): by as much as the gradients just bear. Powers of two, so that scaling changes no digit. The numbers are torch's GradScaler's.
-    """
-
-    value: float = 2.0**16
-    since: int = 0
-    """Steps since the value last changed."""
-
-    def follow(self, finite: bool) -> None:
-        """Halve after gradients that overflowed, double after 2000 steps without."""
-        self.since += 1
-        if not finite:
-            self.value, self.since = self.value / 2, 0
-        elif self.since == 2000:
-            self.value, self.since = self.value * 2, 0
-
-
-PLAIN = {"F64", "F32", "F16", "BF16"}
-FLOAT8 = {"F8_E4M3", "F8_E5M2"}
-
-
-def kinds_of(types: dict[str, str]) -> dict[str, str]:
-    """Layers of a checkpoint that are quantised -> how ("fp8", "int8", "4-bit"), told from the types of its tensors."""
-    kinds = {}
-    for key, kind in types.items():
-        name, _, leaf = key.rpartition(".")
-        if leaf == "weight" and kind in FLOAT8:
-            kinds[name] = "fp8"
-        elif leaf == "SCB" and types.get(f"{name}.weight") == "I8":
-            kinds[name] = "int8"
-        elif leaf in ("bitsandbytes__nf4", "bitsandbytes__fp4"):
-            kinds[name.removesuffix(".weight.quant_state")] = "4-bit"
-    return kinds
-
-
-OPTIONS = dict.fromkeys(("fp32", "bf16", "fp16", "fp8", "int8", "nf4", "fp4", "native"), Precision)
+        """Returns a new loss scale, or one with the state of a checkpoint; None if products are not float16."""
+        if self.compute is not Dtype.float16:
+            return None
+        return LossScale() if state is None else LossScale(state["value"], int(state["since"]))

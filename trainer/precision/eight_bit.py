@@ -1,4 +1,4 @@
-"""A byte a weight: float8_e4m3fn or int8, with a scale for each row."""
+"""8-bit weights: float8_e4m3fn or int8, with a scale for each row."""
 
 from __future__ import annotations
 
@@ -6,61 +6,66 @@ from functools import cache
 
 import torch
 
-from trainer.precision.linear import Decode
+from trainer.precision.quantized_linear import QuantizedWeight
 
-FLOAT8 = torch.float8_e4m3fn
-SMALLEST_SCALE = -24
-"""Exponent: the smallest number that float16 has."""
+E4M3 = torch.float8_e4m3fn
+MIN_SCALE_EXPONENT = -24
+"""2^-24 is the smallest positive number of float16."""
 
 
-def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (out, in) -> their float8 as bytes (out, in) uint8, and the scale of each row (out,) float32.
+def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (out, in) -> float8 numbers as bytes (out, in) uint8, and the scale of each row (out,) float32.
 
-    The bytes are uint8 for those who do not know float8: gloo and Metal. The scale is a power of two: e4m3 is as fine anywhere in its range,
-    so no digit is lost by it, and multiplying with it is exact in float16 and bfloat16 too.
+    The bytes are uint8 because gloo and Metal do not support float8. Scales are powers of two: the relative
+    precision of e4m3 is the same over its range, so this loses nothing, and multiplying by them is exact in
+    float16 and bfloat16.
     """
-    exponent = torch.frexp(weight.abs().amax(1).float().cpu() / torch.finfo(FLOAT8).max).exponent.clamp(
-        min=SMALLEST_SCALE
-    )
+    ratio = weight.abs().amax(1).float().cpu() / torch.finfo(E4M3).max
+    exponent = torch.frexp(ratio).exponent.clamp(min=MIN_SCALE_EXPONENT)
     scale = torch.ldexp(torch.ones(len(exponent)), exponent).to(weight.device)
-    return (weight.float() / scale[:, None]).to(FLOAT8).view(torch.uint8), scale
+    return (weight.float() / scale[:, None]).to(E4M3).view(torch.uint8), scale
 
 
-def decode_fp8(
-    dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None = None, kind: torch.dtype = FLOAT8
+def dequantize_fp8(
+    dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None = None, float8: torch.dtype = E4M3
 ) -> torch.Tensor:
-    """The weights (out, in) that lie in `codes` as float8 of this `kind`; `scale` is (out,), (), or None for 1."""
-    # Metal has no float8.
-    on_metal = codes.device.type == "mps"
-    values = values_of_bytes(kind).to(codes.device, dtype)[codes.int()] if on_metal else codes.view(kind).to(dtype)
+    """Returns weights (out, in) in `dtype`.
+
+    `codes` are `float8` numbers as bytes; `scale` is (out,), (), or None for 1.
+    """
+    if codes.device.type == "mps":
+        # Metal has no float8.
+        values = float8_values(float8).to(codes.device, dtype)[codes.int()]
+    else:
+        values = codes.view(float8).to(dtype)
     return values if scale is None else values.mul_(scale.to(dtype)[..., None])
 
 
 @cache
-def values_of_bytes(kind: torch.dtype) -> torch.Tensor:
-    """What each byte means as a float8, (256,) float32."""
-    return torch.arange(256).to(torch.uint8).view(kind).float()
+def float8_values(float8: torch.dtype) -> torch.Tensor:
+    """Returns the value of each byte as a float8 number, (256,) float32."""
+    return torch.arange(256).to(torch.uint8).view(float8).float()
 
 
-def fp8(weight: torch.Tensor, device: torch.device) -> tuple[Decode, dict[str, torch.Tensor]]:
-    codes, scale = encode_fp8(weight.to("cpu" if device.type == "mps" else device))
-    return decode_fp8, {"codes": codes.to(device), "scale": scale.to(device)}
+def fp8_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    codes, scale = quantize_fp8(weight.to("cpu" if device.type == "mps" else device))
+    return dequantize_fp8, {"codes": codes.to(device), "scale": scale.to(device)}
 
 
-def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (out, in) -> whole numbers from -127 to 127 (out, in) int8, and the scale of each row (out,) float32.
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (out, in) -> integers from -127 to 127 (out, in) int8, and the scale of each row (out,) float32.
 
-    The scale has no more digits than bfloat16, so that a product in 16 bits sees the same one.
+    Scales are rounded to bfloat16, so that they are the same in 16-bit products.
     """
-    scale = (weight.abs().amax(1).float() / 127).clamp(min=2.0**SMALLEST_SCALE).to(torch.bfloat16).float()
+    scale = (weight.abs().amax(1).float() / 127).clamp(min=2.0**MIN_SCALE_EXPONENT).to(torch.bfloat16).float()
     return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def decode_int8(dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The weights (out, in) that `encode_int8` stored."""
+def dequantize_int8(dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns weights (out, in) in `dtype`; see `quantize_int8`."""
     return codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
-def int8(weight: torch.Tensor, device: torch.device) -> tuple[Decode, dict[str, torch.Tensor]]:
-    codes, scale = encode_int8(weight.to(device))
-    return decode_int8, {"codes": codes, "scale": scale}
+def int8_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    codes, scale = quantize_int8(weight.to(device))
+    return dequantize_int8, {"codes": codes, "scale": scale}

@@ -1,49 +1,62 @@
-"""Half a byte a weight: bitsandbytes' nf4 (Dettmers et al. 2023) and fp4, 16 values and a scale for each block of 64 weights.
+"""4-bit weights of bitsandbytes, nf4 (Dettmers et al. 2023) and fp4: 16 values, and a scale for each block of
+64 weights.
 
-bitsandbytes' own layers are not used: on some CPUs they pack the weights anew when nothing trains, and cannot train on afterwards.
+The layers of bitsandbytes are not used: on some CPUs, their forward pass in evaluation repacks the weights, and
+the layer cannot train afterwards.
 """
 
 from __future__ import annotations
 
 from functools import cache, partial
+from typing import Any
 
 import torch
 
-from trainer.core.libraries import bitsandbytes
-from trainer.precision.linear import Decode
+from trainer.core.libraries import import_bitsandbytes
+from trainer.precision.quantized_linear import Dequantize, QuantizedWeight
 
-BLOCK = 64
-"""Weights that share a scale."""
+BLOCK_SIZE = 64
+"""Number of weights that share a scale."""
 
 
-def four_bit(weight: torch.Tensor, device: torch.device, kind: str) -> tuple[Decode, dict[str, torch.Tensor]]:
-    """nf4 or fp4, whose scales are bytes too (QLoRA's double quantisation): 4.13 bits a weight."""
-    codes, state = bitsandbytes().functional.quantize_4bit(
-        weight.to(device).contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=kind
+def nf4_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    return _quantize(weight, device, "nf4")
+
+
+def fp4_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    return _quantize(weight, device, "fp4")
+
+
+def _quantize(weight: torch.Tensor, device: torch.device, kind: str) -> QuantizedWeight:
+    """The scales are quantized too (double quantization, QLoRA): 4.13 bits per weight."""
+    codes, quant_state = import_bitsandbytes().functional.quantize_4bit(
+        weight.to(device).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=kind
     )
-    return taken_apart(codes, state)
+    return from_quant_state(codes, quant_state)
 
 
-def taken_apart(codes: torch.Tensor, state) -> tuple[Decode, dict[str, torch.Tensor]]:
-    """bitsandbytes' QuantState as `StoredLinear` keeps it."""
-    tensors = {"codes": codes, "scale": state.absmax, "values": state.code}
-    if state.nested:
+def from_quant_state(codes: torch.Tensor, quant_state: Any) -> QuantizedWeight:
+    """Converts the QuantState of bitsandbytes."""
+    tensors = {"codes": codes, "scale": quant_state.absmax, "values": quant_state.code}
+    scale_block_size = 0
+    if quant_state.nested:
         tensors |= {
-            "offset": state.offset,
-            "scale_of_scales": state.state2.absmax,
-            "values_of_scales": state.state2.code,
+            "offset": quant_state.offset,
+            "scale_of_scales": quant_state.state2.absmax,
+            "values_of_scales": quant_state.state2.code,
         }
-    blocks = state.blocksize, state.state2.blocksize if state.nested else 0
-    return decoder(state.quant_type, tuple(state.shape), *blocks), tensors
+        scale_block_size = quant_state.state2.blocksize
+    dequantize = _dequantizer(quant_state.quant_type, tuple(quant_state.shape), quant_state.blocksize, scale_block_size)
+    return dequantize, tensors
 
 
 @cache
-def decoder(kind: str, shape: tuple[int, int], block: int, block_of_scales: int) -> Decode:
-    """One object for all layers that are alike: torch.compile compiles each anew."""
-    return partial(decode_4bit, kind=kind, shape=shape, block=block, block_of_scales=block_of_scales)
+def _dequantizer(kind: str, shape: tuple[int, int], block_size: int, scale_block_size: int) -> Dequantize:
+    # One object for all layers of a kind and shape: torch.compile compiles each object anew.
+    return partial(dequantize_4bit, kind=kind, shape=shape, block_size=block_size, scale_block_size=scale_block_size)
 
 
-def decode_4bit(
+def dequantize_4bit(
     dtype: torch.dtype,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -54,15 +67,18 @@ def decode_4bit(
     *,
     kind: str,
     shape: tuple[int, int],
-    block: int,
-    block_of_scales: int = 0,
+    block_size: int,
+    scale_block_size: int = 0,
 ) -> torch.Tensor:
-    """The weights (out, in) that lie in `codes`, two a byte. The scales may be bytes in their turn, which is what the last tensors are for."""
-    functional = bitsandbytes().functional
+    """Returns weights of `shape` (out, in) in `dtype`; `codes` hold two weights per byte.
+
+    `values` are the 16 values of a code. The last three tensors are given if the scales are quantized too.
+    """
+    functional = import_bitsandbytes().functional
     if offset is not None:
         state = functional.QuantState(
-            scale_of_scales, code=values_of_scales, blocksize=block_of_scales, dtype=torch.float32
+            scale_of_scales, code=values_of_scales, blocksize=scale_block_size, dtype=torch.float32
         )
         scale = functional.dequantize_blockwise(scale, state) + offset
-    state = functional.QuantState(scale, torch.Size(shape), values, block, kind, dtype)
+    state = functional.QuantState(scale, torch.Size(shape), values, block_size, kind, dtype)
     return functional.dequantize_4bit(codes, state)
