@@ -48,9 +48,7 @@ def serialize(name: str, key: str, source: str, tensor: Tensor) -> bytes:
 
 
 def verify(name: str, key: str, value: Tensor, data: bytes) -> None:
-    """Raises ValueError or KeyError unless `data`, whose tensor is `value`, is what `serialize` returned for this
-    entry.
-    """
+    """Raises ValueError or KeyError unless `data`, which holds `value`, is what `serialize` returns for this entry."""
     import torch
 
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

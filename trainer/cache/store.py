@@ -27,6 +27,7 @@ MEMORY = 2**30
 ABANDONED_AFTER = 3600
 """Seconds after which the writer of an unfinished file must be dead. Writing an entry takes less than one."""
 USES, ENTRIES = "uses", "entries.txt"
+"""`<root>/uses/<digest>/entries.txt` lists entries; the `.owner` files beside it name the run folders that use them."""
 
 Entry = tuple[str, "TransformedSample"]
 """Identifies a cache entry: the name of a tensor, and the sample it belongs to."""

@@ -20,8 +20,8 @@ class Lock:
     releases the lock however its owner dies. The file is never deleted: otherwise a process that has just opened it and
     a process that creates a new file could both hold "the" lock.
 
-    The filelock package is not used because it does not store who owns the lock, and versions before 4 erase the
-    content of the file when they try to acquire it.
+    The filelock package is no replacement: it does not store the owner, and filelock 3.20 erases the file of the owner
+    when it tries to acquire the lock and lets forked workers keep it.
     """
 
     __slots__ = ("__weakref__", "_descriptor", "path", "wait")

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def generator(*names: int | str) -> np.random.Generator:
+def generator(*names: int | float | str) -> np.random.Generator:
     """Returns an independent generator for these names. Equal names give equal numbers on every machine."""
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=_key(names, 16)))
 
 
-def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
+def normal(shape: tuple[int, ...], *names: int | float | str) -> torch.Tensor:
     """Returns standard normal numbers for these names, float32 on the CPU."""
     import numpy as np
     import torch
@@ -30,15 +30,15 @@ def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
     return torch.from_numpy(generator(*names).standard_normal(shape, dtype=np.float32))
 
 
-def seed_for(*names: int | str) -> int:
+def seed_for(*names: int | float | str) -> int:
     """Returns a 63-bit integer for these names, for generators that only accept a seed."""
     return _key(names, 8) >> 1
 
 
-def uniform(*names: int | str) -> float:
+def uniform(*names: int | float | str) -> float:
     """Returns a number in [0, 1) for these names."""
     return (_key(names, 8) >> 11) / 2**53
 
 
-def _key(names: tuple[int | str, ...], size: int) -> int:
+def _key(names: tuple[int | float | str, ...], size: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:size], "little")
