@@ -107,10 +107,11 @@ def frozen_tensor(network: torch.nn.Module, name: str) -> torch.Tensor:
 def merged_tensor(network: torch.nn.Module, name: str) -> torch.Tensor:
     """Returns the tensor `name` with the adapter merged into it, in float32 if its layer is adapted."""
     path, _, leaf = name.rpartition(".")
-    layer: Any = network.get_submodule(path)
+    module = network.get_submodule(path)
     tensor = frozen_tensor(network, name)
-    if leaf != "weight" or not isinstance(layer, BaseTunerLayer):
+    if leaf != "weight" or not isinstance(module, BaseTunerLayer):
         return tensor
+    layer: Any = module
     (adapter_name,) = layer.active_adapters
     if isinstance(layer, LoraLayer):
         # Unlike peft's get_delta_weight, this does not round to the type of the adapter.
