@@ -1,6 +1,7 @@
-"""What the trainer is measured against: a LoRA of a FLUX Kontext as one would write it for this one case, in at most sixty lines.
+"""The baseline of the benchmark: LoRA training of a FLUX Kontext, written for this one case in at most sixty lines.
 
-`python bench/bare.py FOLDER TENSORS BATCH STEPS` trains the transformer in FOLDER on the cached tensors (N, ...) of a safetensors file.
+`python bench/bare.py FOLDER TENSORS BATCH STEPS` trains the transformer in FOLDER on the cached tensors (N, ...) of the
+safetensors file TENSORS.
 """
 
 import math
@@ -21,19 +22,16 @@ def pack(x: torch.Tensor) -> torch.Tensor:
 
 
 def train(folder: Path, tensors: Path, batch: int, steps: int, lr: float = 2e-3) -> Iterator[int]:
-    """Yield the number of each step when its update is done."""
+    """Yields the number of each step after its update."""
     torch.manual_seed(0)
     data = load_file(tensors)
     latents, control, prompt, pooled = (data[name].float() for name in ("latents", "control", "prompt", "pooled"))
     count, _, height, width = latents.shape
     latents, control = pack(latents), pack(control)
     tokens = latents.shape[1]
-    grid = (
-        torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1)
-        .view(-1, 2)
-        .float()
-    )
-    image_ids = torch.cat([torch.cat([grid.new_full((tokens, 1), picture), grid], 1) for picture in (0, 1)])
+    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(-1, 2).float()
+    image_ids = torch.cat([torch.cat([grid.new_full((tokens, 1), image), grid], 1) for image in (0, 1)])
     text_ids = torch.zeros(prompt.shape[1], 3)
     network = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
     network.requires_grad_(False)
@@ -41,18 +39,18 @@ def train(folder: Path, tensors: Path, batch: int, steps: int, lr: float = 2e-3)
     network.train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     for step in range(1, steps + 1):
-        chosen = torch.randint(count, (batch,))
-        clean, time = latents[chosen], torch.sigmoid(torch.randn(batch))
+        indices = torch.randint(count, (batch,))
+        clean, t = latents[indices], torch.sigmoid(torch.randn(batch))
         noise = torch.randn_like(clean)
-        noisy = (1 - time[:, None, None]) * clean + time[:, None, None] * noise
-        joined, words, summary = torch.cat([noisy, control[chosen]], 1), prompt[chosen], pooled[chosen]
-        found = network(joined, words, summary, time, image_ids, text_ids, return_dict=False)[0]
-        torch.nn.functional.mse_loss(found[:, :tokens], noise - clean).backward()
+        noisy = (1 - t[:, None, None]) * clean + t[:, None, None] * noise
+        inputs = torch.cat([noisy, control[indices]], 1)
+        output = network(inputs, prompt[indices], pooled[indices], t, image_ids, text_ids, return_dict=False)[0]
+        torch.nn.functional.mse_loss(output[:, :tokens], noise - clean).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         yield step
 

@@ -1,6 +1,7 @@
-"""Runs a command and prints what it took: seconds, those of its processors, and its memory at the highest in MiB.
+"""Runs a command and prints its wall-clock time and CPU time in seconds, and its peak memory in MiB, as JSON.
 
-A process of its own, and a small one: on Linux a process counts as having had the memory of the one that forked it.
+This is a small process of its own because on Linux the peak memory of a process includes that of the process that
+forked it.
 """
 
 import json
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 
-began = time.perf_counter()
+start = time.perf_counter()
 code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-seconds = time.perf_counter() - began
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
+seconds = time.perf_counter() - start
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 unit = 2**20 if sys.platform == "darwin" else 2**10
-print(json.dumps({"seconds": seconds, "processor": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / unit}))
+print(
+    json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss / unit})
+)
 sys.exit(code)

@@ -1,6 +1,6 @@
-"""The README's pictures: the default run beside others that differ in rank and learning rate, and what the base can do without any.
+"""Creates the images in the README: runs with several ranks and learning rates, and the abilities of the base model.
 
-`make pictures` trains each, writes docs/*.png and prints the figures.
+`make pictures` trains the runs, writes docs/*.png and prints the measurements.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from trainer import config
-from trainer.dataset import demo, strip
+from trainer.config.compose import read_run
+from trainer.dataset import demo_world, image_grid
 from trainer.evaluation.metrics import psnr
-from trainer.tracking.journal import read
+from trainer.tracking.journal import read_records
 from trainer.training.data import drawn, prepare
 
 if TYPE_CHECKING:
-    from trainer.dataset.view import TransformedSample
+    from trainer.dataset.transform import TransformedSample
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = {
@@ -34,46 +34,52 @@ RUNS = {
     "rank 16, lr 2e-3": [],
 }
 DEFAULT = "rank 16, lr 2e-3"
-COLOURS = dict(zip(RUNS, ("#a0aec0", "#319795", "#2b6cb0", "#dd6b20"), strict=True))
+COLORS = dict(zip(RUNS, ("#a0aec0", "#319795", "#2b6cb0", "#dd6b20"), strict=True))
 SCENES = 4
+"""Number of held-out samples whose images are shown."""
 
 
-def trained(out: Path, *overrides: str) -> Path:
-    """Train (or find finished) the run with these settings, and return its folder."""
+def train(out: Path, *overrides: str) -> Path:
+    """Trains a run with these settings, unless it is finished, and returns its folder."""
     command = [sys.executable, "-m", "trainer", f"out={out}", "tracking=none", *overrides]
     subprocess.run(command, check=True)
-    checked = subprocess.run([*command, "stage=check"], check=True, capture_output=True, text=True).stdout
-    return out / checked.split()[1]
+    report = subprocess.run([*command, "stage=check"], check=True, capture_output=True, text=True).stdout
+    return out / report.split()[1]
 
 
-def held_out(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """The steps at which `val/<name>` was measured, and the values."""
-    values = [(record["step"], record["values"]) for _, record in read(folder / "journal.jsonl") if "values" in record]
+def read_metric(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps at which `val/<name>` was measured, and the values."""
+    values = [
+        (record["step"], record["values"]) for _, record in read_records(folder / "journal.jsonl") if "values" in record
+    ]
     points = [(step, found[f"val/{name}"]) for step, found in values if f"val/{name}" in found]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def drawings(folder: Path, step: int, count: int) -> list[tuple[TransformedSample, np.ndarray]]:
-    """The first held-out samples of a run and what it drew of them at this step."""
-    run = config.from_yaml(folder / "config.yaml")
-    views = [view for view, _ in drawn(run, prepare(run))[:count]]
+def generated_images(folder: Path, step: int, count: int) -> list[tuple[TransformedSample, np.ndarray]]:
+    """Returns the first held-out samples of a run and the images that it generated for them at this step."""
+    run = read_run(folder / "config.yaml")
+    samples = [sample for sample, _ in drawn(run, prepare(run))[:count]]
     return [
-        (view, strip.load(folder / "pictures" / f"step-{step:08d}" / f"{i}.png")) for i, view in enumerate(views, 1)
+        (sample, image_grid.load_png(folder / "pictures" / f"step-{step:08d}" / f"{i}.png"))
+        for i, sample in enumerate(samples, 1)
     ]
 
 
-def grid(path: Path, columns: dict[str, list[np.ndarray]], rows: list[str] | None = None) -> None:
-    """Pictures in columns under their titles; `rows` stand at the left."""
-    tall = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.75 * len(columns) + 0.4 * bool(rows), 1.72 * tall + 0.5), dpi=110, layout="constrained")
+def draw_grid(path: Path, columns: dict[str, list[np.ndarray]], rows: list[str] | None = None) -> None:
+    """Draws columns of images under their titles, with the names of the `rows` at the left."""
+    height = len(next(iter(columns.values())))
+    figure = Figure(
+        figsize=(1.75 * len(columns) + 0.4 * bool(rows), 1.72 * height + 0.5), dpi=110, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    for column, (title, pictures) in zip(
-        figure.subplots(tall, len(columns), squeeze=False).T, columns.items(), strict=True
+    for column, (title, images) in zip(
+        figure.subplots(height, len(columns), squeeze=False).T, columns.items(), strict=True
     ):
         column[0].set_title(title, fontsize=9.5)
-        for axes, picture in zip(column, pictures, strict=True):
-            axes.imshow(picture, interpolation="nearest")
+        for axes, image in zip(column, images, strict=True):
+            axes.imshow(image, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     for axes, name in zip(figure.axes[:: len(columns)] if rows else (), rows or (), strict=True):
@@ -81,19 +87,19 @@ def grid(path: Path, columns: dict[str, list[np.ndarray]], rows: list[str] | Non
     figure.savefig(path)
 
 
-def curves(path: Path, folders: dict[str, Path]) -> None:
-    """Held-out loss and PSNR of the runs over steps, each line with its name at its end."""
+def draw_curves(path: Path, folders: dict[str, Path]) -> None:
+    """Plots held-out loss and PSNR of the runs over steps. Each line has its name at its end."""
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, name, title in (
         (left, "loss", "held-out loss (lower is better)"),
-        (right, "psnr", "PSNR of 32 drawn pictures, dB (higher is better)"),
+        (right, "psnr", "PSNR of 32 generated images, dB (higher is better)"),
     ):
         ends = []
         for run, folder in folders.items():
-            steps, values = held_out(folder, name)
-            axes.plot(steps, values, marker=".", color=COLOURS[run])
+            steps, values = read_metric(folder, name)
+            axes.plot(steps, values, marker=".", color=COLORS[run])
             ends.append((values[-1], run, f"{run}: {values[-1]:.{2 if name == 'loss' else 1}f}"))
         axes.set_title(title, fontsize=10.5, loc="left")
         axes.set(xlabel="step", xlim=(0, steps[-1] * 1.42), xticks=steps[::2])
@@ -104,7 +110,7 @@ def curves(path: Path, folders: dict[str, Path]) -> None:
             axes.set_yticks((0.3, 0.5, 1, 2, 4), labels=("0.3", "0.5", "1", "2", "4"))
             axes.minorticks_off()
         for i, (value, run, text) in enumerate(sorted(ends)):
-            # Names of lines that end at the same height are moved apart.
+            # The names of lines that end at the same height must not overlap.
             below = sorted(ends)[i - 1][0] if i else -np.inf
             offset = 11 if i and abs(value - below) < 0.03 * np.ptp(axes.get_ylim()) else 0
             axes.annotate(
@@ -114,36 +120,51 @@ def curves(path: Path, folders: dict[str, Path]) -> None:
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
-                color=COLOURS[run],
+                color=COLORS[run],
             )
     figure.savefig(path)
 
 
-def base(out: Path) -> dict[str, dict[str, float]]:
-    """Draw what the model does without training, one scene of each kind of edit that it knows, and measure 32 of each.
+def measure_base_model(out: Path) -> dict[str, dict[str, float]]:
+    """Draws an example of each edit that the model knows without training, and measures 32 images of each.
 
-    `psnr` and `control_psnr` are medians, of the drawn and of the unedited picture against the target; `right` is the share of
-    pictures in which what should have changed is nearer to the target than to the control.
+    `psnr` and `control_psnr` are the medians for the generated image and for the control image against the target.
+    `right` is the fraction of images whose pixels to be edited are closer to the target than to the control.
     """
     columns, figures = {}, {}
-    for edit in demo.BASE_EDITS:
-        folder = trained(out, f"dataset.edits=[{edit}]", "dataset.pairs=1", "steps=1", "batch=1", "evaluation.shown=32")
+    for edit in demo_world.BASE_EDITS:
+        folder = train(out, f"dataset.edits=[{edit}]", "dataset.pairs=1", "steps=1", "batch=1", "evaluation.shown=32")
         found = []
-        for i, (view, picture) in enumerate(drawings(folder, 0, 32)):
-            control, target = view.control_pixels()[0].astype(float), view.pixels().astype(float)
+        for i, (sample, image) in enumerate(generated_images(folder, 0, 32)):
+            control, target = sample.control_pixels()[0].astype(float), sample.pixels().astype(float)
             changes = np.abs(target - control).sum(-1) > 30
-            right = np.square(picture - target)[changes].mean() < np.square(picture - control)[changes].mean()
-            found.append((psnr(picture, target), psnr(control, target), right))
+            right = np.square(image - target)[changes].mean() < np.square(image - control)[changes].mean()
+            found.append((psnr(image, target), psnr(control, target), right))
             if i == 0:
-                columns[view.caption] = [view.control_pixels()[0], picture, view.pixels()]
-        drawn_, unedited, rights = zip(*found, strict=True)
+                columns[sample.caption] = [sample.control_pixels()[0], image, sample.pixels()]
+        psnrs, control_psnrs, rights = zip(*found, strict=True)
         figures[edit] = {
-            "control_psnr": statistics.median(unedited),
-            "psnr": statistics.median(drawn_),
+            "control_psnr": statistics.median(control_psnrs),
+            "psnr": statistics.median(psnrs),
             "right": sum(rights) / len(rights),
         }
-    grid(DOCS / "base.png", columns, ["control", "drawn", "target"])
+    draw_grid(DOCS / "base.png", columns, ["control", "generated", "target"])
     return figures
+
+
+def draw_default_run(folders: dict[str, Path]) -> None:
+    """Draws the images of all runs for the same held-out samples, and those before training."""
+    steps, psnrs = read_metric(folders[DEFAULT], "psnr")
+    before = generated_images(folders[DEFAULT], 0, SCENES)
+    columns = {
+        "control": [sample.control_pixels()[0] for sample, _ in before],
+        f"before training\n{psnrs[0]:.1f} dB": [image for _, image in before],
+    }
+    for name, folder in folders.items():
+        title = f"{name}{' (default)' if name == DEFAULT else ''}\n{read_metric(folder, 'psnr')[1][-1]:.1f} dB"
+        columns[title] = [image for _, image in generated_images(folder, steps[-1], SCENES)]
+    columns["target"] = [sample.pixels() for sample, _ in before]
+    draw_grid(DOCS / "default_run.png", columns)
 
 
 def main() -> None:
@@ -151,23 +172,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"))
     out = parser.parse_args().out
     DOCS.mkdir(exist_ok=True)
-    figures = {"base": base(out)}
+    figures = {"base": measure_base_model(out)}
     folders = {
-        name: trained(out, f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides)
+        name: train(out, f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides)
         for name, overrides in RUNS.items()
     }
-    steps, before = held_out(folders[DEFAULT], "psnr")
-    views = [view for view, _ in drawings(folders[DEFAULT], 0, SCENES)]
-    columns = {"control": [view.control_pixels()[0] for view in views]}
-    columns[f"before training\n{before[0]:.1f} dB"] = [picture for _, picture in drawings(folders[DEFAULT], 0, SCENES)]
-    for name, folder in folders.items():
-        title = f"{name}{' (default)' if name == DEFAULT else ''}\n{held_out(folder, 'psnr')[1][-1]:.1f} dB"
-        columns[title] = [picture for _, picture in drawings(folder, steps[-1], SCENES)]
-    grid(DOCS / "default_run.png", columns | {"target": [view.pixels() for view in views]})
-    curves(DOCS / "rank_and_rate.png", folders)
-    figures["before training"] = {name: held_out(folders[DEFAULT], name)[1][0] for name in ("loss", "psnr")}
+    draw_default_run(folders)
+    draw_curves(DOCS / "rank_and_rate.png", folders)
+    figures["before training"] = {name: read_metric(folders[DEFAULT], name)[1][0] for name in ("loss", "psnr")}
     figures |= {
-        run: {name: held_out(folder, name)[1][-1] for name in ("loss", "psnr")} for run, folder in folders.items()
+        run: {name: read_metric(folder, name)[1][-1] for name in ("loss", "psnr")} for run, folder in folders.items()
     }
     print(json.dumps(figures, indent=2))
 

@@ -18,7 +18,7 @@ from trainer.config.rules import open_device
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
 from trainer.tracking.mlflow_run import RemoteRun
-from trainer.training import run_folder
+from trainer.training.run_folder import find_run_folder
 from trainer.training.data import prepare
 from trainer.training.loop import Step, TrainingLoop
 
@@ -115,7 +115,7 @@ def trainer(overrides: list[str], cache_in_memory: bool = True) -> Callable[[Lap
     Without `cache_in_memory` it reads cached tensors from their files each time they are used.
     """
     arguments = command_line.parse(overrides)
-    settings = to_run(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides, run_folder.find)
+    settings = to_run(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides, find_run_folder)
 
     def compete(lap: Lap) -> None:
         data = prepare(settings)

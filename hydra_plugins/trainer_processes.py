@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class MemberReturn(JobReturn):
     """Held-out loss of a member for the sweeper, or the exception to raise if there is none."""
 
-    @property
+    @property  # type: ignore[misc]  # Hydra's property has a setter, which is not needed here.
     def return_value(self) -> Any:
         # Like Hydra's implementation, which also prints a line of its own.
         if isinstance(self._return_value, Exception):
@@ -38,7 +38,8 @@ class Processes(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from trainer.sweep.sweep import sweep_id
 
-        self.config, self.begin = config, getattr(task_function, "begin", lambda: None)
+        self.config = config
+        self.deliver_signals = getattr(task_function, "deliver_signals", lambda: None)
         id = sweep_id(config.hydra.overrides.task, OmegaConf.to_container(config.hydra.sweeper))
         with read_write(config), open_dict(config):
             # Sweepers write their records to this folder.
@@ -47,11 +48,13 @@ class Processes(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from trainer.sweep.executors.local import LocalExecutor
         from trainer.sweep.sweep import Sweep
+        from trainer.tracking import Tracking
 
         flags = config_dir_flags(self.config)
         tracking = OmegaConf.to_object(self.config.tracking)
+        assert isinstance(tracking, Tracking)
         folder, out = Path(self.config.hydra.sweep.dir), Path(self.config.out)
-        self.begin()
+        self.deliver_signals()
         sweep = Sweep(folder, out, tracking, LocalExecutor(self.slots), flags)
         overrides = [[text for text in texts if not text.startswith("hydra")] for texts in job_overrides]
         members = sweep.run(overrides, initial_job_idx)

@@ -12,7 +12,7 @@ from trainer.sweep.members import Member, varied_values
 from trainer.sweep.ranking import align, csv_table, heat_map, is_finite, markdown_table, rank, unranked
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
-from trainer.training.provenance import short
+from trainer.training.tracked_run import shorten_overrides
 
 SHOWN_MEMBERS = 8
 """Number of members whose images are compared."""
@@ -78,22 +78,22 @@ def _draw_heat_map(folder: Path, members: Sequence[Member]) -> Path | None:
 
 def _draw_samples(folder: Path, members: Sequence[Member]) -> Path | None:
     """Draws the last images of the first held-out samples, with the members side by side from best to worst."""
-    from trainer.dataset import strip
+    from trainer.dataset import image_grid
 
     ranked = rank(members)[:SHOWN_MEMBERS]
     with contextlib.suppress(OSError, ValueError, IndexError):
         steps = [max((Path(member.folder or "") / "pictures").glob("step-*")) for member in ranked]
         rows = []
         for sample in SHOWN_SAMPLES:
-            images = [strip.load(step / f"{sample}.png") for step in steps]
+            images = [image_grid.load_png(step / f"{sample}.png") for step in steps]
             if len({image.shape for image in images}) != 1:
                 return None
             titles = [_short_title(member) for member in ranked]
-            rows.append(strip.strip(dict(zip(titles, images, strict=True))))
-        strip.save(folder / "samples.png", strip.sheet(rows))
+            rows.append(image_grid.label_grid(dict(zip(titles, images, strict=True))))
+        image_grid.save_png(folder / "samples.png", image_grid.stack_rows(rows))
         return folder / "samples.png"
     return None
 
 
 def _short_title(member: Member) -> str:
-    return short([f"{key}={value}" for key, value in member.varied.items()]) or f"{member.number}"
+    return shorten_overrides([f"{key}={value}" for key, value in member.varied.items()]) or f"{member.number}"

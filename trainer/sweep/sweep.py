@@ -28,7 +28,7 @@ from trainer.sweep.summary import summarize
 from trainer.tracking import Tracking
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
-from trainer.training.provenance import short
+from trainer.training.tracked_run import shorten_overrides
 
 IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "save", "cache", "hydra")
 """Settings that may differ when the same sweep continues."""
@@ -39,7 +39,7 @@ class MembersFailedError(TrainerError):
     """Some members of a sweep failed. All others have been run."""
 
 
-def sweep_id(overrides: Sequence[str], sweeper: dict[str, Any]) -> str:
+def sweep_id(overrides: Sequence[str], sweeper: object) -> str:
     """Returns 12 hex digits that identify a sweep by its overrides and the settings of the sweeper.
 
     Settings that affect only where or how fast the sweep runs have no influence.
@@ -75,7 +75,7 @@ class Sweep:
     def run(self, overrides: Sequence[Sequence[str]], first: int = 0) -> list[Member]:
         """Runs one member for each list of overrides and returns these members. A member that fails stops no other.
 
-        `first` is the number of members in earlier batches of the same sweep, of which adaptive sweepers request several.
+        `first` is the number of members in earlier batches of the same sweep. Adaptive sweepers run several batches.
 
         Raises errors.Interrupted after SIGINT or SIGTERM, when the running members have saved, and errors.LockedError
         if another process runs the same sweep.
@@ -192,7 +192,7 @@ class Sweep:
         return self.tracking.open(
             journal,
             self.out,
-            name=f"sweep {short(varied)[:230]} [{self.folder.name[:6]}]",
+            name=f"sweep {shorten_overrides(varied)[:230]} [{self.folder.name[:6]}]",
             params={},
             tags={
                 "trainer.sweep": self.folder.name,
