@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 import torch
 
-from trainer import model
 from trainer.__main__ import main
+from trainer.config.groups import GROUPS
 from trainer.tracking import curves, journal
 from trainer.training.checkpoint import Checkpoints
 
@@ -201,10 +201,10 @@ class Lab:
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
-        name = name or next(iter(model.families()))
-        kind = model.families()[name]
+        name = name or next(iter(GROUPS["model"]))
+        kind = GROUPS["model"][name]
         torch.set_num_threads(1)
-        self.settings = [f"model={name}", *kind.tiny(folder / "model"), *SMALL, f"cache.path={folder / 'cache'}"]
+        self.settings = [f"model={name}", *kind.save_tiny_checkpoint(folder / "model"), *SMALL, f"cache.path={folder / 'cache'}"]
         # What Python and its libraries do at the first use of a class, once for all children.
         with contextlib.redirect_stdout(io.StringIO()):
             assert main([*self.settings, *DEMO, *SCHEDULE, f"out={folder}", "stage=check"]) == 0
@@ -310,7 +310,7 @@ def best(folder: Path) -> tuple[int, float] | None:
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for _, record in journal.read(folder / journal.FILE_NAME) if record["kind"] == kind]
+    return [record for _, record in journal.read_records(folder / journal.FILE_NAME) if record["kind"] == kind]
 
 
 def losses(folder: Path) -> list[tuple[int, str, float]]:

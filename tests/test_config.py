@@ -44,10 +44,12 @@ FREE = {
     "fresh",
     "skip_nonfinite",
 }
-"""Root settings that do not decide the trained weights. `skip_nonfinite` decides whether there is a result, not which one."""
+"""Root settings that do not decide the trained weights. `skip_nonfinite` decides only whether there is a result."""
 DECISIVE = """
-    optimizer.lr=5e-4 optimizer.weight_decay=0.5 optimizer.betas=[0.8,0.9] lr_scheduler=constant lr_scheduler.warmup=3
-    method.rank=8 method.alpha=8 method.dropout=0.1 method.targets=[to_q] method.init=gaussian method.init_from=x method=full
+    optimizer.lr=5e-4 optimizer.weight_decay=0.5 optimizer.betas=[0.8,0.9]
+    lr_scheduler=constant lr_scheduler.warmup=3
+    method.rank=8 method.alpha=8 method.dropout=0.1 method.targets=[to_q] method.init=gaussian
+    method.init_from=x method=full
     seed=1 batch=4 steps=50 epochs=2 ema=0.9 max_grad_norm=0.5 precision=bf16 precision.compute=bfloat16
     dataset.limit=4 dataset.flip=true dataset.caption_dropout=0.1 dataset.resolution=32 dataset.validation_fraction=0.3
     dataset.pairs=9 dataset.held_out=9 dataset.edits=[sketch] model.revision=x model.path=other
@@ -62,8 +64,8 @@ def composed(*choices: str) -> DictConfig:
 def compose(*overrides: str) -> DictConfig:
     """Returns what Hydra composes for these overrides, in a tenth of the time.
 
-    Groups are independent of each other. Hence several options are composed at once and combined here, and values are then
-    set as Hydra sets them.
+    Groups are independent of each other. Hence several options are composed at once and combined here, and values are
+    then set as Hydra sets them.
     """
     pairs = [text.partition("=") for text in overrides]
     result = copy.deepcopy(composed(*(text for text in overrides if text.startswith("experiment="))))

@@ -197,7 +197,7 @@ def test_odd_pictures_are_read_right(lab: Lab, folder: Path):
     (folder / "captions.json").write_text(json.dumps(dict.fromkeys(names, "the same")))
     code, output = report(lab, "captions_json", folder, "dataset.validation_fraction=0", "evaluation.images=0")
     assert code == 0
-    assert "pictures that look alike" in output
+    assert "images that look alike" in output
     from trainer import dataset
     from trainer.core.digests import Digests
 
@@ -306,14 +306,14 @@ def test_the_report_tells_of_doubles_leaks_lengths_and_shows_samples(lab: Lab, f
     code, output = report(lab, "imagefolder", folder, "dataset.resolution=64", "model.text_length=12")
     assert code == 0, output
     for line in (
-        "5 to train on, 2 held out",
-        "64x64 px: 5 to train on, 2 held out",
-        "pictures as they are: 40x32 to 80x64 px",
-        "6 pictures are enlarged, up to 2.0 times",
-        "longer than the 12 tokens that the model reads, so that the rest is left out: captions of 3 (train/images/2, test/images/0, test/images/1)",
-        "the same picture is the target of several samples 2 time(s): {",
-        "pictures that look alike, 1 group(s)",
-        "on both sides of the split, so that the held-out loss is too good, 2 group(s)",
+        "5 for training, 2 held out",
+        "64x64 px: 5 for training, 2 held out",
+        "original sizes: 40x32 to 80x64 px",
+        "6 images are enlarged, up to 2.0 times",
+        "3 captions are longer than the 12 tokens that the model reads, and are cut off: train/images/2, test/images/0",
+        "the same image is the target of several samples, 2 time(s): {",
+        "images that look alike, 1 group(s)",
+        "both in training and held out, so that the held-out loss is too low, 2 group(s)",
     ):
         assert line in output, line
     sheet = re.search(r"^sheet +(.+)$", output, re.MULTILINE)[1]
@@ -326,9 +326,9 @@ def test_the_report_tells_of_doubles_leaks_lengths_and_shows_samples(lab: Lab, f
 
 def nan_for(part: str) -> Callable[[], None]:
     def before() -> None:
-        from trainer import model
+        from trainer.config.groups import GROUPS
 
-        family = next(iter(model.families().values()))
+        family = next(iter(GROUPS["model"].values()))
         real = family.build_encoder
 
         def encoder(self, device):
@@ -519,7 +519,7 @@ def test_what_no_run_uses_is_dropped_on_request_only(lab: Lab, folder: Path, tmp
     assert "dropped 0 entries" not in shown
     rest = set(cache.rglob("*.safetensors"))
     assert not rest & {path for path in used if path.parts[-3] in ("latents", "control")}
-    assert f"in all      {len(rest)} entries" in shown
+    assert f"total       {len(rest)} entries" in shown
 
 
 def test_no_encoder_is_left_when_the_denoiser_loads(lab: Lab, folder: Path, tmp_path: Path):
@@ -540,7 +540,7 @@ def test_no_encoder_is_left_when_the_denoiser_loads(lab: Lab, folder: Path, tmp_
         "evaluation.images=0",
         f"cache.path={tmp_path / 'c'}",
     ]
-    lab.finish(lab.place(), *settings, "steps=1", before=at("trainer.training.build:build", 1, look))
+    lab.finish(lab.place(), *settings, "steps=1", before=at("trainer.training.build:build_network", 1, look))
     assert list((tmp_path / "c").rglob("*.safetensors"))
     assert (tmp_path / "left").read_text() == ""
 

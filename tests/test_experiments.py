@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from layouts import arrays, captions_json, imagefolder, pairs
+from layouts import write_arrays, write_captions_json, write_imagefolder, write_pairs
 
 from trainer.__main__ import main
 from trainer.config.compose import compose_config, to_run
@@ -26,7 +26,7 @@ def settings(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    pairs(folder, 8)
+    write_pairs(folder, 8)
     return folder
 
 
@@ -194,9 +194,9 @@ SMALL = ["hardware=cpu", "precision=fp32", "model.vae=null", "sample.steps=1", "
 
 
 WALKS = [
-    ("[floorplans_a100,smoke]", "sd15", arrays, 5),
-    ("[sdxl_lora,debug]", "sdxl", imagefolder, 2),
-    pytest.param("[shoes_m2_max,debug]", "sd15", captions_json, 2, marks=pytest.mark.slow),
+    ("[floorplans_a100,smoke]", "sd15", write_arrays, 5),
+    ("[sdxl_lora,debug]", "sdxl", write_imagefolder, 2),
+    pytest.param("[shoes_m2_max,debug]", "sd15", write_captions_json, 2, marks=pytest.mark.slow),
 ]
 
 
@@ -211,6 +211,6 @@ def test_a_recipe_with_a_preset_walks_all_the_way(
     told = capsys.readouterr().out
     assert f"done at step {counts}: held-out loss" in told
     assert " GiB\n" in told
-    trains_all = "all weights train and are kept in float32, products in float32"
+    trains_all = "all weights are trained, in float32; matrix products in float32"
     assert (trains_all in told) == ("floorplans" in recipe)
     assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors")) or trains_all in told

@@ -17,7 +17,7 @@ from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.method.full import Full
 from trainer.method.trainable import trainable_parameters
 from trainer.model import Family
-from trainer.objective import Diffusion, Flow, Prediction
+from trainer.objective import Diffusion, Flow, Prediction, denoising_losses
 from trainer.optimizer.adamw import AdamW
 from trainer.training.loop import TrainingLoop
 
@@ -157,7 +157,9 @@ def learned(family: Family, shuffled: bool) -> float:
     encoder, told = family.build_encoder(torch.device("cpu")), []
     parts = [part for part in family.recipes(digests(family), len(controls)) if not part.startswith("latents")]
     for caption in CAPTIONS:
-        seen = TransformedSample(Sample(caption, NoiseSource("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT)
+        seen = TransformedSample(
+            Sample(caption, NoiseSource("target", WIDTH, HEIGHT), caption, controls), WIDTH, HEIGHT
+        )
         told.append({part: encoder.encode(part, seen) for part in parts})
     shape = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
 
@@ -181,9 +183,8 @@ def learned(family: Family, shuffled: bool) -> float:
         return family.predict(network, x, t, cond, guidance)
 
     def losses(row: dict[str, torch.Tensor]) -> torch.Tensor:
-        clean, noise, time = row["latents"], row["noise"], row["t"]
-        return family.objective.losses(
-            predict(family.objective.add_noise(clean, noise, time), time, get_conditions(row)), clean, noise, time
+        return denoising_losses(
+            family.objective, predict, row["latents"], row["noise"], row["t"], get_conditions(row)
         )
 
     network = family.load_network(torch.float32).train()

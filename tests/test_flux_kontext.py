@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import DEVICE, NoiseSource, normal
 from peft import PeftModel
 from safetensors.torch import load_file
+from synthetic import DEVICE, NoiseSource, normal
 
 from trainer.config.schema import Run
 from trainer.config.sections import Export, Format

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ from trainer.dataset.transform import build_transform
 from trainer.lr_scheduler.cosine import Cosine
 from trainer.method.lora import Lora, LoraInit
 from trainer.method.trainable import trainable_parameters
+from trainer.objective import denoising_losses
 from trainer.optimizer.adamw import AdamW
-from trainer.training.batches import Batches, load
+from trainer.training.batches import Batches
+from trainer.training.loader import load_batches
 from trainer.training.loop import TrainingLoop
 
 GOLDEN = {
@@ -123,12 +126,11 @@ def losses(name: str, folder: Path) -> list[float]:
         for sample in split_samples(dataset.read(Digests(folder / "digests")).samples, 0.1, dataset_name="demo").train
     ]
     cache = Cache(folder / "cache", family.recipes(dict.fromkeys(family.components, ""), controls))
-    batches = Batches(
-        samples, cache, family, dataset, build_transform(dataset, family.size_multiple), seed=0, batch=5, micro_batch=2
-    )
+    transform = build_transform(dataset, family.size_multiple)
+    batches = Batches(samples, cache, family, dataset, transform, seed=0, batch_size=5, micro_batch_size=2)
     encoder = family.build_encoder(torch.device("cpu"))
-    views = [batches.view(0, index) for index in range(len(samples))]
-    count_outcomes(cache.recipes, cache.encode_missing(cache.missing(views), encoder.encode))
+    transformed = [batches.transformed(0, index) for index in range(len(samples))]
+    count_outcomes(cache.recipes, cache.encode_missing(cache.missing(transformed), encoder.encode))
     network = family.load_network(torch.float64)
     method = (
         Lora(rank=2, alpha=2.0, init=LoraInit.gaussian)
@@ -141,9 +143,10 @@ def losses(name: str, folder: Path) -> list[float]:
 
     def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
-        clean, noise, times = rows["latents"], rows["noise"], rows["t"]
-        x = family.objective.add_noise(clean, noise, times)
-        return family.objective.losses(family.predict(network, x, times, get_conditions(rows)), clean, noise, times)
+        conditions = get_conditions(rows)
+        return denoising_losses(
+            family.objective, partial(family.predict, network), rows["latents"], rows["noise"], rows["t"], conditions
+        )
 
     loop = TrainingLoop(
         parameters=parameters,
@@ -154,7 +157,7 @@ def losses(name: str, folder: Path) -> list[float]:
         max_grad_norm=1.0,
         seed=0,
     )
-    steps = loop.steps(load(batches, 0, 5, workers=0))
+    steps = loop.steps(load_batches(batches, 0, 5, workers=0))
     return [value for step in steps for value in (step.loss, step.grad_norm)]
 
 

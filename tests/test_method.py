@@ -38,7 +38,7 @@ from trainer.optimizer.adamw8bit import AdamW8bit
 from trainer.optimizer.sgd import SGD
 from trainer.optimizer.stochastic_rounding import round_stochastically
 from trainer.precision import Precision, Storage
-from trainer.training.build import begin_from
+from trainer.training.build import load_initial_weights
 from trainer.training.loop import TrainingLoop
 
 CPU = torch.device("cpu")
@@ -227,7 +227,7 @@ def test_a_run_begins_by_doing_what_the_adapter_it_begins_from_does(
     run = run_of(family, dataclasses.replace(method, alpha=2.0, init_from=str(path)))
     again = attached(run)
     assert is_noop(again)
-    begin_from(run, again)
+    load_initial_weights(run, again)
     expected = probe_outputs(network)
     assert probe_outputs(again).keys() == expected.keys()
     for name, effect in probe_outputs(again).items():
@@ -262,7 +262,7 @@ def test_an_adapter_of_other_trainers_is_read_by_its_names(
     tensor_files.save_tensors(tmp_path / "other.safetensors", tensors)
     run = run_of(family, dataclasses.replace(method, init_from=str(tmp_path / "other.safetensors")))
     again = attached(run)
-    begin_from(run, again)
+    load_initial_weights(run, again)
     torch.testing.assert_close(prediction(run, again), prediction(run, network), rtol=0, atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_refused_by_name_with_what_to_type(family: Family, 
         run = run_of(family, dataclasses.replace(method, init_from=str(path)))
         network = attached(run)
         with pytest.raises(UsageError, match=said):
-            begin_from(run, network)
+            load_initial_weights(run, network)
         assert is_noop(network)
 
 
@@ -295,7 +295,7 @@ def test_a_pickle_is_no_source_of_weights(family: Family, tmp_path: Path):
     torch.save({"to_q.lora_A.weight": torch.zeros(2, 2)}, path)
     run = run_of(family, Lora(rank=2, alpha=2.0, init_from=str(path)))
     with pytest.raises(DataError, match="safetensors, the only kind"):
-        begin_from(run, attached(run))
+        load_initial_weights(run, attached(run))
 
 
 def test_every_method_is_an_option_with_settings_of_its_own():

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import noise_sample
 from PIL import Image
 from program import start
 from safetensors import safe_open
+from synthetic import noise_sample
 from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import Run
@@ -27,7 +27,7 @@ from trainer.method.trainable import trainable_parameters
 from trainer.model.pmg import PMG
 from trainer.model.weights import on_meta_device
 from trainer.precision import Precision
-from trainer.training.build import begin_from
+from trainer.training.build import load_initial_weights
 
 HISTORY = ["The user liked: a red teapot.", "The user liked: a grey cat; a dog. Their style: soft."]
 
@@ -37,7 +37,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> PMG:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pmg")
     return PMG(
-        **dict(setting.removeprefix("model.").split("=") for setting in PMG.save_tiny_checkpoint(folder)[:2]), max_sequence_length=64
+        **dict(setting.removeprefix("model.").split("=") for setting in PMG.save_tiny_checkpoint(folder)[:2]),
+        max_sequence_length=64,
     )
 
 
@@ -72,7 +73,7 @@ def test_a_prefix_and_learnt_tokens_are_to_the_language_model_what_words_would_b
         prompt.prefix.copy_(layers.permute(3, 0, 1, 2, 4).flatten(1))
         prompt.tokens.copy_(llm.embed_tokens(after)[0])
         expected = prompt.map(llm(torch.cat([before, row["tokens"].long(), after], 1)).last_hidden_state[:, -3:])
-        found = network.condition(row["tokens"].long(), row["tokens_mask"].long())
+        found = network.encode_prompt(row["tokens"].long(), row["tokens_mask"].long())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -80,8 +81,8 @@ def test_a_prefix_and_learnt_tokens_are_to_the_language_model_what_words_would_b
 def test_a_history_says_the_same_alone_and_beside_a_longer_one(family: PMG, projection: bool):
     network = network_of(family, prefix_projection=projection)
     with torch.no_grad():
-        both = network.condition(*(tensor.long() for tensor in words(family, HISTORY).values()))
-        alone = [network.condition(*(tensor.long() for tensor in words(family, [text]).values())) for text in HISTORY]
+        both = network.encode_prompt(*(tensor.long() for tensor in words(family, HISTORY).values()))
+        alone = [network.encode_prompt(*(tensor.long() for tensor in words(family, [text]).values())) for text in HISTORY]
     torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-3
 
@@ -104,7 +105,7 @@ def test_a_picture_equals_that_of_the_pipeline_given_the_same_condition(family: 
         return family.apply_guidance(*(family.predict(network, x, t, row) for row in rows), 3.0)
 
     with torch.no_grad():
-        liked, nothing = (network.condition(row["tokens"].long(), row["tokens_mask"].long()) for row in rows)
+        liked, nothing = (network.encode_prompt(row["tokens"].long(), row["tokens_mask"].long()) for row in rows)
         latents = family.objective.sample(predict, start, 4, 1.0)
         mine = family.build_encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
         theirs = pipe(
@@ -122,7 +123,9 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
     network = network_of(family, prefix_projection=True)
     x = normal((1, 4, 4, 4), "x")
     family.predict(network.train(), x, torch.tensor([300.0]), words(family, HISTORY[:1])).square().sum().backward()
-    assert set(trainable_parameters(network)) == {name for name in network.state_dict() if name.startswith("soft_prompt.")}
+    assert set(trainable_parameters(network)) == {
+        name for name in network.state_dict() if name.startswith("soft_prompt.")
+    }
     assert all(
         parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.soft_prompt.parameters()
     )
@@ -171,10 +174,12 @@ def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_pat
     (path,) = export_after_training(run, network, dict(parameters), tmp_path)
     assert path.name == "soft_prompt.safetensors" and safe_open(path, "pt").metadata()["method"]
     fresh = network_of(run.model)
-    begin_from(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
-    assert all(torch.equal(parameter, network.state_dict()[name]) for name, parameter in trainable_parameters(fresh).items())
+    load_initial_weights(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
+    assert all(
+        torch.equal(parameter, network.state_dict()[name]) for name, parameter in trainable_parameters(fresh).items()
+    )
     with pytest.raises(UsageError, match="do not fit"):
-        begin_from(
+        load_initial_weights(
             dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))),
             network_of(run.model, num_image_prompt=4),
         )
@@ -214,7 +219,7 @@ def test_histories_train_resume_and_are_drawn_for_users_of_the_test_split(tmp_pa
         assert ended.code == 0, ended.text
         return ended.text
 
-    assert "12 samples, 3 held out, 720 parameters train" in trainer(*line)
+    assert "12 samples, 3 held out, 720 trainable parameters" in trainer(*line)
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
     assert "is finished" in trainer(*line)
     drawn = trainer("stage=sample", f"run={folder}", "sample.split=test")

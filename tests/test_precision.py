@@ -44,7 +44,7 @@ from trainer.precision.eight_bit import (
 from trainer.precision.loss_scale import LossScale
 from trainer.precision.quantized_linear import QuantizedLinear
 from trainer.tracking.journal import read_records
-from trainer.training.build import build, foresee
+from trainer.training.build import build_network, check_buildable
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.loop import TrainingLoop
 
@@ -94,7 +94,7 @@ def stored_layer(storage: Storage, linear: nn.Linear) -> QuantizedLinear:
 
 
 def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run):
-    stored, plain = build(replace(run, precision=Precision(Storage.fp8, Dtype.bfloat16)), DEVICE), build(run, DEVICE)
+    stored, plain = build_network(replace(run, precision=Precision(Storage.fp8, Dtype.bfloat16)), DEVICE), build_network(run, DEVICE)
     adapted = [module for module in stored.modules() if hasattr(module, "lora_A")]
     assert adapted and all(isinstance(module.base_layer, QuantizedLinear) for module in adapted)
     # In the other order the adapters would be quantised, or stand in 16 bits: they are the same as beside float32 weights, bit for bit.
@@ -105,7 +105,7 @@ def test_frozen_weights_take_their_storage_before_adapters_are_attached(run: Run
 
 
 def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run: Run):
-    network = build(replace(run, precision=Precision(Storage.fp8, Dtype.bfloat16)), DEVICE)
+    network = build_network(replace(run, precision=Precision(Storage.fp8, Dtype.bfloat16)), DEVICE)
     high = {
         name.partition(".")[0]
         for name, module in network.named_modules()
@@ -121,9 +121,9 @@ def test_norms_embeddings_and_the_layers_next_to_input_and_output_stay_high(run:
 def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_gradient(
     run: Run, precision: Precision
 ):
-    expected = prediction(run, build(run, DEVICE))
+    expected = prediction(run, build_network(run, DEVICE))
     ours = replace(run, precision=precision)
-    network = build(ours, DEVICE)
+    network = build_network(ours, DEVICE)
     found = prediction(ours, network)
     assert ((found - expected).norm() / expected.norm()).item() < ERROR.get(precision.storage, 0.02)
     found.square().mean().backward()
@@ -135,7 +135,7 @@ def test_every_storage_predicts_what_float32_predicts_and_gives_every_adapter_a_
 
 
 def test_what_trains_as_a_whole_is_loaded_in_float32(run: Run):
-    network = build(replace(run, method=Full(), precision=Precision(Storage.bf16, Dtype.bfloat16)), DEVICE)
+    network = build_network(replace(run, method=Full(), precision=Precision(Storage.bf16, Dtype.bfloat16)), DEVICE)
     reference = run.model.load_network(torch.float32, DEVICE)
     for name, parameter in reference.named_parameters():
         assert torch.equal(network.get_parameter(name), parameter)
@@ -213,8 +213,8 @@ def test_a_stored_layer_and_its_gradient_are_those_of_its_dequantised_weights(st
 
 @MADE_HERE
 def test_adapters_on_stored_weights_get_the_gradients_of_adapters_on_the_dequantised_ones(run: Run, storage: Storage):
-    stored = build(replace(run, precision=Precision(storage, Dtype.float32)), DEVICE)
-    plain = build(run, DEVICE)
+    stored = build_network(replace(run, precision=Precision(storage, Dtype.float32)), DEVICE)
+    plain = build_network(run, DEVICE)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -295,7 +295,7 @@ def test_checkpointing_changes_no_gradient_of_a_stored_network(run: Run):
             precision=Precision(Storage.fp8, Dtype.float32),
             hardware=replace(run.hardware, gradient_checkpointing=checkpointing),
         )
-        network = build(ours, DEVICE).train()
+        network = build_network(ours, DEVICE).train()
         prediction(ours, network).square().mean().backward()
         found.append([parameter.grad for parameter in trainable_parameters(network).values()])
     for one, other in zip(*found, strict=True):
@@ -481,14 +481,14 @@ def quantised_checkpoint(run: Run, how: str, folder: Path) -> tuple[Run, dict[st
 @pytest.mark.parametrize("how", QUANTISERS)
 def test_a_checkpoint_that_is_quantised_already_is_taken_as_it_is(run: Run, how: str, tmp_path: Path):
     ours, tensors = quantised_checkpoint(run, how, tmp_path / "checkpoint")
-    network = build(ours, DEVICE)
+    network = build_network(ours, DEVICE)
     whole = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     assert len(whole) == sum(type(module) is nn.Linear for module in run.model.meta_model().modules())
     for name, layer in whole.items():
         there = tensors[f"{name.removesuffix('.base_layer')}.weight"].to(DEVICE)
         assert torch.equal(layer.codes.view(torch.uint8), there.view(torch.uint8))
     # Every layer still is about what it was made of, and the network predicts and learns as one with those weights.
-    plain = build(run, DEVICE)
+    plain = build_network(run, DEVICE)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -548,10 +548,10 @@ def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_rea
 ):
     ours, _ = quantised_checkpoint(run, "nf4", tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="are quantized already \\(4-bit\\).* type precision=native"):
-        foresee(replace(ours, precision=Precision(Storage.nf4, Dtype.bfloat16)))
+        check_buildable(replace(ours, precision=Precision(Storage.nf4, Dtype.bfloat16)))
     with pytest.raises(UsageError, match="of this checkpoint are not; type precision=fp8"):
-        foresee(replace(run, precision=Precision(Storage.native, Dtype.bfloat16)))
-    foresee(ours)
+        check_buildable(replace(run, precision=Precision(Storage.native, Dtype.bfloat16)))
+    check_buildable(ours)
     with pytest.raises(UsageError, match=r"quantized \(I32\) in a way that is not supported"):
         ours.precision.check_checkpoint({"a.weight": "I32", "a.bias": "BF16"})
     command = f"stage=check model=flux_kontext model.path={ours.model.path} dataset.resolution=32 hardware.device=cpu out={tmp_path}".split()
@@ -562,6 +562,6 @@ def test_what_is_quantised_and_what_is_not_are_told_apart_before_weights_are_rea
 def test_where_to_begin_from_is_looked_for_before_weights_are_read(run: Run, tmp_path: Path):
     wanted = replace(run, method=replace(run.method, init_from="no-such-run"), out=str(tmp_path))
     with pytest.raises(UsageError, match="no-such-run is no run folder"):
-        foresee(wanted)
+        check_buildable(wanted)
     # A run that has weights of its own needs them no more.
-    foresee(wanted, begins=False)
+    check_buildable(wanted, is_new=False)

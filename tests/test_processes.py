@@ -36,7 +36,7 @@ from trainer.config.groups import GROUPS
 from trainer.distributed.sharding import is_sharded
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-STEP = "trainer.run:Training._losses"
+STEP = "trainer.training.predictor:Predictor.losses"
 EVALUATION = "trainer.training.evaluator:held_out_loss"
 SAVE = "trainer.core.tensor_files:save_tensors"
 KILLED = to_itself(signal.SIGKILL)
@@ -255,17 +255,17 @@ def count_parameters(path: Path) -> Action:
     """Writes down the number of parameters of the network, and how many this process holds when training begins."""
 
     def set_up() -> None:
-        from trainer import run
+        from trainer.training.session import Session
 
-        go = run.Training.go
+        train = Session.train
 
-        def counting(self, overrides: list[str]):
+        def counting(self):
             parameters = list(self.network.parameters())
             local = sum((p.to_local() if is_sharded(p) else p).numel() for p in parameters)
             path.write_text(f"{sum(p.numel() for p in parameters)} {local}")
-            return go(self, overrides)
+            return train(self)
 
-        run.Training.go = counting
+        Session.train = counting
 
     return set_up
 
@@ -360,7 +360,7 @@ def test_accelerate_launch_trains_saves_on_sigterm_and_resumes_sharded(lab: Lab)
     assert text.count("stopped by SIGTERM") == 2, text
     launcher = accelerate(lab, out, ["--config_file", str(LAUNCH / "fsdp2.yaml")], *settings)
     text, _ = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0 and f"continuing at step {saved}" in text and "hold a part" in text, text
+    assert launcher.returncode == 0 and f"continuing at step {saved}" in text and "each with a shard" in text, text
     assert_same_losses(only_run(out), lab.reference(*settings))
 
 

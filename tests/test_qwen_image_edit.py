@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import NoiseSource
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from synthetic import NoiseSource
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -34,7 +34,7 @@ from trainer.method.trainable import trainable_parameters
 from trainer.model.flux.tokens import pack
 from trainer.model.qwen.template import IMAGE_TOKEN, SYSTEM, SYSTEM_TOKENS
 from trainer.model.qwen_image_edit import QwenImageEdit
-from trainer.objective import Flow
+from trainer.objective import Flow, denoising_losses
 from trainer.optimizer.adamw import AdamW
 from trainer.precision import Precision
 
@@ -364,11 +364,15 @@ def test_it_learns_what_only_the_control_pictures_tell(edit: QwenImageEdit):
             row = collate([rows[(8 * step + i) % 48] for i in range(8)])
             clean = row["latents"]
             noises = torch.stack([normal(tuple(clean.shape[1:]), "noise", step, i) for i in range(8)])
-            times = torch.tensor([edit.objective.quantile_to_time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)])
-            prediction = edit.predict(network, edit.objective.add_noise(clean, noises, times), times, get_conditions(row))
+            times = torch.tensor(
+                [edit.objective.quantile_to_time(uniform("time", step, i) + 2**-54, 1.5) for i in range(8)]
+            )
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 10) * (1 - step / STEPS_TO_LEARN)
             optimizer.zero_grad()
-            edit.objective.losses(prediction, clean, noises, times).mean().backward()
+            losses = denoising_losses(
+                edit.objective, partial(edit.predict, network), clean, noises, times, get_conditions(row)
+            )
+            losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         held_out = [(str(i), rows[i]) for i in range(48, 64)]

@@ -1,4 +1,4 @@
-"""The families with a UNet against diffusers' own pipelines."""
+"""The families with a UNetFamily against diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import noise_sample
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from synthetic import noise_sample
 
 from trainer.config.groups import GROUPS
 from trainer.config.schema import Run
@@ -27,7 +27,7 @@ from trainer.export.write import write_exports
 from trainer.method.full import Full
 from trainer.method.lora import Lora
 from trainer.method.trainable import trainable_parameters
-from trainer.model.unet import Posterior, UNet
+from trainer.model.unet.family import Posterior, UNetFamily
 from trainer.objective import Diffusion, Prediction, Schedule
 from trainer.precision import Precision
 
@@ -37,7 +37,7 @@ KINDS = ["sd15", "sdxl"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UNet:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> UNetFamily:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
     kind = GROUPS["model"][request.param]
@@ -45,25 +45,27 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return kind(path=str(folder))
 
 
-def pipeline(family: UNet):
-    loaded = family.pipeline().from_pretrained(family.path, torch_dtype=torch.float32)
+def pipeline(family: UNetFamily):
+    loaded = family.pipeline_class().from_pretrained(family.path, torch_dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
-def noise(family: UNet) -> torch.Tensor:
+def noise(family: UNetFamily) -> torch.Tensor:
     shape = family.shapes(HEIGHT, WIDTH)["latents"]
     return torch.stack([normal(shape, "noise", i) for i in range(2)])
 
 
-def conditions(family: UNet, captions: list[str]) -> dict[str, torch.Tensor]:
+def conditions(family: UNetFamily, captions: list[str]) -> dict[str, torch.Tensor]:
     encoder = family.build_encoder(torch.device("cpu"))
     parts = [part for part in family.recipes(dict.fromkeys(family.components, ""), 0) if not part.startswith("latents")]
-    rows = [{part: encoder.encode(part, noise_sample(caption, WIDTH, HEIGHT)) for part in parts} for caption in captions]
+    rows = [
+        {part: encoder.encode(part, noise_sample(caption, WIDTH, HEIGHT)) for part in parts} for caption in captions
+    ]
     return {part: torch.stack([row[part] for row in rows]) for part in parts}
 
 
-def theirs(family: UNet, pipe, guidance: float, steps: int = 3) -> np.ndarray:
+def theirs(family: UNetFamily, pipe, guidance: float, steps: int = 3) -> np.ndarray:
     return pipe(
         prompt=CAPTIONS,
         height=HEIGHT,
@@ -75,7 +77,7 @@ def theirs(family: UNet, pipe, guidance: float, steps: int = 3) -> np.ndarray:
     ).images
 
 
-def ours(family: UNet, network, guidance: float, steps: int = 3) -> np.ndarray:
+def ours(family: UNetFamily, network, guidance: float, steps: int = 3) -> np.ndarray:
     cond, bare = conditions(family, CAPTIONS), conditions(family, ["", ""])
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -113,7 +115,7 @@ def watch(network, calls: list) -> None:
     network.forward = noted
 
 
-def test_what_reaches_the_unet_and_what_it_predicts_equal_the_pipelines(family: UNet):
+def test_what_reaches_the_unet_and_what_it_predicts_equal_the_pipelines(family: UNetFamily):
     pipe, network = pipeline(family), family.load_network(torch.float32).eval()
     expected, found = [], []
     watch(pipe.unet, expected)
@@ -127,7 +129,7 @@ def test_what_reaches_the_unet_and_what_it_predicts_equal_the_pipelines(family: 
         assert mine["result"].abs().mean() > 0.01
 
 
-def test_a_picture_drawn_with_guidance_equals_the_pipelines(family: UNet):
+def test_a_picture_drawn_with_guidance_equals_the_pipelines(family: UNetFamily):
     pipe, network = pipeline(family), family.load_network(torch.float32).eval()
     drawn = ours(family, network, 7.5)
     np.testing.assert_allclose(drawn, theirs(family, pipe, 7.5), atol=1e-4)
@@ -135,7 +137,9 @@ def test_a_picture_drawn_with_guidance_equals_the_pipelines(family: UNet):
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
-def test_a_checkpoint_that_predicts_velocity_is_drawn_with_as_the_pipeline_draws(family: UNet, prediction: Prediction):
+def test_a_checkpoint_that_predicts_velocity_is_drawn_with_as_the_pipeline_draws(
+    family: UNetFamily, prediction: Prediction
+):
     family = dataclasses.replace(
         family, objective=Diffusion(prediction=prediction, schedule=Schedule.squaredcos_cap_v2, timesteps=600)
     )
@@ -146,7 +150,7 @@ def test_a_checkpoint_that_predicts_velocity_is_drawn_with_as_the_pipeline_draws
     )
 
 
-def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet):
+def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNetFamily):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(family.path, subfolder="vae")
@@ -160,7 +164,7 @@ def test_latents_are_those_of_the_vae_and_stay_within_its_posterior(family: UNet
     assert "latents_std" not in dataclasses.replace(family, posterior=Posterior.mean).shapes(HEIGHT, WIDTH)
 
 
-def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path):
+def test_another_vae_is_used_digested_and_exported(family: UNetFamily, tmp_path: Path):
     from trainer.core.digests import Digests
 
     other = tmp_path / "other"
@@ -181,7 +185,7 @@ def test_another_vae_is_used_digested_and_exported(family: UNet, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text())["scaling_factor"] == 1.0
 
 
-def test_latents_that_overflow_are_refused_with_what_to_type(family: UNet, tmp_path: Path):
+def test_latents_that_overflow_are_refused_with_what_to_type(family: UNetFamily, tmp_path: Path):
     folder = tmp_path / "overflowing"
     shutil.copytree(Path(family.path) / "vae", folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -193,7 +197,7 @@ def test_latents_that_overflow_are_refused_with_what_to_type(family: UNet, tmp_p
         half.build_encoder(torch.device("cpu")).encode("latents", noise_sample("a photo", WIDTH, HEIGHT))
 
 
-def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: UNet):
+def test_sizes_of_the_real_picture_train_and_the_size_to_be_drawn_draws(family: UNetFamily):
     if "time_ids" not in family.shapes(HEIGHT, WIDTH):
         pytest.skip("this model is told no sizes")
     seen = noise_sample("a photo", 100, 80)
@@ -222,7 +226,7 @@ LAYERS = [
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unet", "unet and text"])
-def adapted(request: pytest.FixtureRequest, family: UNet) -> tuple[Run, torch.nn.Module, np.ndarray]:
+def adapted(request: pytest.FixtureRequest, family: UNetFamily) -> tuple[Run, torch.nn.Module, np.ndarray]:
     """A run, its network with an adapter that changes much, and what it draws. Alpha is not the rank, and there is dropout in training."""
     family = dataclasses.replace(family, train_text_encoder=request.param)
     network = family.load_network(torch.float32)
@@ -295,7 +299,9 @@ def test_comfyui_finds_every_layer_and_its_alpha(adapted, tmp_path: Path):
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["unet", "unet and text"])
-def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(family: UNet, words: bool, tmp_path: Path):
+def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(
+    family: UNetFamily, words: bool, tmp_path: Path
+):
     objective = Diffusion(prediction=Prediction.v_prediction, timesteps=500)
     family = dataclasses.replace(family, train_text_encoder=words, objective=objective)
     network = family.load_network(torch.float32)
@@ -314,7 +320,7 @@ def test_a_checkpoint_whose_weights_all_train_is_written_with_its_noise(family: 
     assert dataclasses.replace(family, path=str(path)).warnings() == []
 
 
-def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(family: UNet):
+def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(family: UNetFamily):
     live = dataclasses.replace(family, train_text_encoder=True)
     frozen_net, live_net = family.load_network(torch.float32).eval(), live.load_network(torch.float32).eval()
     x, t = noise(family), torch.tensor([10.0, 700.0])
@@ -326,5 +332,9 @@ def test_live_text_encoders_predict_what_cached_words_predict_and_get_gradients(
     Lora(rank=2, alpha=2.0).attach(live_net, live.target_modules, seed=0)
     live_net.enable_gradient_checkpointing()
     live.predict(live_net.train(), x, t, conditions(live, CAPTIONS)).square().sum().backward()
-    gradients = {name.partition(".")[0] for name, parameter in trainable_parameters(live_net).items() if parameter.grad is not None}
-    assert gradients == {"unet", *(f"text_encoder{text}" for text in family.texts)}
+    gradients = {
+        name.partition(".")[0]
+        for name, parameter in trainable_parameters(live_net).items()
+        if parameter.grad is not None
+    }
+    assert gradients == {"unet", *(f"text_encoder{suffix}" for suffix in family.text_suffixes)}

@@ -43,7 +43,9 @@ def locate(setting: str, path: str, revision: str | None, patterns: list[str]) -
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=UNUSED_VARIANTS))
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=UNUSED_VARIANTS)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(

@@ -1,4 +1,8 @@
-"""PMG (Shen et al. 2024, arXiv 2404.08677): a frozen language model reads what a user liked and writes the condition of a frozen denoiser."""
+"""PMG (Shen et al. 2024, arXiv 2404.08677): images for the taste of a user.
+
+A frozen language model reads what a user liked and conditions a frozen Stable Diffusion UNet through a soft prompt,
+which is all that is trained.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.core.errors import DataError, UsageError
-from trainer.model import KINDS, Weights, located, recipe_digest
-from trainer.model.unet import UNet
+from trainer.core.errors import UsageError
+from trainer.model.checkpoint_files import SUFFIXES, locate, recipe_digest
+from trainer.model.unet.family import UNetFamily
+from trainer.model.weights import (
+    DIFFUSERS_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    CombinedWeights,
+    ComponentWeights,
+    WeightReader,
+    on_meta_device,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.core.batch import Batch
+
 
 @dataclass(slots=True)
-class PMG(UNet):
-    """`path` is the denoiser's checkpoint, `llm` that of the language model: a folder or hub id of any causal one of transformers. Of a longer
-    history than `max_sequence_length` tokens the end is read."""
+class PMG(UNetFamily):
+    """`path` is the denoiser's checkpoint, `llm` a folder or hub id of any causal language model of transformers.
+
+    Of a history longer than `max_sequence_length` tokens, only the end is read.
+    """
 
     llm: str | None = None
     llm_revision: str | None = None
@@ -27,12 +43,13 @@ class PMG(UNet):
 
     methods = ("soft_prompt",)
     components = ("llm", "vae", "unet", "scheduler")
-    targets = ()
-    keep_high = ("unet.time_embedding", "unet.*.time_emb_proj")
-    texts = ()
+    target_modules = ()
+    unquantized_modules = ("unet.time_embedding", "unet.*.time_emb_proj")
+    text_suffixes = ()
+    caption_tensors = ("tokens", "tokens_mask")
 
     def __post_init__(self) -> None:
-        UNet.__post_init__(self)
+        UNetFamily.__post_init__(self)
         if not self.llm:
             raise UsageError(
                 "model.llm is not set; type model.llm=FOLDER of a causal language model, or a hub id such as owner/name"
@@ -44,66 +61,73 @@ class PMG(UNet):
         if self.train_text_encoder:
             raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
 
-    def component(self, name: str) -> Path:
-        if name == "llm":
-            return located("llm", self.llm, self.llm_revision, [f"*{kind}" for kind in sorted(KINDS)])
-        return UNet.component(self, name)
+    def component_folder(self, component: str) -> Path:
+        if component == "llm":
+            assert self.llm is not None
+            return locate("llm", self.llm, self.llm_revision, [f"*{suffix}" for suffix in SUFFIXES])
+        return UNetFamily.component_folder(self, component)
 
     def meta_model(self) -> torch.nn.Module:
         from transformers import AutoModel
 
-        from trainer.model import on_meta_device
-        from trainer.model.prompted import Prompted
+        from trainer.model.llm_unet.network import LLMConditionedUNet
 
-        unet = UNet.meta_model(self)
+        unet = UNetFamily.meta_model(self)
         with on_meta_device():
-            return Prompted(AutoModel.from_config(self._llm_config()), unet)
+            return LLMConditionedUNet(AutoModel.from_config(self._llm_config()), unet)
 
-    def weights(self, folder: Path | None = None) -> PromptedWeights:
+    def weights(self, folder: Path | None = None) -> WeightReader:
         from transformers import AutoModel
 
-        prefix = AutoModel._model_mapping[type(self._llm_config())].base_model_prefix
-        return PromptedWeights(Weights(self.component("llm"), "model"), prefix, UNet.weights(self, folder))
+        # The checkpoint of a causal model has a head, and calls the decoder by this name.
+        model_class: Any = AutoModel._model_mapping[type(self._llm_config())]
+        prefix = f"{model_class.base_model_prefix}."
+        return CombinedWeights(
+            {
+                "llm": ComponentWeights(self.component_folder("llm"), TRANSFORMERS_WEIGHTS, prefix),
+                "unet": ComponentWeights((folder or self.folder()) / "unet", DIFFUSERS_WEIGHTS),
+            }
+        )
 
-    def predict(
-        self, network, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
-    ) -> torch.Tensor:
-        prompt = network.condition(cond["tokens"].long(), cond["tokens_mask"].long())
-        return UNet.predict(self, network.unet, x, t, {"prompt": prompt}, guidance)
-
-    def _llm_config(self):
+    def _llm_config(self) -> Any:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.component("llm"))
+        return AutoConfig.from_pretrained(self.component_folder("llm"))
 
-    def _word_parts(self) -> tuple[str, ...]:
-        return ("tokens", "tokens_mask")
+    def predict(
+        self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
+    ) -> torch.Tensor:
+        prompt = network.encode_prompt(conditions["tokens"].long(), conditions["tokens_mask"].long())
+        return UNetFamily.predict(self, network.unet, latents, t, {"prompt": prompt}, guidance)
 
-    def _word_maker(self, part: str, components: dict[str, str]) -> str:
-        return recipe_digest(components["llm"], self.max_sequence_length)
+    def _caption_digest(self, name: str, digests: dict[str, str]) -> str:
+        return recipe_digest(digests["llm"], self.max_sequence_length)
 
-    def _word_shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self._word_parts(), (self.max_sequence_length,))
+    def _caption_shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.caption_tensors, (self.max_sequence_length,))
 
-    def caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
-        read = tokenizer(self.component("llm"))
-        return [len(read(caption, verbose=False).input_ids) for caption in captions], self.max_sequence_length
+    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        tokenizer = load_tokenizer(self.component_folder("llm"))
+        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], self.max_sequence_length
 
-    def tokens(self, text: str, caption: str) -> torch.Tensor:
-        """Token ids of a history, (L,), or ("_mask") as many ones."""
+    def tokenize(self, name: str, caption: str) -> torch.Tensor:
+        """Returns the token ids of a history, (L,), or for "tokens_mask" ones of the same shape."""
         import torch
 
-        ids = tokenizer(self.component("llm"))(caption, return_tensors="pt").input_ids[0]
+        ids = load_tokenizer(self.component_folder("llm"))(caption, return_tensors="pt").input_ids[0]
         if len(ids) > self.max_sequence_length:
-            # The first is the sign that begins every text.
+            # The first token marks the beginning of a text.
             ids = torch.cat([ids[:1], ids[1 - self.max_sequence_length :]])
-        return torch.ones_like(ids) if text == "_mask" else ids
+        return torch.ones_like(ids) if name == "tokens_mask" else ids
 
     @classmethod
-    def tiny(cls, folder: Path) -> list[str]:
-        from trainer.model.prompted.tiny import save
+    def save_tiny_checkpoint(cls, folder: Path) -> list[str]:
+        from trainer.model.llm_unet.tiny import save_tiny_llm
+        from trainer.model.sd15 import SD15
+        from trainer.model.unet.tiny import save_tiny_checkpoint
 
-        save(folder / "denoiser", folder / "llm")
+        save_tiny_checkpoint(folder / "denoiser", SD15)
+        save_tiny_llm(folder / "llm")
         return [
             f"model.path={folder / 'denoiser'}",
             f"model.llm={folder / 'llm'}",
@@ -112,28 +136,9 @@ class PMG(UNet):
         ]
 
 
-class PromptedWeights:
-    """Those of the denoiser and of the language model, whose files call it `prefix`; see `trainer.model.Weights`."""
-
-    def __init__(self, llm: Weights, prefix: str, unet: Weights):
-        self.llm, self.prefix, self.unet = llm, prefix, unet
-
-    def __call__(self, name: str) -> torch.Tensor:
-        part, _, own = name.partition(".")
-        if part == "unet":
-            return self.unet(own)
-        try:
-            return self.llm(f"{self.prefix}.{own}")
-        except DataError:
-            return self.llm(own)
-
-    def types(self) -> dict[str, str]:
-        llm = {f"llm.{name.removeprefix(f'{self.prefix}.')}": kind for name, kind in self.llm.types().items()}
-        return llm | {f"unet.{name}": kind for name, kind in self.unet.types().items()}
-
-
 @cache
-def tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer, which is loaded once per process."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

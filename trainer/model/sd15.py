@@ -1,38 +1,37 @@
-"""Stable Diffusion 1.5 (Rombach et al. 2022): a UNet that reads the last states of one CLIP."""
+"""Stable Diffusion 1.5 (Rombach et al. 2022): a UNet that reads the last hidden states of one CLIP text encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.model.unet import UNet
+from trainer.model.unet.family import UNetFamily
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(slots=True)
-class SD15(UNet):
+class SD15(UNetFamily):
     @classmethod
-    def text_class(cls, text: str) -> type:
+    def text_encoder_class(cls, suffix: str) -> Any:
         from transformers import CLIPTextModel
 
         return CLIPTextModel
 
     @classmethod
-    def pipeline(cls) -> type:
+    def pipeline_class(cls) -> Any:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline
 
-    def read(self, encoders: Sequence[torch.nn.Module], tokens: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"prompt": encoders[0](tokens[0]).last_hidden_state}
+    def encode_tokens(self, encoders: Sequence[Any], token_ids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"prompt": encoders[0](token_ids[0]).last_hidden_state}
 
     @classmethod
-    def tiny(cls, folder: Path) -> list[str]:
-        from trainer.model.unet.tiny import save
+    def save_tiny_checkpoint(cls, folder: Path) -> list[str]:
+        from trainer.model.unet.tiny import save_tiny_checkpoint
 
-        save(folder, cls)
-        return [f"model.path={folder}", "dataset.resolution=32"]
+        return save_tiny_checkpoint(folder, cls)

@@ -1,78 +1,93 @@
-"""SDXL (Podell et al. 2023): a UNet that reads the last but one states of two CLIPs, the second's summary, and the sizes of the picture."""
+"""SDXL (Podell et al. 2023): a UNet that reads the penultimate hidden states of two CLIP text encoders.
+
+It also reads the pooled output of the second encoder and the sizes of the image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.core import files
-from trainer.model import Recipe, recipe_digest
-from trainer.model.unet import UNet
+from trainer.model import Recipe
+from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.unet.family import UNetFamily
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.core.batch import Batch
+
 
 @dataclass(slots=True)
-class SDXL(UNet):
-    texts = ("", "_2")
-    words = ("prompt", "pooled")
-
-    def parts(self, components: dict[str, str], controls: int) -> dict[str, Recipe]:
-        return UNet.parts(self, components, controls) | {"time_ids": Recipe(("geometry",), recipe_digest("sizes"))}
-
-    def spec(self, height: int, width: int, controls: Sequence[tuple[int, int]] = ()) -> dict[str, tuple[int, ...]]:
-        return UNet.spec(self, height, width, controls) | {"time_ids": (6,)}
+class SDXL(UNetFamily):
+    text_suffixes = ("", "_2")
+    caption_tensors = ("prompt", "pooled")
 
     @classmethod
-    def text_class(cls, text: str) -> type:
+    def text_encoder_class(cls, suffix: str) -> Any:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        return CLIPTextModelWithProjection if text else CLIPTextModel
+        return CLIPTextModelWithProjection if suffix else CLIPTextModel
 
     @classmethod
-    def pipeline(cls) -> type:
+    def pipeline_class(cls) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline
 
-    def read(self, encoders: Sequence[torch.nn.Module], tokens: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
+        sizes = Recipe(("geometry",), recipe_digest("sizes"))
+        return UNetFamily.recipes(self, digests, controls) | {"time_ids": sizes}
+
+    def shapes(
+        self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        return UNetFamily.shapes(self, height, width, control_sizes) | {"time_ids": (6,)}
+
+    def encode_tokens(self, encoders: Sequence[Any], token_ids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
 
-        states = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
-        prompt, pooled = torch.cat([state.hidden_states[-2] for state in states], -1), states[1].text_embeds
-        if self._zeros_for_no_caption():
-            said = (tokens[0] != self.tokens("", "").to(tokens[0].device)).any(1)
-            prompt, pooled = prompt * said[:, None, None], pooled * said[:, None]
+        outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, token_ids, strict=True)]
+        prompt = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        pooled = outputs[1].text_embeds
+        if self._zeros_for_empty_caption():
+            empty = self.tokenize("tokens", "").to(token_ids[0].device)
+            has_caption = (token_ids[0] != empty).any(1)
+            prompt, pooled = prompt * has_caption[:, None, None], pooled * has_caption[:, None]
         return {"prompt": prompt, "pooled": pooled}
 
-    def added(self, cond: dict[str, torch.Tensor], x: torch.Tensor, guidance: float | None) -> dict[str, torch.Tensor]:
-        sizes = cond["time_ids"]
+    def added_conditions(
+        self, conditions: Batch, latents: torch.Tensor, guidance: float | None
+    ) -> dict[str, torch.Tensor]:
+        # (original height, original width, crop top, crop left, height, width)
+        sizes = conditions["time_ids"]
         if guidance is not None:
-            # To be drawn is a whole picture of the size it gets, as pipelines ask for it, whatever the sample was cut from.
+            # Sampling asks for an uncropped image of the target size, as pipelines do, however the sample was cropped.
             sizes = sizes[:, [4, 5, 4, 5, 4, 5]] * sizes.new_tensor([1, 1, 0, 0, 1, 1])
-        return {"text_embeds": cond["pooled"].to(x.dtype), "time_ids": sizes}
+        return {"text_embeds": conditions["pooled"].to(latents.dtype), "time_ids": sizes}
 
-    def _word_maker(self, part: str, components: dict[str, str]) -> str:
-        if part == "pooled":
-            made = recipe_digest(components["text_encoder_2"], components["tokenizer_2"], self.encoder_dtype.value)
+    def _caption_digest(self, name: str, digests: dict[str, str]) -> str:
+        if name == "pooled":
+            digest = recipe_digest(digests["text_encoder_2"], digests["tokenizer_2"], self.encoder_dtype.value)
         else:
-            made = UNet._word_maker(self, part, components)
-        return recipe_digest(made, self._zeros_for_no_caption())
+            digest = UNetFamily._caption_digest(self, name, digests)
+        return recipe_digest(digest, self._zeros_for_empty_caption())
 
-    def _word_shapes(self) -> dict[str, tuple[int, ...]]:
-        return UNet._word_shapes(self) | {"pooled": (self.config("text_encoder_2")["projection_dim"],)}
+    def _caption_shapes(self) -> dict[str, tuple[int, ...]]:
+        pooled = (self.component_config("text_encoder_2")["projection_dim"],)
+        return UNetFamily._caption_shapes(self) | {"pooled": pooled}
 
-    def _zeros_for_no_caption(self) -> bool:
-        """Whether the checkpoint was trained with zeros in place of what the text encoders make of an empty caption."""
-        index = self.folder() / "model_index.json"
-        return (files.read_json(index) if index.exists() else {}).get("force_zeros_for_empty_prompt", True)
+    def _zeros_for_empty_caption(self) -> bool:
+        """Whether the checkpoint was trained with zeros in place of the encoded empty caption."""
+        path = self.folder() / "model_index.json"
+        index = files.read_json(path) if path.exists() else {}
+        return index.get("force_zeros_for_empty_prompt", True)
 
     @classmethod
-    def tiny(cls, folder: Path) -> list[str]:
-        from trainer.model.unet.tiny import save
+    def save_tiny_checkpoint(cls, folder: Path) -> list[str]:
+        from trainer.model.unet.tiny import save_tiny_checkpoint
 
-        save(folder, cls)
-        return [f"model.path={folder}", "dataset.resolution=32"]
+        return save_tiny_checkpoint(folder, cls)

@@ -1,20 +1,20 @@
-"""From cached samples to the micro-batches of a step; what a step holds is a function of (seed, step) alone."""
+"""The batches of a run. Their content is a function of (seed, step) alone.
+
+A *visit* is one use of a sample for training. Visits are numbered through the whole run: step s of batch size B
+consists of the visits (s - 1) B .. s B - 1, and each epoch of N visits contains every one of the N samples once, in a
+random order. A batch may contain visits of two epochs. All random numbers of a visit are functions of (seed, visit,
+sample id).
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.cache.store import Cache
-from trainer.core.batch import Example, collate, group_by_shape
-from trainer.core.errors import StorageError, TrainerError
+from trainer.core.batch import Batch, Example, collate, group_by_shape
 from trainer.core.rng import generator, normal, uniform
-from trainer.core.signals import reset_worker_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,35 +24,29 @@ if TYPE_CHECKING:
     from trainer.dataset.transform import Transform, TransformedSample
     from trainer.model import Family
 
-STALLED = 600
-"""Seconds after which a silent loader worker counts as hanging."""
-PATIENCE = 2
-"""Seconds between two looks at whether the workers live, while one is waited for."""
-
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return generator(seed, "order", epoch).permutation(count)
+def _permutation(seed: int, epoch: int, sample_count: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(sample_count)
 
 
-def visits(seed: int, step: int, batch: int, count: int) -> list[tuple[int, int]]:
-    """(visit, sample index) of each place of the batch of a step (1, 2, ...).
-
-    Visits are numbered through the run; each epoch of `count` visits holds every sample once, in an order of its own, and batches run
-    across the border between two epochs.
-    """
-    first = (step - 1) * batch
+def visits_of_step(seed: int, step: int, batch_size: int, sample_count: int) -> list[tuple[int, int]]:
+    """Returns the (visit, sample index) pairs in the global batch of a step (1, 2, ...)."""
+    first = (step - 1) * batch_size
     return [
-        (visit, int(_permutation(seed, visit // count, count)[visit % count])) for visit in range(first, first + batch)
+        (visit, int(_permutation(seed, visit // sample_count, sample_count)[visit % sample_count]))
+        for visit in range(first, first + batch_size)
     ]
 
 
 @dataclass(slots=True)
 class Batches:
-    """Step -> its micro-batches: the cached parts, `noise` of the latents' shape and the `time` of each sample, where asked for its `weight`
-    in the loss. A micro-batch has one size of pictures.
+    """Maps a step to the micro-batches of this process.
 
-    Of `count` processes the one of `rank` gets each `count`-th sample of a batch; perhaps one fewer than others, or none.
+    A micro-batch contains the cached tensors of its samples, `noise` in the shape of the latents, the time `t`, and
+    with `has_loss_weights` the `weight` of each latent pixel in the loss. All images of a micro-batch have the same
+    size. Of `world_size` processes, the one of rank r gets the visits r, r + world_size, ... of each batch, possibly
+    none.
     """
 
     samples: list[Sample]
@@ -61,19 +55,31 @@ class Batches:
     settings: Dataset
     transform: Transform
     seed: int
-    batch: int
-    micro_batch: int
+    batch_size: int
+    micro_batch_size: int
     rank: int = 0
-    count: int = 1
-    weighted: bool = False
-    _shifts: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
+    world_size: int = 1
+    has_loss_weights: bool = False
+    _time_shifts: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
 
-    def share(self, step: int) -> list[tuple[int, int]]:
-        """(visit, sample index) of each place of this process's share of a step's batch."""
-        return visits(self.seed, step, self.batch, len(self.samples))[self.rank :: self.count]
+    def visits(self, step: int) -> list[tuple[int, int]]:
+        """Returns the (visit, sample index) pairs in the global batch of a step."""
+        return visits_of_step(self.seed, step, self.batch_size, len(self.samples))
 
-    def view(self, visit: int, index: int) -> TransformedSample:
-        """The sample as it is seen at this visit: flipped or not, with its caption or without."""
+    def local_visits(self, step: int) -> list[tuple[int, int]]:
+        """Returns the (visit, sample index) pairs of this process."""
+        return self.visits(step)[self.rank :: self.world_size]
+
+    def sample_ids(self, step: int) -> list[str]:
+        """Returns the ids of the samples in the global batch of a step."""
+        return [self.samples[index].id for _, index in self.visits(step)]
+
+    def local_sample_ids(self, step: int) -> list[str]:
+        """Returns the ids of the samples of this process."""
+        return [self.samples[index].id for _, index in self.local_visits(step)]
+
+    def transformed(self, visit: int, index: int) -> TransformedSample:
+        """Returns the sample of a visit, flipped and without caption or controls at random."""
         sample, settings = self.samples[index], self.settings
         return self.transform.apply(
             sample,
@@ -82,126 +88,48 @@ class Batches:
             drop_control=uniform(self.seed, "control dropout", visit, sample.id) < settings.control_dropout,
         )
 
-    def row(self, visit: int, index: int) -> Example:
+    def example(self, visit: int, index: int) -> Example:
+        """Returns the tensors of a visit."""
         import torch
 
-        view = self.view(visit, index)
-        row = self.cache.example(view)
-        name = view.sample.id
-        shape = tuple(row["latents"].shape)
-        if "latents_std" in row:
-            row["latents"] = row["latents"] + row.pop("latents_std") * normal(
-                shape, self.seed, "posterior", visit, name
-            )
-        if self.weighted:
+        transformed = self.transformed(visit, index)
+        example = self.cache.example(transformed)
+        sample = transformed.sample
+        shape = tuple(example["latents"].shape)
+        if "latents_std" in example:
+            noise = normal(shape, self.seed, "posterior", visit, sample.id)
+            example["latents"] = example["latents"] + example.pop("latents_std") * noise
+        if self.has_loss_weights:
             floor = self.settings.mask_floor
-            mask = row.pop("mask", torch.ones(1, 1, 1))
-            row["weight"] = view.sample.weight * (floor + (1 - floor) * mask).expand(1, *shape[1:])
-        # Half a unit in the last place keeps the quantile off 0, where a normal distribution has no finite value.
-        quantile = uniform(self.seed, "time", visit, name) + 2**-54
-        row["noise"] = normal(shape, self.seed, "noise", visit, name)
-        row["t"] = torch.tensor(self.family.objective.quantile_to_time(quantile, self._shift(*shape[1:])))
-        return row
+            mask = example.pop("mask", torch.ones(1, 1, 1))
+            example["weight"] = sample.weight * (floor + (1 - floor) * mask).expand(1, *shape[1:])
+        # The offset keeps the quantile away from 0, where the quantile function of a normal distribution is infinite.
+        quantile = uniform(self.seed, "time", visit, sample.id) + 2**-54
+        example["noise"] = normal(shape, self.seed, "noise", visit, sample.id)
+        example["t"] = torch.tensor(self.family.objective.quantile_to_time(quantile, self._time_shift(*shape[1:])))
+        return example
 
-    def _shift(self, height: int, width: int) -> float:
-        # A family works it out from its files.
-        if (height, width) not in self._shifts:
-            self._shifts[height, width] = self.family.time_shift(height, width)
-        return self._shifts[height, width]
+    def _time_shift(self, height: int, width: int) -> float:
+        # Remembered, because a family may read files to compute it.
+        if (height, width) not in self._time_shifts:
+            self._time_shifts[height, width] = self.family.time_shift(height, width)
+        return self._time_shifts[height, width]
 
-    def idle(self, step: int) -> Example:
-        """A micro-batch that does not count, for a process that has nothing else to do while others have: one sample of the step's batch."""
+    def padding(self, step: int) -> Batch:
+        """Returns a micro-batch of one sample that does not count in the loss.
+
+        Under FSDP a process needs it if another process has more micro-batches.
+        """
         import torch
 
-        row = self.row(*visits(self.seed, step, self.batch, len(self.samples))[0])
-        return collate([row | {"loss_mask": torch.tensor(0.0)}])
-
-    def ids(self, step: int) -> list[str]:
-        """The samples of this process's share of a step's batch."""
-        return [self.samples[index].id for _, index in self.share(step)]
-
-    def of_all(self, step: int) -> list[str]:
-        """The samples of a step's whole batch."""
-        return [self.samples[index].id for _, index in visits(self.seed, step, self.batch, len(self.samples))]
+        example = self.example(*self.visits(step)[0])
+        return collate([example | {"loss_mask": torch.tensor(0.0)}])
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, step: int) -> tuple[int, list[Example]]:
-        rows = [self.row(*visit) for visit in self.share(step)]
-        return step, [collate([rows[i] for i in chunk]) for chunk in group_by_shape(rows, self.micro_batch)]
-
-
-def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[Example]]]:
-    """Steps `start` + 1 .. `stop`, read ahead by `workers` processes (0: in this one). Raises errors.StorageError where a worker dies or hangs."""
-    from torch.utils.data import DataLoader
-
-    before = signal.getsignal(signal.SIGCHLD)
-    loader = DataLoader(
-        _Told(batches),
-        batch_size=None,
-        sampler=range(start + 1, stop + 1),
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        timeout=PATIENCE if workers else 0,
-        collate_fn=_as_it_is,
-    )
-    items = iter(loader)
-    if workers:
-        # Torch raises of a dead worker wherever this process is, in the midst of an update too. Here it is noticed where its item is awaited.
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    for step in range(start + 1, stop + 1):
-        item = _awaited(items, step, batches)
-        if isinstance(item, TrainerError):
-            raise item
-        yield item
-
-
-def _awaited(items: Iterator, step: int, batches: Batches) -> Any:
-    began = time.monotonic()
-    while True:
-        try:
-            return next(items)
-        except RuntimeError as error:
-            reason = str(error)
-            if not reason.startswith(("DataLoader timed out", "DataLoader worker (pid")):
-                raise
-        if not reason.startswith("DataLoader timed out"):
-            break
-        if time.monotonic() - began > STALLED:
-            reason = f"nothing came for {STALLED} seconds"
-            break
-    # One that hangs does not hear SIGTERM either, and would keep this process from ending.
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    raise StorageError(
-        f"A process that loads data died or hung while reading step {step} (samples {', '.join(batches.ids(step)[:8])}): {reason}. "
-        "The same command continues from the last checkpoint; hardware.workers=0 loads in the main process."
-    )
-
-
-@dataclass(slots=True)
-class _Told:
-    """Batches whose endings come as items: what a worker raises would reach the user wrapped in its traceback."""
-
-    batches: Batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, step: int) -> tuple[int, list[Example]] | TrainerError:
-        try:
-            return self.batches[step]
-        except TrainerError as ending:
-            return ending
-
-
-def _start_worker(worker: int) -> None:
-    import torch
-
-    reset_worker_signals()
-    torch.set_num_threads(1)
-
-
-def _as_it_is(item: object) -> object:
-    return item
+    def __getitem__(self, step: int) -> tuple[int, list[Batch]]:
+        """Returns the step, and its micro-batches of this process."""
+        examples = [self.example(*visit) for visit in self.local_visits(step)]
+        groups = group_by_shape(examples, self.micro_batch_size)
+        return step, [collate([examples[i] for i in group]) for group in groups]

@@ -1,4 +1,4 @@
-"""The network as it trains: built in the one right order, and filled with weights that fit."""
+"""Builds the network that a run trains, and loads weights into its trainable parameters."""
 
 from __future__ import annotations
 
@@ -9,81 +9,95 @@ from typing import TYPE_CHECKING
 from trainer.config.compose import read_run
 from trainer.config.schema import Run
 from trainer.core import tensor_files
-from trainer.core.console import print_line
-from trainer.core.errors import DataError, UsageError
+from trainer.core.errors import UsageError
 from trainer.distributed.sharding import shard_like
 from trainer.export.read import is_adapter_path, read_adapter
-from trainer.training.checkpoint import Checkpoints
-from trainer.training.run_folder import CHECKPOINTS, find
+from trainer.method import Method
+from trainer.method.adapter import Adapter
+from trainer.training.checkpoint import load_best_weights
+from trainer.training.run_folder import find_run_folder
 
 if TYPE_CHECKING:
     import torch
 
 
-def build(run: Run, device: torch.device, divide: Callable[[torch.nn.Module], None] | None = None) -> torch.nn.Module:
-    """The network as it trains. The order matters: frozen weights take their storage type before adapters in float32 are attached.
+def build_network(
+    run: Run, device: torch.device, shard: Callable[[torch.nn.Module], None] | None = None
+) -> torch.nn.Module:
+    """Returns the network with frozen and trainable parameters.
 
-    `divide`, where given, moves this process's part of it to the device, which need not have room for more.
+    The order of the steps matters: frozen weights get their storage type before float32 adapters are attached. `shard`
+    moves the shard of this process to the device; without it, the whole network must fit there.
     """
     import torch
 
-    there = torch.device("cpu") if divide else device
-    types = run.model.weights().dtypes()
-    run.precision.check_checkpoint(types)
-    stored = run.precision.quantizer(run.model.unquantized_modules, there, types)
-    network = run.model.load_network(run.method.dtype(run.precision.dtype()), there, stored)
+    first_device = torch.device("cpu") if shard else device
+    dtypes = run.model.weights().dtypes()
+    run.precision.check_checkpoint(dtypes)
+    quantize = run.precision.quantizer(run.model.unquantized_modules, first_device, dtypes)
+    network = run.model.load_network(run.method.dtype(run.precision.dtype()), first_device, quantize)
     run.method.attach(network, run.model.target_modules, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if run.hardware.compile:
         network.compile_repeated_blocks()
-    if divide:
-        divide(network)
+    if shard:
+        shard(network)
     return network
 
 
-def foresee(run: Run, begins: bool = True) -> None:
-    """Raise errors.UsageError for what would be refused when the network is built, as far as the headers of files tell; `begins`: whether the run has
-    no weights of its own yet."""
+def check_buildable(run: Run, is_new: bool = True) -> None:
+    """Raises the errors.UsageError of `build_network` and `load_initial_weights` early, if file headers suffice to
+    know.
+
+    `is_new`: whether the run has no checkpoint yet, so that it needs initial weights.
+    """
     run.precision.check_checkpoint(run.model.weights().dtypes())
-    if begins and run.method.init_from is not None and not is_adapter_path(Path(run.method.init_from).expanduser()):
-        find(run.method.init_from, run.out)
+    init_from = run.method.init_from
+    if is_new and init_from is not None and not is_adapter_path(Path(init_from).expanduser()):
+        find_run_folder(init_from, run.out)
 
 
-def begin_from(run: Run, network: torch.nn.Module) -> None:
-    """Give what trains the weights that `method.init_from` names: those to use of a run, or of a file or folder that this program, diffusers,
-    peft, ComfyUI or kohya's scripts wrote. An adapter begins by doing what that one does, whatever alpha either has. Raises errors.UsageError where
-    they do not fit."""
-    from trainer.method.trainable import trainable_parameters
+def load_initial_weights(run: Run, network: torch.nn.Module) -> None:
+    """Loads the weights that `method.init_from` names into the trainable parameters.
 
-    path, method = Path(run.method.init_from).expanduser(), run.method
-    if not method.is_adapter:
-        weights = tensor_files.load_tensors(path) if path.is_file() else weights_of(find(method.init_from, run.out))[1]
-        fill(trainable_parameters(network), weights, path)
-        return
+    They come from a run, or from a file or folder that this program, diffusers, peft, ComfyUI or kohya's scripts wrote.
+    The new adapter starts with the same effect as the old one, even if their alphas differ. Raises errors.UsageError if
+    the weights do not fit.
+    """
     from trainer.method.adapter_formats import from_checkpoint
     from trainer.method.adapter_loading import load_into
+    from trainer.method.trainable import trainable_parameters
 
+    method = run.method
+    assert method.init_from is not None
+    path = Path(method.init_from).expanduser()
+    if not method.is_adapter:
+        if path.is_file():
+            weights = tensor_files.load_tensors(path)
+        else:
+            _, weights = load_best_weights(find_run_folder(method.init_from, run.out))
+        copy_weights(trainable_parameters(network), weights, path)
+        return
     if is_adapter_path(path):
-        found = read_adapter(path, run.model, method.alpha / method.rank)
+        adapters = read_adapter(path, run.model, _scale(method))
     else:
-        folder = find(method.init_from, run.out)
-        theirs = read_run(folder / "config.yaml").method
-        found = from_checkpoint(weights_of(folder)[1], theirs.alpha / theirs.rank if theirs.is_adapter else 1.0)
-    load_into(found, network, method.init_from)
+        folder = find_run_folder(method.init_from, run.out)
+        scale = _scale(read_run(folder / "config.yaml").method)
+        adapters = from_checkpoint(load_best_weights(folder)[1], scale)
+    load_into(adapters, network, method.init_from)
 
 
-def weights_of(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The weights to use of a run and their step: the best by held-out loss, else the last; averaged where an average was kept."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, 1, print_line)
-    loaded = checkpoints.best() or checkpoints.newest(set_aside=False)
-    if loaded is None:
-        raise DataError(f"{folder} has no checkpoint yet; let it train to its first one")
-    return loaded.step, loaded.ema or loaded.weights
+def _scale(method: Method) -> float:
+    """Returns the factor of an adapter's update, alpha / rank; 1 for other methods."""
+    if not isinstance(method, Adapter):
+        return 1.0
+    assert method.alpha is not None
+    return method.alpha / method.rank
 
 
-def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Put weights into parameters of the same names and shapes; raises errors.UsageError where they differ."""
+def copy_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Copies weights into parameters. Raises errors.UsageError unless all names and shapes are equal."""
     import torch
 
     wrong = [f"{name} is missing" for name in parameters if name not in weights]
@@ -93,8 +107,18 @@ def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Ten
             wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameters[name].shape)}")
     if wrong:
         raise UsageError(
-            f"the weights in {source} do not fit ({len(wrong)} tensors: {'; '.join(sorted(wrong)[:3])}); type the method they were trained with"
+            f"the weights in {source} do not fit ({len(wrong)} tensors: {'; '.join(sorted(wrong)[:3])}); "
+            "type the method they were trained with"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(weights[name], parameter))
+
+
+def describe_precision(run: Run) -> str:
+    """Returns the types of the weights and of the matrix products, for people."""
+    products = f"matrix products in {run.precision.compute.value}"
+    if run.method.is_adapter:
+        return f"frozen weights {run.precision.storage.name}, trainable parameters float32, {products}"
+    weights = str(run.method.dtype(run.precision.dtype())).removeprefix("torch.")
+    return f"all weights are trained, in {weights}; {products}"

@@ -1,4 +1,4 @@
-"""What a run works on before any weight of the denoiser is loaded: samples, and the cache of what the encoders make of them."""
+"""Training data: the samples of a run, and the cache of what the encoders compute from them."""
 
 from __future__ import annotations
 
@@ -16,146 +16,166 @@ from trainer.config.sections import Stage
 from trainer.core.console import refresh_interval
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.dataset import splitting
 from trainer.dataset.listing import Listing
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import Source
-from trainer.dataset.splitting import Split
+from trainer.dataset.splitting import Split, split_samples
 from trainer.dataset.survey import survey_dataset
 from trainer.dataset.transform import Transform, TransformedSample, build_transform
 from trainer.model import Recipe
 
 MASK = "mask"
+"""Name of the cached tensor with the edit mask."""
 
 
 @dataclass(slots=True)
 class TrainingData:
+    """What a run trains on and is evaluated with."""
+
     split: Split
     transform: Transform
     cache: Cache
     digests: dict[str, Any]
-    """Of the data set, and of each component of the model."""
+    """Digests of the dataset (`data`) and of each component of the model (`weights`)."""
     listing: Listing
-    """What was found when the data set was read: faults, and facts of its pictures."""
+    """Faults and facts about the images, found when the dataset was read."""
 
     @property
-    def visited(self) -> list[Sample]:
-        """The samples to train on as an epoch visits them: some several times."""
+    def epoch_samples(self) -> list[Sample]:
+        """The training samples of one epoch. A sample occurs as often as its `repeats`."""
         return [sample for sample in self.split.train for _ in range(sample.repeats)]
 
     @property
-    def weighted(self) -> bool:
-        """Whether some samples, or parts of their pictures, count more than others."""
+    def has_loss_weights(self) -> bool:
+        """Whether the loss weights some samples, or parts of their images, more than others."""
         return any(sample.mask or sample.weight != 1 for sample in self.split.train)
 
     @property
-    def controls(self) -> int:
-        """Control pictures a sample."""
+    def control_count(self) -> int:
+        """Control images of each sample."""
         return len(self.split.train[0].controls)
+
+    def total_steps(self, run: Run) -> int:
+        """Steps of the whole run: `steps`, or as many as `epochs` need, rounded up."""
+        if run.steps:
+            return run.steps
+        assert run.epochs is not None and run.batch is not None
+        return -(-run.epochs * len(self.epoch_samples) // run.batch)
 
 
 def prepare(run: Run) -> TrainingData:
-    """Read the data set, looking at every picture once, and digest all that the run depends on.
+    """Reads the dataset, looks at every image once, and computes the digests of everything that the run depends on.
 
-    Raises errors.DataError that lists the faults; for stage=check only where nothing is left without them.
+    Raises errors.DataError with the list of faults; for `stage=check` only if no sample is left without them.
     """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
     transform = build_transform(run.dataset, run.model.size_multiple)
     listing = survey_dataset(run.dataset, digests, transform, _progress)
-    where = run.dataset.describe()
+    name = run.dataset.describe()
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
-        listing.raise_on_faults(where)
-    try:
-        split = splitting.split_samples(listing.samples, run.dataset.validation_fraction, dataset_name=where)
-    except DataError as error:
-        # What is left out may be why too little is left.
-        if listing.faults:
-            raise DataError(f"{error}\n{listing.count_faults(where)}:\n{listing.format_faults()}") from None
-        raise
+        listing.raise_on_faults(name)
+    split = _split(run, listing)
     controls = len(split.train[0].controls)
     if controls not in run.model.control_counts:
-        least, most = min(run.model.control_counts), max(run.model.control_counts)
-        takes = str(most or "none") if least == most else f"{least} to {most}"
+        fewest, most = min(run.model.control_counts), max(run.model.control_counts)
+        accepted = str(most or "none") if fewest == most else f"{fewest} to {most}"
         raise UsageError(
-            f"{where} has {controls} control pictures a sample, and this model takes {takes}; type another dataset or another model"
+            f"{name} has {controls} control images per sample, and this model takes {accepted}; "
+            "type another dataset or another model"
         )
     weights = run.model.component_digests(digests)
-    content = [
-        (
-            sample.id,
-            side,
-            sample.caption,
-            sample.image.digest(),
-            [control.digest() for control in sample.controls],
-            *_extras(sample),
-        )
-        for side, samples in (("train", split.train), ("validation", split.validation))
-        for sample in samples
-    ]
+    data = _digest(split)
     digests.flush()
     recipes = run.model.recipes(weights, controls)
     if any(sample.mask for sample in split.train):
-        recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_a_latent(run)} pixels")}
-    data = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return TrainingData(
-        split, transform, Cache(root, recipes, verify=run.cache.verify), {"data": data, "weights": weights}, listing
-    )
+        recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_per_latent(run)} pixels")}
+    cache = Cache(root, recipes, verify=run.cache.verify)
+    return TrainingData(split, transform, cache, {"data": data, "weights": weights}, listing)
 
 
 def _progress(sources: Sequence[Source]) -> Iterable[Source]:
-    """With a bar, where it takes long."""
     from tqdm import tqdm
 
-    return tqdm(sources, desc="looking at pictures", unit="picture", mininterval=refresh_interval(), delay=1)
+    return tqdm(sources, desc="reading images", unit="image", mininterval=refresh_interval(), delay=1)
 
 
-def _extras(sample: Sample) -> list:
-    """What only some samples have and counts in training."""
-    extras = [sample.mask and sample.mask.digest(), sample.weight, sample.repeats]
-    return extras if extras != [None, 1.0, 1] else []
+def _split(run: Run, listing: Listing) -> Split:
+    name = run.dataset.describe()
+    try:
+        return split_samples(listing.samples, run.dataset.validation_fraction, dataset_name=name)
+    except DataError as error:
+        # The faulty samples may be the reason why too few are left.
+        if listing.faults:
+            raise DataError(f"{error}\n{listing.count_faults(name)}:\n{listing.format_faults()}") from None
+        raise
 
 
-def pixels_a_latent(run: Run) -> int:
-    """Sides of a picture over those of its latents."""
-    width, height = run.dataset.size()
+def _digest(split: Split) -> str:
+    """Hash of the content of all samples and of the side of the split they are on."""
+    content = []
+    for side, samples in (("train", split.train), ("validation", split.validation)):
+        for sample in samples:
+            controls = [control.digest() for control in sample.controls]
+            values: list[Any] = [sample.id, side, sample.caption, sample.image.digest(), controls]
+            extras = [sample.mask and sample.mask.digest(), sample.weight, sample.repeats]
+            # Left out if they have their default values, so that such datasets keep the digest they had before.
+            if extras != [None, 1.0, 1]:
+                values += extras
+            content.append(values)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def pixels_per_latent(run: Run) -> int:
+    """Side length of an image in pixels, divided by that of its latents."""
+    size = run.dataset.size()
+    assert size is not None
+    width, height = size
     return height // run.model.shapes(height, width)["latents"][1]
 
 
-def held_out(run: Run, material: TrainingData, count: int) -> list[TransformedSample]:
-    """Validation samples to judge by: the first by the hash of their ids, so that a set that grows keeps most of them."""
-    by_hash = sorted(material.split.validation, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
-    return [material.transform.apply(sample) for sample in by_hash[:count]]
+def held_out_samples(data: TrainingData, count: int) -> list[TransformedSample]:
+    """The first validation samples in the order of the hashes of their ids.
+
+    If the dataset grows, most of these samples stay the same.
+    """
+    by_hash = sorted(data.split.validation, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
+    return [data.transform.apply(sample) for sample in by_hash[:count]]
 
 
-def drawn(run: Run, material: TrainingData) -> list[tuple[TransformedSample, bool]]:
-    """What is drawn at each evaluation, and whether it can be compared with a target: held-out samples, or the prompts that were asked for.
+def samples_to_generate(run: Run, data: TrainingData) -> list[tuple[TransformedSample, bool]]:
+    """The samples for which each evaluation generates an image, and whether the image can be compared with a target.
 
-    A prompt borrows the control pictures of a held-out sample. Without held-out samples those to train on stand in.
+    These are held-out samples, or the prompts of `evaluation.prompts`. A prompt uses the control images of a held-out
+    sample. If no samples are held out, training samples take their place.
     """
     settings = run.evaluation
-    views = held_out(run, material, len(settings.prompts or ()) or settings.images)
-    views = views or [material.transform.apply(sample) for sample in material.split.train[: settings.images]]
+    assert settings.images is not None
+    samples = held_out_samples(data, len(settings.prompts or ()) or settings.images)
+    samples = samples or [data.transform.apply(sample) for sample in data.split.train[: settings.images]]
     if settings.prompts is None:
-        return [(view, True) for view in views for _ in range(settings.images_per_prompt)]
-    return [
-        (replace(views[i % len(views)], sample=replace(views[i % len(views)].sample, caption=prompt)), False)
-        for i, prompt in enumerate(settings.prompts)
-        for _ in range(settings.images_per_prompt)
-    ]
+        return [(sample, True) for sample in samples for _ in range(settings.images_per_prompt)]
+    prompted = []
+    for i, prompt in enumerate(settings.prompts):
+        sample = samples[i % len(samples)]
+        sample = replace(sample, sample=replace(sample.sample, caption=prompt))
+        prompted += [(sample, False)] * settings.images_per_prompt
+    return prompted
 
 
-def views(run: Run, material: TrainingData) -> list[TransformedSample]:
-    """Every view that training and evaluation can ask the cache for."""
+def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
+    """All transformed samples whose cache entries training and evaluation can request."""
     settings = run.dataset
-    asked = (settings.flip, settings.caption_dropout, settings.control_dropout)
-    ways = list(product(*((False, True) if wanted else (False,) for wanted in asked)))
-    training = [material.transform.apply(sample, *way) for sample in material.split.train for way in ways]
-    to_draw = [view for view, _ in drawn(run, material)]
-    return training + held_out(run, material, run.evaluation.samples) + to_draw + unconditional(run, to_draw)
+    options = (settings.flip, settings.caption_dropout, settings.control_dropout)
+    variants = list(product(*((False, True) if option else (False,) for option in options)))
+    training = [data.transform.apply(sample, *variant) for sample in data.split.train for variant in variants]
+    generated = [sample for sample, _ in samples_to_generate(run, data)]
+    held_out = held_out_samples(data, run.evaluation.samples)
+    return training + held_out + generated + unconditional_samples(run, generated)
 
 
-def unconditional(run: Run, views: list[TransformedSample]) -> list[TransformedSample]:
-    """The views that drawing these needs beside them for classifier-free guidance: the same without captions, where the model asks for it."""
-    asked = run.model.classifier_free_guidance and run.sample.guidance != 1
-    return [replace(view, drop_caption=True) for view in views] if asked else []
+def unconditional_samples(run: Run, samples: list[TransformedSample]) -> list[TransformedSample]:
+    """The same samples without captions if classifier-free guidance needs them to generate images, else an empty
+    list."""
+    needed = run.model.classifier_free_guidance and run.sample.guidance != 1
+    return [replace(sample, drop_caption=True) for sample in samples] if needed else []

@@ -1,1 +1,5 @@
-"""The shipped mini checkpoint (`weights/`) and the command that makes its untrained base; see `__main__`."""
+"""The small model that ships with the program: its weights, and the command that makes its untrained base.
+
+`weights/` is a checkpoint in the layout of FLUX Kontext with 2.4 M parameters, for images of 64 px. `make mini` trains
+it from scratch: `__main__` writes the base, and two full fine-tunes with this program train its transformer.
+"""

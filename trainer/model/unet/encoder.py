@@ -1,66 +1,68 @@
-"""VAE and frozen text encoders of a checkpoint; see `trainer.model.Encoder`."""
+"""The VAE and the frozen text encoders of a checkpoint."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.core.errors import DataError
+from trainer.model.pretrained import load_vae, pixels_to_vae, vae_to_images
 
 if TYPE_CHECKING:
-    from trainer.dataset.view import TransformedSample
-    from trainer.model.unet import UNet
+    from trainer.dataset.transform import TransformedSample
+    from trainer.model.unet.family import UNetFamily
 
 
 class UNetEncoder:
-    def __init__(self, family: UNet, device: torch.device):
+    """See `trainer.model.Encoder`."""
+
+    def __init__(self, family: UNetFamily, device: torch.device):
         self.family, self.device = family, device
-        self.dtype, self.vae_dtype = (getattr(torch, kind.value) for kind in (family.encoder_dtype, family.vae_dtype))
+        self.dtype, self.vae_dtype = family.encoder_dtype.torch, family.vae_dtype.torch
 
     @torch.no_grad()
-    def encode(self, part: str, view: TransformedSample) -> torch.Tensor:
-        if part in ("latents", "latents_std"):
-            return self._latents(part, view).cpu()
-        if part.startswith("tokens"):
-            return self.family.tokens(part.removeprefix("tokens"), view.caption)
-        if part == "time_ids":
-            return torch.tensor(view.geometry(), dtype=torch.float32)
-        tokens = [self.family.tokens(text, view.caption)[None].to(self.device) for text in self.family.texts]
-        return self.family.read(self._text_encoders, tokens)[part][0].cpu()
+    def encode(self, name: str, sample: TransformedSample) -> torch.Tensor:
+        if name in ("latents", "latents_std"):
+            return self._latents(name, sample).cpu()
+        if name.startswith("tokens"):
+            return self.family.tokenize(name, sample.caption)
+        if name == "time_ids":
+            return torch.tensor(sample.geometry(), dtype=torch.float32)
+        token_ids = [
+            self.family.tokenize(f"tokens{suffix}", sample.caption)[None].to(self.device)
+            for suffix in self.family.text_suffixes
+        ]
+        return self.family.encode_tokens(self._text_encoders, token_ids)[name][0].cpu()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        images = self._vae.decode(latents.to(self.device, self.vae_dtype) / self._vae.config.scaling_factor).sample
-        return (self._finite(images, "A picture").float() / 2 + 0.5).clamp(0, 1)
+        scaled = latents.to(self.device, self.vae_dtype) / self._vae.config.scaling_factor
+        return vae_to_images(self._check_finite(self._vae.decode(scaled).sample, "An image"))
 
-    def _latents(self, part: str, view: TransformedSample) -> torch.Tensor:
-        pixels = torch.from_numpy(view.pixels()).to(self.device).permute(2, 0, 1)[None].to(self.vae_dtype) / 127.5 - 1
-        posterior = self._vae.encode(pixels).latent_dist
-        found = posterior.mean if part == "latents" else posterior.std
-        return self._finite(found[0], view.sample.image.name) * self._vae.config.scaling_factor
+    def _latents(self, name: str, sample: TransformedSample) -> torch.Tensor:
+        """Returns the mean or the standard deviation of the latents, (C, h, w)."""
+        distribution = self._vae.encode(pixels_to_vae(sample.pixels(), self.vae_dtype, self.device)).latent_dist
+        values = distribution.mean if name == "latents" else distribution.std
+        return self._check_finite(values[0], sample.sample.image.name) * self._vae.config.scaling_factor
 
-    def _finite(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    def _check_finite(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns the tensor, or raises errors.DataError: SDXL's published VAE overflows in float16."""
         if not torch.isfinite(tensor).all():
-            # The published VAE of the larger model overflows in float16.
             remedy = "" if self.vae_dtype is torch.float32 else "; type model.vae_dtype=float32"
-            raise DataError(
-                f"{name} came out of the VAE as NaN or infinity in {str(self.vae_dtype).removeprefix('torch.')}{remedy}"
-            )
+            raise DataError(f"{name} came out of the VAE as NaN or infinity in {self.family.vae_dtype.value}{remedy}")
         return tensor
 
     @cached_property
-    def _vae(self) -> torch.nn.Module:
+    def _vae(self) -> Any:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(
-            self.family.component("vae"), torch_dtype=self.vae_dtype, use_safetensors=True
-        )
-        # Picture by picture: at 1024 px each takes gigabytes.
+        vae = load_vae(AutoencoderKL, self.family.component_folder("vae"), self.vae_dtype, self.device)
+        # One image at a time: at 1024 px each takes gigabytes.
         vae.enable_slicing()
-        return vae.to(self.device)
+        return vae
 
     @cached_property
     def _text_encoders(self) -> list[torch.nn.Module]:
-        return [self.family.text_encoder(text, self.dtype).to(self.device).eval() for text in self.family.texts]
+        return [self.family.load_text_encoder(suffix, self.dtype, self.device) for suffix in self.family.text_suffixes]

@@ -1,0 +1,1 @@
+"""Parts of the FLUX family: tokens, encoder and the layout of its checkpoints."""

@@ -1,0 +1,55 @@
+"""Loading frozen components with diffusers and transformers, and the pixels that they read and write."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.core import files
+from trainer.core.libraries import import_bitsandbytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@cache
+def quiet_libraries() -> None:
+    """Turns off the progress bars and hints of diffusers and transformers; downloads keep their bars."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Returns a frozen model of the transformers class `kind`; its weights may be quantized by bitsandbytes."""
+    quantization = files.read_json(folder / "config.json").get("quantization_config", {})
+    if quantization.get("quant_method") == "bitsandbytes":
+        import_bitsandbytes()
+    model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights in the first pass on some CPUs, which fails for narrow layers.
+            layer.support_avx512bf16_for_cpu = False
+    return model.to(device).eval()
+
+
+def load_vae(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Returns a frozen autoencoder of the diffusers class `kind`."""
+    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+
+
+def pixels_to_vae(pixels: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].to(dtype) / 127.5 - 1
+
+
+def vae_to_images(output: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in about [-1, 1] -> float32 in [0, 1]."""
+    return (output.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""Parts of the Qwen-Image-Edit family: prompt template, encoder and a tiny checkpoint."""

@@ -1,0 +1,310 @@
+"""The base class of families whose denoiser is a UNet that reads the states of CLIP text encoders.
+
+Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline: the same tensors reach the UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.core import files
+from trainer.core.dtypes import Dtype
+from trainer.model import Family, Recipe, lora_files
+from trainer.model.checkpoint_files import locate, recipe_digest
+from trainer.model.pretrained import load_text_encoder, quiet_libraries
+from trainer.model.unet.names import TEXT_MODEL, kohya_key, published_name
+from trainer.model.weights import (
+    DIFFUSERS_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    CombinedWeights,
+    ComponentWeights,
+    WeightReader,
+    empty_model,
+    on_meta_device,
+    save_shards,
+)
+from trainer.objective import Diffusion
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.core.batch import Batch
+    from trainer.model.unet.encoder import UNetEncoder
+
+
+class Posterior(Enum):
+    """Which latents to train on, of the distribution that the VAE gives for an image.
+
+    `mean` is its mean; `sample` draws new latents each time a sample is used.
+    """
+
+    mean = "mean"
+    sample = "sample"
+
+
+@dataclass(slots=True)
+class UNetFamily(Family):
+    """`vae` replaces the checkpoint's VAE: a diffusers folder or a hub id.
+
+    With `train_text_encoder` the method applies to the text encoders too, and each step runs them on token ids.
+    """
+
+    objective: Diffusion = field(default_factory=Diffusion)
+    vae: str | None = None
+    vae_dtype: Dtype = Dtype.float32
+    posterior: Posterior = Posterior.sample
+    train_text_encoder: bool = False
+
+    denoiser = "unet"
+    classifier_free_guidance = True
+    text_suffixes: ClassVar[tuple[str, ...]] = ("",)
+    """One for each text encoder: what follows "text_encoder", "tokenizer" and "tokens" in its names."""
+    caption_tensors: ClassVar[tuple[str, ...]] = ("prompt",)
+    """Cached tensors that the text encoders compute from a caption."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        tokenizers = [f"tokenizer{suffix}" for suffix in self.text_suffixes]
+        return ("vae", *self._text_encoder_names(), *tokenizers, "unet", "scheduler")
+
+    def _text_encoder_names(self) -> list[str]:
+        return [f"text_encoder{suffix}" for suffix in self.text_suffixes]
+
+    @property
+    def size_multiple(self) -> int:
+        return self._vae_scale_factor()
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Attention, as in Hu et al. 2021 and diffusers' examples; CLIP has names of its own."""
+        unet = ("to_q", "to_k", "to_v", "to_out.0")
+        return (*unet, "q_proj", "k_proj", "v_proj", "out_proj") if self.train_text_encoder else unet
+
+    @property
+    def unquantized_modules(self) -> tuple[str, ...]:
+        """The layers that embed times and sizes."""
+        prefix = "unet." if self.train_text_encoder else ""
+        return tuple(f"{prefix}{name}" for name in ("time_embedding", "add_embedding", "*.time_emb_proj"))
+
+    # What each family answers
+
+    @classmethod
+    def text_encoder_class(cls, suffix: str) -> Any:
+        """Returns the transformers class of a text encoder."""
+        raise NotImplementedError
+
+    def encode_tokens(self, encoders: Sequence[Any], token_ids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns `caption_tensors` (B, ...) from the token ids (B, L) for each text encoder."""
+        raise NotImplementedError
+
+    def added_conditions(
+        self, conditions: Batch, latents: torch.Tensor, guidance: float | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Returns what the UNet reads besides the prompt, under diffusers' names."""
+        return None
+
+    # Cached tensors
+
+    def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
+        vae = Recipe(("image",), recipe_digest(digests["vae"], self.vae_dtype.value))
+        return dict.fromkeys(self._latent_names(), vae) | {
+            name: Recipe(("caption",), self._caption_digest(name, digests)) for name in self._caption_names()
+        }
+
+    def shapes(
+        self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        channels, scale = self.component_config("vae")["latent_channels"], self._vae_scale_factor()
+        caption_shapes = self._caption_shapes()
+        return dict.fromkeys(self._latent_names(), (channels, height // scale, width // scale)) | {
+            name: caption_shapes[name] for name in self._caption_names()
+        }
+
+    def _latent_names(self) -> tuple[str, ...]:
+        return ("latents", "latents_std") if self.posterior is Posterior.sample else ("latents",)
+
+    def _caption_names(self) -> tuple[str, ...]:
+        """Names of the cached tensors that depend on the caption."""
+        if self.train_text_encoder:
+            return tuple(f"tokens{suffix}" for suffix in self.text_suffixes)
+        return self.caption_tensors
+
+    def _caption_digest(self, name: str, digests: dict[str, str]) -> str:
+        """Returns the recipe digest of a cached tensor that depends on the caption."""
+        if self.train_text_encoder:
+            return recipe_digest(digests[name.replace("tokens", "tokenizer")])
+        components = [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in self.text_suffixes]
+        return recipe_digest([digests[component] for component in components], self.encoder_dtype.value)
+
+    def _caption_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of token ids and of `caption_tensors`."""
+        token_shapes = {
+            f"tokens{suffix}": (self.component_config(f"text_encoder{suffix}")["max_position_embeddings"],)
+            for suffix in self.text_suffixes
+        }
+        width = self.component_config("unet")["cross_attention_dim"]
+        return {**token_shapes, "prompt": (*token_shapes["tokens"], width)}
+
+    def build_encoder(self, device: torch.device) -> UNetEncoder:
+        from trainer.model.unet.encoder import UNetEncoder
+
+        quiet_libraries()
+        return UNetEncoder(self, device)
+
+    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+        tokenizer = load_clip_tokenizer(self.component_folder("tokenizer"))
+        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], tokenizer.model_max_length
+
+    def tokenize(self, name: str, caption: str) -> torch.Tensor:
+        """Returns the token ids of a caption, (L,), truncated or padded; `name` is "tokens" and a suffix."""
+        tokenizer = load_clip_tokenizer(self.component_folder(name.replace("tokens", "tokenizer")))
+        tokens = tokenizer(
+            caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        return tokens.input_ids[0]
+
+    def load_text_encoder(self, suffix: str, dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns a frozen text encoder."""
+        folder = self.component_folder(f"text_encoder{suffix}")
+        return load_text_encoder(self.text_encoder_class(suffix), folder, dtype, device)
+
+    # The network
+
+    def meta_model(self) -> torch.nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        with on_meta_device():
+            unet = UNet2DConditionModel.from_config(self.component_config("unet"))
+            if not self.train_text_encoder:
+                return unet
+            from trainer.model.unet.network import UNetWithTextEncoders
+
+            encoders = {}
+            for suffix in self.text_suffixes:
+                name, kind = f"text_encoder{suffix}", self.text_encoder_class(suffix)
+                encoders[name] = kind(kind.config_class(**self.component_config(name)))
+            return UNetWithTextEncoders(unet, encoders)
+
+    def weights(self, folder: Path | None = None) -> WeightReader:
+        folder = folder or self.folder()
+        unet = ComponentWeights(folder / "unet", DIFFUSERS_WEIGHTS)
+        if not self.train_text_encoder:
+            return unet
+        readers = {"unet": unet}
+        for suffix in self.text_suffixes:
+            name, kind = f"text_encoder{suffix}", self.text_encoder_class(suffix)
+            # In classes with a head, the names in the network start with it too.
+            prefix = "" if f"{kind.base_model_prefix}." == TEXT_MODEL else TEXT_MODEL
+            readers[name] = ComponentWeights(folder / name, TRANSFORMERS_WEIGHTS, prefix)
+        return CombinedWeights(readers)
+
+    def predict(
+        self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
+    ) -> torch.Tensor:
+        unet = network
+        if self.train_text_encoder:
+            unet, *encoders = network.children()
+            token_ids = [conditions[f"tokens{suffix}"].long() for suffix in self.text_suffixes]
+            conditions = conditions | self.encode_tokens(encoders, token_ids)
+        return unet(
+            sample=latents,
+            timestep=t,
+            encoder_hidden_states=conditions["prompt"].to(latents.dtype),
+            added_cond_kwargs=self.added_conditions(conditions, latents, guidance),
+            return_dict=False,
+        )[0]
+
+    # Files
+
+    def component_folder(self, component: str) -> Path:
+        if component != "vae" or self.vae is None:
+            return Family.component_folder(self, component)
+        patterns = ["config.json", f"{DIFFUSERS_WEIGHTS}.safetensors"]
+        folder = locate("vae", self.vae, None, [*patterns, *(f"vae/{pattern}" for pattern in patterns)])
+        return folder / "vae" if (folder / "vae").is_dir() else folder
+
+    def save_lora(self, weights: dict[str, torch.Tensor], config: dict[str, Any], path: Path) -> None:
+        components: dict[str, dict[str, torch.Tensor]] = {}
+        for component, name, tensor in self._split_by_component(weights.items()):
+            name = name if component == "unet" else published_name(name)
+            components.setdefault(component, {})[name] = tensor
+        lora_files.save_lora(self.pipeline_class(), components, config, path)
+
+    def load_lora(self, path: Path) -> torch.nn.Module:
+        quiet_libraries()
+        network = empty_model(self.meta_model())
+        models = dict(network.named_children()) if self.train_text_encoder else {"unet": network}
+        lora_files.load_lora(self.pipeline_class(), models, path)
+        return network
+
+    def comfyui_key(self, key: str) -> str:
+        return kohya_key(key if self.train_text_encoder else f"unet.{key}", len(self.text_suffixes))
+
+    def save_pipeline(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+        components = groupby(self._split_by_component(tensors), lambda item: item[0])
+        # The UNet comes first. Its tensors are consumed before the next component is asked for.
+        _, unet = next(components)
+        Family.save_pipeline(self, ((name, tensor) for _, name, tensor in unet), folder)
+        for component, group in components:
+            for path in (folder / component).glob("*.safetensors*"):
+                path.unlink()
+            save_shards(
+                ((published_name(name), tensor) for _, name, tensor in group), folder / component, TRANSFORMERS_WEIGHTS
+            )
+        scheduler = self.component_config("scheduler")
+        if scheduler | self._scheduler_config() != scheduler:
+            files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler | self._scheduler_config())
+
+    def _split_by_component(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Yields (component, name in the component, tensor) for tensors of the network."""
+        for name, tensor in tensors:
+            if self.train_text_encoder:
+                component, _, own_name = name.partition(".")
+                yield component, own_name, tensor
+            else:
+                yield "unet", name, tensor
+
+    def warnings(self) -> list[str]:
+        scheduler = self.component_config("scheduler")
+        differences = [
+            f"{name}={scheduler[name]} (not {value})"
+            for name, value in self._scheduler_config().items()
+            if scheduler.get(name, value) != value
+        ]
+        if not differences:
+            return []
+        return [
+            f"The checkpoint was trained with {', '.join(differences)}. A LoRA would be sampled with the checkpoint's "
+            "settings, and a full fine-tune first has to learn the new ones. Set model.objective to the checkpoint's "
+            "settings, unless the difference is intended"
+        ]
+
+    def _scheduler_config(self) -> dict[str, object]:
+        """Returns the objective as entries of a diffusers scheduler's config."""
+        return {
+            "prediction_type": self.objective.prediction.value,
+            "beta_schedule": self.objective.schedule.value,
+            "num_train_timesteps": self.objective.timesteps,
+            "beta_start": self.objective.beta_start,
+            "beta_end": self.objective.beta_end,
+        }
+
+    def _vae_scale_factor(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)
+
+
+@cache
+def load_clip_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer, which is loaded once per process."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)

@@ -1,0 +1,196 @@
+"""Reading the weights of a checkpoint into a network, and writing them as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from trainer.core import files, tensor_files
+from trainer.core.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SHARD_BYTES = 5 * 2**30
+"""Largest size of a file of weights, and with it the memory that writing a checkpoint takes."""
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+"""Name of diffusers' weight files, without the suffix."""
+TRANSFORMERS_WEIGHTS = "model"
+"""Name of transformers' weight files, without the suffix."""
+
+Quantize = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "torch.nn.Module | None"]
+"""`quantize(name, layer, read)` returns a quantized layer to put in place of `layer`, or None to keep it.
+
+`layer` is on the meta device; `read(tensor name)` returns its weights.
+"""
+
+
+class WeightReader(Protocol):
+    """Weights by name, each read from the disk when it is asked for."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns one tensor, on the CPU. Raises errors.DataError."""
+
+    def dtypes(self) -> dict[str, str]:
+        """Returns the dtype of each tensor by name, as safetensors spells it ("F32", "BF16", "F8_E4M3", ...).
+
+        Reads only the headers of the files. Raises errors.DataError.
+        """
+
+
+class ComponentWeights:
+    """The weights in the folder of one component, in one safetensors file or in shards.
+
+    Where names in the file start with a `prefix` that the names in the network lack, `read` adds it and `dtypes`
+    removes it. Tensors without the prefix are found as well.
+    """
+
+    def __init__(self, folder: Path, file_name: str = DIFFUSERS_WEIGHTS, prefix: str = ""):
+        self._prefix = prefix
+        self._file = folder / f"{file_name}.safetensors"
+        self._shards: dict[str, Path] = {}
+        index = folder / f"{file_name}.safetensors.index.json"
+        if index.exists():
+            self._shards = {name: folder / shard for name, shard in files.read_json(index)["weight_map"].items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        if self._prefix:
+            try:
+                return self._read(self._prefix + name)
+            except DataError:
+                pass
+        return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        import safetensors
+
+        path = self._shards.get(name, self._file)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DataError(f"{path} does not hold {name} ({error})") from error
+
+    def dtypes(self) -> dict[str, str]:
+        import safetensors
+
+        found: dict[str, str] = {}
+        for path in sorted({*self._shards.values()} or {self._file}):
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            except (OSError, safetensors.SafetensorError) as error:
+                raise DataError(f"{path} cannot be read as weights ({error})") from error
+        return {name.removeprefix(self._prefix): dtype for name, dtype in found.items()}
+
+
+class CombinedWeights:
+    """The weights of a network with several components, where each name starts with the name of its component."""
+
+    def __init__(self, components: dict[str, ComponentWeights]):
+        self._components = components
+
+    def read(self, name: str) -> torch.Tensor:
+        component, _, own_name = name.partition(".")
+        return self._components[component].read(own_name)
+
+    def dtypes(self) -> dict[str, str]:
+        return {
+            f"{component}.{name}": dtype
+            for component, weights in self._components.items()
+            for name, dtype in weights.dtypes().items()
+        }
+
+
+@contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Networks built inside have their parameters on the meta device, with shapes but no memory; buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        yield
+
+
+def load_weights(
+    meta_model: torch.nn.Module,
+    weights: WeightReader,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: Quantize | None = None,
+) -> torch.nn.Module:
+    """Gives a network on the meta device its weights and returns it, on `device` in `dtype` and in eval mode.
+
+    Each tensor is moved to the device before the next is read, so memory holds the network and one tensor more.
+    `quantize`, if given, may replace each layer that has weights. Raises errors.DataError if a shape is wrong.
+    """
+    import torch
+
+    for name, layer in list(meta_model.named_modules()):
+        if quantize is not None and any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+            quantized = quantize(name, layer, weights.read)
+            if quantized is not None:
+                meta_model.set_submodule(name, quantized)
+                continue
+        for own_name, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                full_name = f"{name}.{own_name}" if name else own_name
+                tensor = weights.read(full_name)
+                if tensor.shape != parameter.shape:
+                    raise DataError(
+                        f"the weights' {full_name} has shape {tuple(tensor.shape)}, and the config says "
+                        f"{tuple(parameter.shape)}"
+                    )
+                setattr(layer, own_name, torch.nn.Parameter(tensor.to(device, dtype)))
+    # Moves the buffers, which no file holds.
+    return meta_model.to(device).eval()
+
+
+def empty_model(meta_model: torch.nn.Module) -> torch.nn.Module:
+    """Moves a network from the meta device to the CPU without using memory: each weight is a single zero, expanded.
+
+    Libraries load adapters onto the device of the weights, and on the meta device their values would be lost.
+    """
+    import torch
+
+    for module in meta_model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return meta_model
+
+
+def save_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, file_name: str = DIFFUSERS_WEIGHTS) -> None:
+    """Writes weights as `from_pretrained` reads them, with no more than one shard in memory. Raises OSError.
+
+    `huggingface_hub.split_torch_state_dict_into_shards` needs all tensors at once; here they come from an iterator.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    shard_of: dict[str, int] = {}
+    paths: list[Path] = []
+    shard_bytes = total_bytes = 0
+
+    def write_shard() -> None:
+        paths.append(files.temporary_path(folder / file_name))
+        tensor_files.save_tensors(paths[-1], shard, {"format": "pt"})
+        shard_of.update(dict.fromkeys(shard, len(paths)))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            write_shard()
+            shard_bytes = 0
+        shard[name] = tensor.cpu()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    write_shard()
+    # The names hold the number of shards, so files are renamed once it is known.
+    names = [f"{file_name}-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, len(paths) + 1)]
+    if len(paths) == 1:
+        names = [f"{file_name}.safetensors"]
+    else:
+        weight_map = {name: names[number - 1] for name, number in shard_of.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        files.write_json(folder / f"{file_name}.safetensors.index.json", index)
+    for path, name in zip(paths, names, strict=True):
+        path.rename(folder / name)

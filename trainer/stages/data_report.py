@@ -1,0 +1,161 @@
+"""What `stage=check` reports about the data: counts, sizes, captions, duplicates, faults, and a contact sheet."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from trainer.config.identity import run_id
+from trainer.config.schema import Run
+from trainer.core import files
+from trainer.core.console import print_line
+from trainer.dataset import image_grid
+from trainer.dataset.buckets import upscale_factor
+from trainer.dataset.image_facts import find_near_duplicates
+from trainer.dataset.sample import Sample
+from trainer.training.data import TrainingData
+
+MAX_EXAMPLES = 3
+"""Samples that are named for each finding."""
+SHEET_SAMPLES = 24
+"""Samples on the contact sheet."""
+
+
+def report_data(run: Run, data: TrainingData) -> None:
+    """Prints the report, and writes the contact sheet and the list of faults to `<out>/check`.
+
+    Raises errors.DataError if there are faults, unless `dataset.on_fault` is "skip".
+    """
+    folder = Path(run.out) / "check" / run_id(run)
+    split, listing = data.split, data.listing
+    samples = [*split.train, *split.validation]
+    epoch_size = len(data.epoch_samples)
+    repeats = f" ({epoch_size} per epoch with repeats)" if epoch_size != len(split.train) else ""
+    print_line(
+        f"data        {len(split.train)} for training{repeats}, {len(split.validation)} held out, "
+        f"{data.control_count} control image(s) each"
+    )
+    if split.test:
+        print_line(f"            {len(split.test)} in the test split (stage=sample sample.split=test)")
+    findings = (_sizes(data, samples), _captions(run, samples), _duplicates(data, samples), listing.notes)
+    for line in (line for lines in findings for line in lines):
+        print_line(f"            {line}")
+    print_line(f"sheet       {_write_contact_sheet(folder / 'samples.png', data, samples)}")
+    name = run.dataset.describe()
+    if listing.faults:
+        files.write(folder / "faults.txt", listing.format_faults() + "\n")
+        print_line(f"faults      {listing.count_faults(name)}, listed in {folder / 'faults.txt'}")
+    if run.dataset.on_fault == "stop":
+        listing.raise_on_faults(name, max_shown=None)
+    elif listing.faults:
+        print_line(f"left out because of dataset.on_fault=skip:\n{listing.format_faults()}")
+
+
+def describe_upscaling(data: TrainingData, samples: Iterable[Sample]) -> list[str]:
+    """Returns a line about images that are enlarged, if there are any."""
+    factors = {}
+    for sample in samples:
+        transformed = data.transform.apply(sample)
+        size = (transformed.width, transformed.height)
+        factors[sample.image.name] = upscale_factor(sample.image.size(), size)
+    enlarged = {name: factor for name, factor in factors.items() if factor > 1}
+    if not enlarged:
+        return []
+    worst = max(enlarged, key=enlarged.__getitem__)
+    return [
+        f"{len(enlarged)} images are enlarged, up to {enlarged[worst]:.1f} times ({worst}); "
+        "dataset.max_upscale=1.5 would refuse the worst"
+    ]
+
+
+def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
+    """Returns a line about captions that the model does not read completely, if there are any."""
+    tokens = run.model.count_caption_tokens([sample.caption for sample in samples])
+    if tokens is None:
+        return []
+    counts, limit = tokens
+    too_long = [sample for sample, count in zip(samples, counts, strict=True) if count > limit]
+    if not too_long:
+        return []
+    names = ", ".join(sample.id for sample in too_long[:MAX_EXAMPLES])
+    more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
+    return [
+        f"{len(too_long)} captions are longer than the {limit} tokens that the model reads, and are cut off: "
+        f"{names}{more}"
+    ]
+
+
+def _sizes(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
+    transformed = [data.transform.apply(sample) for sample in samples]
+    training = {sample.id for sample in data.split.train}
+    counts = Counter(((sample.width, sample.height), sample.sample.id in training) for sample in transformed)
+    for size in sorted({size for size, _ in counts}):
+        yield f"{size[0]}x{size[1]} px: {counts[size, True]} for training, {counts[size, False]} held out"
+    original_sizes = sorted((sample.image.size() for sample in samples), key=lambda size: size[0] * size[1])
+    smallest, largest = (f"{width}x{height}" for width, height in (original_sizes[0], original_sizes[-1]))
+    yield f"original sizes: {smallest}" + (f" to {largest} px" if smallest != largest else " px")
+    yield from describe_upscaling(data, samples)
+
+
+def _captions(run: Run, samples: Sequence[Sample]) -> Iterator[str]:
+    captions = [sample.caption for sample in samples]
+    lengths = [len(caption) for caption in captions]
+    yield f"captions: {min(lengths)} to {max(lengths)} characters, median {median(lengths):.0f}"
+    tokens = run.model.count_caption_tokens(captions)
+    if tokens is not None:
+        counts, limit = tokens
+        yield f"tokens: {min(counts)} to {max(counts)}; the model reads {limit}"
+        yield from describe_long_captions(run, samples)
+    shared = [group for group in _group(samples, lambda sample: sample.caption) if len(group) > 1]
+    if shared and len(shared) < len(samples):
+        largest = max(shared, key=len)
+        total = sum(map(len, shared))
+        yield f"{total} samples share {len(shared)} caption(s); {len(largest)} have {largest[0].caption!r:.60}"
+
+
+def _duplicates(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
+    by_image = _group(samples, lambda sample: sample.image.digest())
+    equal = [group for group in by_image if len(group) > 1]
+    if equal:
+        yield f"the same image is the target of several samples, {len(equal)} time(s): {_name_groups(equal)}"
+    facts = data.listing.facts
+    # One sample per image: equal images look alike in any case.
+    distinct = [group[0] for group in by_image] if facts else []
+    near = [
+        [distinct[i] for i in group] for group in find_near_duplicates([facts[sample.image] for sample in distinct])
+    ]
+    if near:
+        yield f"images that look alike, {len(near)} group(s): {_name_groups(near)}"
+    training = {sample.id for sample in data.split.train}
+    leaks = [group for group in (*equal, *near) if len({sample.id in training for sample in group}) == 2]
+    if leaks:
+        yield (
+            f"both in training and held out, so that the held-out loss is too low, {len(leaks)} group(s): "
+            f"{_name_groups(leaks)}"
+        )
+
+
+def _group(samples: Iterable[Sample], key: Callable[[Sample], str]) -> list[list[Sample]]:
+    groups = defaultdict(list)
+    for sample in samples:
+        groups[key(sample)].append(sample)
+    return list(groups.values())
+
+
+def _name_groups(groups: Sequence[Sequence[Sample]]) -> str:
+    names = []
+    for group in groups[:MAX_EXAMPLES]:
+        ids = ", ".join(sample.id for sample in group[:MAX_EXAMPLES])
+        names.append("{" + ids + (", ..." if len(group) > MAX_EXAMPLES else "") + "}")
+    return " ".join(names) + (" ..." if len(groups) > MAX_EXAMPLES else "")
+
+
+def _write_contact_sheet(path: Path, data: TrainingData, samples: Sequence[Sample]) -> Path:
+    """Writes an image of samples as the model sees them, evenly spread over the dataset. Returns its path."""
+    stride = max(1, len(samples) // SHEET_SAMPLES)
+    transformed = [data.transform.apply(sample) for sample in samples[::stride][:SHEET_SAMPLES]]
+    rows = [([*sample.control_pixels(), sample.pixels()], sample.caption) for sample in transformed]
+    image_grid.save_png(path, image_grid.contact_sheet(rows))
+    return path

@@ -1,0 +1,103 @@
+"""`stage=train`: trains a run, or continues it from its last checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+import yaml
+
+from trainer.config.identity import to_plain
+from trainer.config.rules import check_sharded, open_device
+from trainer.config.schema import Run
+from trainer.core import files
+from trainer.core.console import print_line
+from trainer.core.errors import UsageError
+from trainer.core.signals import Signals
+from trainer.distributed.processes import Processes
+from trainer.stages.data_report import describe_long_captions, describe_upscaling
+from trainer.sweep.members import parent_run_id, report_folder
+from trainer.tracking.journal import Journal
+from trainer.training.build import check_buildable
+from trainer.training.checkpoint import CHECKPOINTS
+from trainer.training.data import TrainingData, prepare, required_samples
+from trainer.training.encoding import encode_missing
+from trainer.training.recorder import Recorder
+from trainer.training.run_folder import RunFolder, acquire_run_folder
+from trainer.training.run_log import log_to_folder, out_of_memory_errors
+from trainer.training.session import Session
+from trainer.training.tracked_run import open_tracker, send_missing_records
+
+
+def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
+    """Trains in all processes of the run. Returns the last held-out loss; None if no samples are held out."""
+    processes = Processes(signals, lambda: open_device(run))
+    if processes.sharded:
+        check_sharded(run)
+    with processes:
+        data = processes.main_first(lambda: prepare(run))
+        return train(run, data, signals, processes, overrides)
+
+
+def train(run: Run, data: TrainingData, signals: Signals, processes: Processes, overrides: list[str]) -> float | None:
+    """Like `execute`, after the data has been read."""
+    if processes.run_on_main(lambda: data.digests) != data.digests:
+        raise UsageError("the processes see different data or weights; give all of them the same files")
+    with ExitStack() as stack:
+        recorder: Recorder | None = None
+
+        def start() -> tuple[bool, float | None]:
+            """Runs on the main process. Returns whether the run is finished already, and its held-out loss."""
+            nonlocal recorder
+            run_folder = stack.enter_context(acquire_run_folder(run, data.digests))
+            report_folder(run_folder.path)
+            if run_folder.finished:
+                return True, _show_finished(run, run_folder, overrides)
+            check_buildable(run, is_new=not (run_folder.path / CHECKPOINTS).exists())
+            journal = stack.enter_context(Journal(run_folder.path))
+            stack.enter_context(log_to_folder(run_folder.path, journal))
+            # `run.execute` does the same; here, journal and log get its message too.
+            stack.enter_context(out_of_memory_errors(run))
+            files.write(run_folder.path / "config.yaml", yaml.safe_dump(to_plain(run), sort_keys=False))
+            _fill_cache(run, data, run_folder)
+            _show_data(run, data, journal)
+            tracker = partial(open_tracker, run, run_folder, journal, overrides, parent_run_id())
+            recorder = Recorder(run, run_folder, journal, tracker)
+            return False, None
+
+        finished, loss = processes.run_on_main(start)
+        if finished:
+            return loss
+        return Session(run, data, recorder, signals, processes).train()
+
+
+def _show_finished(run: Run, run_folder: RunFolder, overrides: list[str]) -> float | None:
+    """Says that there is nothing to do. Returns the last held-out loss of the run."""
+    summary = run_folder.summary()
+    print_line(
+        f"{run_folder.path} is finished ({summary['steps']} steps); nothing to do. "
+        "Type fresh=true to run it again in a new folder."
+    )
+    send_missing_records(run, run_folder, overrides, parent_run_id())
+    return summary["last_val_loss"]
+
+
+def _fill_cache(run: Run, data: TrainingData, run_folder: RunFolder) -> None:
+    samples = required_samples(run, data)
+    data.cache.record_use(run_folder.path, samples)
+    made = encode_missing(run, data, samples)
+    counts = [f"{count} {name} made" for name, count in made.items() if count]
+    print_line(f"cache: {', '.join(counts) or 'nothing to make'}")
+
+
+def _show_data(run: Run, data: TrainingData, journal: Journal) -> None:
+    """Prints what the user should know about the data, and records the samples that are left out."""
+    if data.listing.faults:
+        journal.log_event("left_out", faults=data.listing.faults)
+        print_line(
+            f"left out: {data.listing.count_faults(run.dataset.describe())}; the journal and stage=check list them"
+        )
+    train_samples = data.split.train
+    upscaling, long_captions = describe_upscaling(data, train_samples), describe_long_captions(run, train_samples)
+    for note in (*data.listing.notes, *upscaling, *long_captions):
+        print_line(f"note: {note}")
