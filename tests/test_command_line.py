@@ -1,4 +1,4 @@
-"""The command line: what is refused and in which words, before anything is imported, made or written; help and completion."""
+"""The command line: refusals before Hydra imports or writes anything, help, tab completion and exit codes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from trainer.core import errors, redaction
 
 PROGRAM = [sys.executable, "-m", "trainer"]
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwx"
-CANARY = "canary_that_nobody_may_import"
+CANARY = "canary_that_must_not_be_imported"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a module and a pickle that leave a trace when they are loaded."""
-    folder = tmp_path / "here"
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with a module and a pickle that create the folder `trace` when they are loaded."""
+    folder = tmp_path / "folder"
     folder.mkdir()
     (folder / f"{CANARY}.py").write_text("import os; os.mkdir('trace')\n")
     (folder / "hostile.yaml").write_text("# @package hydra.callbacks.x\n_target_: os.mkdir\npath: trace\n")
     (folder / "hostile.pickle").write_bytes(pickle.dumps(Hostile()))
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    return folder
 
 
 class Hostile:
@@ -41,10 +40,10 @@ class Hostile:
         return os.mkdir, ("trace",)
 
 
-def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) -> str:
-    """What the program says when it refuses a command line: one line, and nothing else happens."""
+def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) -> str:
+    """Returns the message for a refused command line. Checks that it has one line and that nothing else happens."""
     before = sorted(Path().iterdir())
-    assert main(line) == code
+    assert main(arguments) == code
     output = capfd.readouterr()
     assert output.out == ""
     assert len(output.err.splitlines()) == 1, output.err
@@ -57,7 +56,7 @@ def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) 
 
 
 @pytest.mark.parametrize(
-    ("line", "answer"),
+    ("line", "message"),
     [
         ("model=nope", r"model=nope: .*type one of \w+, "),
         ("experiment=nope", "no such option; type one of .*mini_base"),
@@ -87,7 +86,7 @@ def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) 
         ("dataset=/pictures", r"type dataset\.path=/pictures"),
         ("model=owner/name", r"type model\.path=owner/name"),
         ("run=a", "resume=a"),
-        ("resume=a", "a is no run folder"),
+        ("resume=a", "neither a nor"),
         ("--nope", "--nope"),
         ("--cfg", "--help shows what can be typed"),
         ("--cfg nope", "'job'"),
@@ -98,19 +97,17 @@ def refusal(line: list[str], capfd: pytest.CaptureFixture[str], code: int = 64) 
         ("-sc", "install=bash"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line_that_says_what_to_type(
-    line: str, answer: str, capfd: pytest.CaptureFixture[str]
-):
-    assert re.search(answer, refusal(line.split(), capfd))
+def test_mistake_is_refused_in_one_line_with_what_to_type(line: str, message: str, capfd: pytest.CaptureFixture[str]):
+    assert re.search(message, refusal(line.split(), capfd))
 
 
-def test_a_data_set_that_is_not_there_is_bad_data(capfd: pytest.CaptureFixture[str]):
+def test_missing_dataset_folder_is_a_data_error(capfd: pytest.CaptureFixture[str]):
     assert main(["dataset=imagefolder", "dataset.path=nowhere", "stage=check"]) == 65
     assert "dataset.path=nowhere: there is no such folder" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "message"),
     [
         (
             "# @package _global_\noptimizer: {lrr: 1}\n",
@@ -123,16 +120,16 @@ def test_a_data_set_that_is_not_there_is_bad_data(capfd: pytest.CaptureFixture[s
         (f"# @package _global_\nname: {TOKEN}\n", "name holds an access token"),
     ],
 )
-def test_a_mistake_in_a_file_of_ones_own_is_answered_with_its_name(
-    text: str, answer: str, capfd: pytest.CaptureFixture[str]
+def test_mistake_in_a_user_file_is_refused_with_the_file_name(
+    text: str, message: str, capfd: pytest.CaptureFixture[str]
 ):
     Path("experiment").mkdir()
     Path("experiment/mine.yaml").write_text(text)
-    told = refusal(["--config-dir", ".", "experiment=mine"], capfd)
-    assert re.search(answer, told) and TOKEN not in told
+    error = refusal(["--config-dir", ".", "experiment=mine"], capfd)
+    assert re.search(message, error) and TOKEN not in error
 
 
-def test_files_of_ones_own_are_options_beside_those_that_come_with_the_program(capfd: pytest.CaptureFixture[str]):
+def test_user_files_add_options_to_the_included_ones(capfd: pytest.CaptureFixture[str]):
     Path("experiment").mkdir()
     Path("experiment/mine.yaml").write_text("# @package _global_\nmethod: {rank: 77}\n")
     assert main(["--config-dir", ".", "experiment=mine", "--cfg", "job"]) == 0
@@ -145,7 +142,7 @@ def test_files_of_ones_own_are_options_beside_those_that_come_with_the_program(c
 
 
 @pytest.mark.parametrize(
-    "line",
+    "arguments",
     [
         ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path=trace"],
         ["++hydra.callbacks.x._target_=os.mkdir"],
@@ -190,33 +187,20 @@ def test_files_of_ones_own_are_options_beside_those_that_come_with_the_program(c
     ],
     ids=" ".join,
 )
-def test_what_hydra_would_load_import_or_write_is_refused_before_it_can(
-    line: list[str], capfd: pytest.CaptureFixture[str]
+def test_override_that_hydra_would_load_import_or_write_is_refused(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
 ):
-    refusal(line, capfd)
+    refusal(arguments, capfd)
 
 
-def test_a_sweep_may_choose_how_it_is_launched(capfd: pytest.CaptureFixture[str]):
-    assert (
-        main(
-            [
-                "--multirun",
-                "hydra/launcher=basic",
-                "hydra/sweeper=basic",
-                "hydra.sweep.dir=sweeps",
-                "seed=1,2",
-                "batch=0",
-            ]
-        )
-        == 64
-    )
+def test_sweep_may_select_launcher_and_sweeper(capfd: pytest.CaptureFixture[str]):
+    hydra = ["hydra/launcher=basic", "hydra/sweeper=basic", "hydra.sweep.dir=sweeps"]
+    assert main(["--multirun", *hydra, "seed=1,2", "batch=0"]) == 64
     assert "type batch=1" in capfd.readouterr().err
 
 
-def test_an_access_token_is_refused_and_not_repeated(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("SOMEBODYS_API_KEY", "of-no-known-form")
+def test_access_token_is_refused_and_not_repeated(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_API_KEY", "of-no-known-form")
     for text in (
         TOKEN,
         f"name={TOKEN}",
@@ -225,19 +209,19 @@ def test_an_access_token_is_refused_and_not_repeated(
         "tracking.uri=http://x/of-no-known-form",
         "name=ghp_" + "a" * 36,
     ):
-        told = refusal([text], capfd)
-        assert "HF_TOKEN" in told and TOKEN not in told and "of-no-known-form" not in told
+        error = refusal([text], capfd)
+        assert "HF_TOKEN" in error and TOKEN not in error and "of-no-known-form" not in error
 
 
-def test_what_the_environment_keeps_secret_stays_out_of_settings(
+def test_secret_of_the_environment_is_refused_in_settings(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
-    told = refusal(["name=${oc.env:HF_TOKEN}"], capfd)
-    assert "name holds an access token" in told and "of-no-known-form" not in told
+    error = refusal(["name=${oc.env:HF_TOKEN}"], capfd)
+    assert "name holds an access token" in error and "of-no-known-form" not in error
 
 
-def test_a_fault_of_the_program_is_told_in_one_line_and_its_traceback_written_without_secrets(
+def test_bug_prints_one_line_and_writes_traceback_without_secrets(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
@@ -246,42 +230,42 @@ def test_a_fault_of_the_program_is_told_in_one_line_and_its_traceback_written_wi
         raise RuntimeError(f"401 for {TOKEN}\nand of-no-known-form")
 
     monkeypatch.setattr("trainer.run.execute", broken)
-    told = refusal([], capfd, code=1)
-    assert "RuntimeError: 401 for *** and ***. This is a fault of the program" in told
-    log = Path(re.search(r"the traceback is in (\S+)", told)[1])
+    error = refusal([], capfd, code=1)
+    assert "RuntimeError: 401 for *** and ***. This is a bug in the program" in error
+    log = Path(re.search(r"the traceback is in (\S+)", error)[1])
     assert "in broken" in log.read_text() and "***" in log.read_text()
     assert not redaction.contains_secret(log.read_text())
     log.unlink()
 
 
-def test_what_ends_a_run_is_logged_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_log_contains_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import logging
 
-    from trainer import run
     from trainer.tracking.journal import Journal
+    from trainer.training.run_log import log_to_folder
 
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
-    with Journal(tmp_path) as journal, pytest.raises(RuntimeError), run._logged(tmp_path, journal):
-        logging.getLogger("somebody").warning("sent %s", TOKEN)
+    with Journal(tmp_path) as journal, pytest.raises(RuntimeError), log_to_folder(tmp_path, journal):
+        logging.getLogger("library").warning("sent %s", TOKEN)
         raise RuntimeError(f"401 for {TOKEN} and of-no-known-form")
     for path in tmp_path.glob("*.*"):
         assert not redaction.contains_secret(path.read_text()), path
     assert "401 for *** and ***" in (tmp_path / "log.txt").read_text()
 
 
-# What is shown
+# Help and tab completion
 
 
-def test_help_says_how_to_begin_and_lists_every_option_and_setting(capfd: pytest.CaptureFixture[str]):
+def test_help_lists_every_option_and_setting(capfd: pytest.CaptureFixture[str]):
     assert main(["--help", "method=full"]) == 0
     text = capfd.readouterr().out
     assert "python -m trainer stage=check" in text and "Hydra" not in text and "schema" not in text
-    for room, options in GROUPS.items():
-        assert re.search(rf"^  {room} +.*{'|'.join(options)}", text, re.MULTILINE)
+    for group, options in GROUPS.items():
+        assert re.search(rf"^  {group} +.*{'|'.join(options)}", text, re.MULTILINE)
     assert "max_grad_norm: 1.0" in text and "init_from: null" in text and "rank:" not in text
 
 
-def test_the_settings_that_a_command_line_composes_can_be_printed(capfd: pytest.CaptureFixture[str]):
+def test_cfg_job_prints_the_composed_settings(capfd: pytest.CaptureFixture[str]):
     assert main(["seed=3", "--cfg", "job", "experiment=null", "batch=5"]) == 0
     text = capfd.readouterr().out
     assert "\nseed: 3\n" in text and "\nbatch: 5\n" in text
@@ -290,17 +274,17 @@ def test_the_settings_that_a_command_line_composes_can_be_printed(capfd: pytest.
 
 
 @pytest.mark.parametrize("value", ["~/pictures", "/Bücher (2)/x", "a=b", "it's", "a, b", "\"a\" and 'b'", "C:\\data\\"])
-def test_a_path_or_text_reaches_its_setting_as_it_was_typed(value: str, capfd: pytest.CaptureFixture[str]):
-    """Quoted for the program only where commas, quotes or brackets could mean something else."""
+def test_path_or_text_is_passed_on_as_typed(value: str, capfd: pytest.CaptureFixture[str]):
+    """Only values with commas or quotes need quotes."""
     typed = value if not re.search("""[,'"]""", value) else json.dumps(value)
     assert main(["--cfg", "job", f"name={typed}"]) == 0
     assert yaml.safe_load(capfd.readouterr().out)["name"] == value
 
 
-def test_the_tab_key_completes_groups_options_and_settings(
+def test_tab_completion_completes_groups_options_and_settings(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    def completed(line: str) -> list[str]:
+    def complete(line: str) -> list[str]:
         monkeypatch.setenv("COMP_LINE", line)
         monkeypatch.setenv("COMP_POINT", str(len(line)))
         assert main(["-sc", "query=bash"]) == 0
@@ -308,11 +292,11 @@ def test_the_tab_key_completes_groups_options_and_settings(
         assert output.err == ""
         return output.out.split()
 
-    assert completed("trainer method=lor") == ["method=lora"]
-    assert completed("trainer method=full method.") == ["method.init_from=", "method.master_weights="]
-    assert "optimizer.lr=" in completed("trainer optimizer.")
-    assert {"model=", "steps=", "resume="} <= set(completed("trainer "))
-    assert completed(f"trainer hydra.searchpath=[pkg://{CANARY}] method=l") == []
+    assert complete("trainer method=lor") == ["method=lora"]
+    assert complete("trainer method=full method.") == ["method.init_from=", "method.master_weights="]
+    assert "optimizer.lr=" in complete("trainer optimizer.")
+    assert {"model=", "steps=", "resume="} <= set(complete("trainer "))
+    assert complete(f"trainer hydra.searchpath=[pkg://{CANARY}] method=l") == []
     assert CANARY not in sys.modules and not Path("trace").exists()
 
 
@@ -323,13 +307,13 @@ def run(command: list[str] | str, **options: object) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], **options)
 
 
-def test_the_process_ends_with_the_code_of_what_was_wrong():
+def test_process_exits_with_the_code_of_the_error():
     done = run([*PROGRAM, "optimizer.lrr=1"])
     assert (done.returncode, done.stdout) == (errors.UsageError.code, "")
     assert done.stderr == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?\n"
 
 
-def test_a_reader_that_leaves_early_is_no_fault():
+def test_closed_stdout_is_not_an_error():
     done = run(["bash", "-c", f"set -o pipefail; {sys.executable} -m trainer --help | head -1"])
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

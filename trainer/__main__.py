@@ -1,4 +1,4 @@
-"""The door: compose a typed run from the command line, execute its stage, return an exit code."""
+"""Entry point: composes a run from the command line, executes its stage and returns an exit code."""
 
 from __future__ import annotations
 
@@ -21,151 +21,182 @@ from trainer.core.signals import Signals
 from trainer.distributed.processes import owns_stderr
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from omegaconf import DictConfig
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-"""A disk that takes no more."""
+    Job = Callable[[DictConfig], float | None]
+
+STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""Errors of a disk that is full, read-only or faulty."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's); 0 when done, else the code of errors."""
+    """Runs a command line, by default that of this process.
+
+    Returns 0, or the exit code of the error (see trainer.core.errors).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with Signals() as signals, ExitStack() as composing:
-            # Hydra and OmegaConf lose an exception that comes from outside in the midst of their clean-up, or turn it into another.
-            composing.enter_context(signals.deferred())
-            code = compose(arguments, signals, composing.close)
+        with Signals() as signals, ExitStack() as deferral:
+            # Hydra and OmegaConf may lose or change an exception that a signal raises inside them.
+            deferral.enter_context(signals.deferred())
+            code = run_command(arguments, signals, deliver_signals=deferral.close)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except FollowerExit as ending:
-        return ending.code
-    except (TrainerError, Interrupted) as ending:
-        complain(str(ending))
-        return ending.code
+    except FollowerExit as error:
+        return error.code
+    except (TrainerError, Interrupted) as error:
+        print_error(str(error))
+        return error.code
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and reader_left():
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return 128 + signal.SIGPIPE
-        if error.errno in FULL:
-            complain(f"{error}: make room or choose another place with out=FOLDER, and type the same command again")
+        if error.errno in STORAGE_ERRNOS:
+            print_error(
+                f"{error}: free some space or choose another folder with out=FOLDER, and type the same command again"
+            )
             return StorageError.code
-        return unexpected(error)
+        return report_bug(error)
     except Exception as error:
-        return unexpected(error)
+        return report_bug(error)
 
 
-def compose(arguments: list[str], signals: Signals, begin: Callable[[], None]) -> int:
-    """Let Hydra read the command line and run the job, once or as a sweep; `begin` is called when the job begins."""
+def run_command(arguments: list[str], signals: Signals, deliver_signals: Callable[[], None]) -> int:
+    """Parses the command line and lets Hydra run the job, or the jobs of a sweep.
+
+    `deliver_signals` ends the deferral of signals. It is called once Hydra has composed the configuration.
+    """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from trainer.config import command_line
-    from trainer.config.compose import register, to_run
-    from trainer.config.groups import CONF
+    from trainer.config.compose import register
     from trainer.config.help import help_text
     from trainer.config.hydra_errors import usage_errors
 
-    register()
-    # Otherwise Hydra prints and exits by itself.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    # A log that cannot be written is no reason for tracebacks on the terminal.
-    logging.raiseExceptions = False
-    failures: list[Exception] = []
-    code: int | str | None = None
-
-    def job(composed: DictConfig) -> float | None:
-        from trainer import run
-        from trainer.training import run_folder
-
-        # As they were typed: what ${...} stands for is a matter of the setting it is in.
-        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        try:
-            with usage_errors(asked):
-                typed = to_run(composed, overrides, run_folder.find)
-            begin()
-            return run.execute(typed, signals, overrides)
-        except Exception as error:
-            # Told below: Hydra would announce it in words of its own.
-            failures.append(error)
-            raise SystemExit from None
-
-    # A launcher of sweeps has nothing else of ours; it lets signals come when its members begin.
-    job.begin = begin
     if "--version" in arguments:
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0
-    asked = command_line.parse(arguments)
-    if asked.multirun and rank_and_world_size()[1] > 1:
+    register()
+    # Makes Hydra raise errors. By default it prints them and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # If a log cannot be written, `logging` would print a traceback for each message.
+    logging.raiseExceptions = False
+    args = command_line.parse(arguments)
+    if args.multirun and rank_and_world_size()[1] > 1:
         raise UsageError(
             "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
         )
-    with usage_errors(asked):
-        if asked.help:
-            print(help_text(asked))
+    failures: list[Exception] = []
+    with usage_errors(args):
+        if args.help:
+            print(help_text(args))
             return 0
-        if asked.shell_completion and not command_line.is_safe_to_complete(os.environ.get("COMP_LINE", "")):
+        if args.shell_completion and not command_line.is_safe_to_complete(os.environ.get("COMP_LINE", "")):
             return 0
-        before, sys.argv = sys.argv, ["trainer", *asked.flags, *asked.overrides]
-        # While the tab key is pressed, complaints would only garble the terminal.
-        quiet = redirect_stderr(io.StringIO()) if asked.shell_completion else nullcontext()
-        try:
-            with quiet:
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.argv = before
+        code = run_hydra(make_job(args, signals, deliver_signals, failures), args)
     if failures:
         raise failures[0]
-    # Hydra exits where it has said itself what is wrong.
-    return UsageError.code if code else 0
+    return code
 
 
-def unexpected(error: Exception) -> int:
-    """A fault of the program: one paragraph; the traceback is in the run's log, or in a file of its own where there is no run yet."""
+def make_job(args: Namespace, signals: Signals, deliver_signals: Callable[[], None], failures: list[Exception]) -> Job:
+    """Returns the function that Hydra calls with each composed configuration. It appends its errors to `failures`."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from trainer.config.compose import to_run
+    from trainer.config.hydra_errors import usage_errors
+
+    def job(config: DictConfig) -> float | None:
+        from trainer.run import execute
+        from trainer.training.run_folder import find_run_folder
+
+        # Not resolved, because an interpolation such as ${seed} has no meaning outside the configuration.
+        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        assert isinstance(overrides, list)
+        try:
+            with usage_errors(args):
+                run = to_run(config, overrides, find_run_folder)
+            deliver_signals()
+            return execute(run, signals, overrides)
+        except Exception as error:
+            # Hydra would print a message of its own for other exceptions than SystemExit.
+            failures.append(error)
+            raise SystemExit from None
+
+    # The launcher of sweeps calls this when the members start. It has access to nothing but this function.
+    job.deliver_signals = deliver_signals  # type: ignore[attr-defined]
+    return job
+
+
+def run_hydra(job: Job, args: Namespace) -> int:
+    """Calls Hydra with a parsed command line. Returns the exit code."""
+    import hydra
+
+    from trainer.config.groups import CONF
+
+    # Hydra parses sys.argv.
+    argv, sys.argv = sys.argv, ["trainer", *args.flags, *args.overrides]
+    # Error messages would clutter the terminal during tab completion.
+    stderr = redirect_stderr(io.StringIO()) if args.shell_completion else nullcontext()
+    try:
+        with stderr:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    except SystemExit as stop:
+        # Hydra exits with a code if it has printed an error itself.
+        return UsageError.code if stop.code else 0
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def report_bug(error: Exception) -> int:
+    """Prints one paragraph about an unexpected error. The traceback goes to the run's log, or to a temporary file."""
     import tempfile
     import traceback
 
-    log = next(
-        (note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")), None
-    )
-    where = f"the traceback is in {log}"
+    notes = getattr(error, "__notes__", ())
+    log = next((note.removeprefix("log: ") for note in notes if note.startswith("log: ")), None)
+    traceback_place = f"the traceback is in {log}"
     if log is None:
+        text = redaction.redact("".join(traceback.format_exception(error)))
         try:
             with tempfile.NamedTemporaryFile(
                 "w", prefix="trainer-", suffix=".log", delete=False, errors="backslashreplace"
             ) as file:
-                file.write(redaction.redact("".join(traceback.format_exception(error))))
-            where = f"the traceback is in {file.name}"
+                file.write(text)
+            traceback_place = f"the traceback is in {file.name}"
         except OSError as reason:
-            where = f"its traceback could not be written ({reason})"
-    complain(
-        f"The program failed with {type(error).__name__}: {' '.join(str(error).split())}. This is a fault of the program; {where}"
+            traceback_place = f"its traceback could not be written ({reason})"
+    message = " ".join(str(error).split())
+    print_error(
+        f"The program failed with {type(error).__name__}: {message}. This is a bug in the program; {traceback_place}"
     )
     return 1
 
 
-def complain(text: str) -> None:
-    """Say why the run ends; of several processes one does."""
+def print_error(text: str) -> None:
+    """Prints a message on stderr, without secrets. If there are several processes, only one of them prints."""
     if owns_stderr():
-        rank, count = rank_and_world_size()
-        speaker = f"process {rank} of 0 to {count - 1}: " if rank else ""
-        print(redaction.redact(f"{speaker}{text}"), file=sys.stderr, flush=True)
+        rank, world_size = rank_and_world_size()
+        prefix = f"process {rank} of 0 to {world_size - 1}: " if rank else ""
+        print(redaction.redact(f"{prefix}{text}"), file=sys.stderr, flush=True)
 
 
-def reader_left() -> bool:
-    """Whether nobody reads our output any more (`| head`); Python is then kept from complaining of it at exit."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    left = any(event & select.POLLERR for _, event in output.poll(0))
-    if left:
+def stdout_is_closed() -> bool:
+    """Whether the reader of stdout has exited (`| head`). If so, discards further output: Python would fail at exit."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return left
+    return closed
 
 
 def script() -> None:
-    """The console script."""
+    """The console script `trainer`."""
     sys.exit(main())
 
 

@@ -1,7 +1,7 @@
 """Parses the command line, and refuses what must not reach Hydra.
 
-Hydra loads objects by name (`_target_`, `hydra.callbacks`), imports modules (`hydra.searchpath=[pkg://...]`) and writes files
-(`hydra.run.dir`) before any rule of this program is checked. Hence overrides are checked as text first.
+Hydra loads objects by name (`_target_`, `hydra.callbacks`), imports modules (`hydra.searchpath=[pkg://...]`) and writes
+files (`hydra.run.dir`) before any rule of this program is checked. Hence overrides are checked as text first.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def _check_flags(args: Namespace) -> None:
     if args.experimental_rerun is not None:
         raise UsageError(
-            "--experimental-rerun would execute the contents of a pickle; type the run's own command again to continue it."
+            "--experimental-rerun would execute the contents of a pickle; type the run's own command again to continue "
+            "it."
         )
     if args.config_path is not None or args.config_name is not None:
         raise UsageError(
@@ -130,7 +131,7 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
     try:
         return text, parser.parse_override(text if key else "")
     except HydraException as error:
-        # Hydra's grammar needs quotes around ~, umlauts and a second =. Without special characters the meaning is clear.
+        # Hydra's grammar needs quotes around ~, umlauts and a second =, even if the value has only one meaning.
         prefix = "+" * (len(text) - len(text.lstrip("+")))
         quoted = f"{prefix}{key}='{value}'"
         try:
@@ -140,8 +141,8 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
             return quoted, parser.parse_override(quoted)
         except (HydraException, UnicodeEncodeError):
             raise UsageError(
-                f"{text}: this cannot be parsed; type group=option or key=value. A value with commas, quotes or brackets "
-                """needs two pairs of quotes: 'name="a, b"'."""
+                f"{text}: this cannot be parsed; type group=option or key=value. A value with commas, quotes or "
+                """brackets needs two pairs of quotes: 'name="a, b"'."""
             ) from None
 
 

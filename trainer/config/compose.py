@@ -21,14 +21,16 @@ from trainer.config.schema import FREE_IN_POST_TRAINING_STAGES, Run, is_group
 from trainer.config.sections import POST_TRAINING_STAGES
 from trainer.config.suggestions import all_keys, explain_unknown_key, unknown_keys
 from trainer.core.errors import DataError, UsageError
-from trainer.dataset.demo import Task
 
 T = TypeVar("T")
 
 
 @cache
 def register() -> None:
-    """Registers the settings classes with Hydra as `schema/run` and `schema/<group>/<option>`. The yaml files extend them."""
+    """Registers the settings classes with Hydra as `schema/run` and `schema/<group>/<option>`.
+
+    The yaml files of the options extend them.
+    """
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=Run)
     for group, options in GROUPS.items():
@@ -123,8 +125,8 @@ def _apply_to_saved(config: DictConfig, folder: Path, overrides: Sequence[str]) 
         fixed = [key for key in typed if not f"{key}.".startswith(free)]
         if fixed:
             raise UsageError(
-                f"stage={config.stage.value} uses the saved settings of the run in {folder}, so {', '.join(fixed)} cannot "
-                f"be changed; leave it out (only {', '.join(FREE_IN_POST_TRAINING_STAGES)} may be typed)"
+                f"stage={config.stage.value} uses the saved settings of the run in {folder}, so {', '.join(fixed)} "
+                f"cannot be changed; leave it out (only {', '.join(FREE_IN_POST_TRAINING_STAGES)} may be typed)"
             )
     path = folder / "config.yaml"
     # An experiment sets many values: the composed configuration is then compared with the saved one as a whole, later.
@@ -168,18 +170,11 @@ def resolve(run: Run) -> Run:
                 f"this model suggests no learning rate for method={method}; type optimizer.lr=1e-4 or another number"
             )
         run = replace(run, optimizer=replace(run.optimizer, lr=lr))
-    if getattr(run.dataset, "task", 0) is None:
-        run = replace(
-            run, dataset=replace(run.dataset, task=Task.edit if max(run.model.control_counts) else Task.describe)
-        )
-    # A square has one spelling.
-    width, height = run.dataset.size() or (suggested.resolution, suggested.resolution)
-    resolution = str(width) if width == height else f"{width}x{height}"
     return replace(
         run,
         method=run.method.resolve(run.model.target_modules),
         batch=_default(run.batch, suggested.batch),
-        dataset=replace(run.dataset, resolution=resolution),
+        dataset=run.dataset.resolve(suggested.resolution, has_controls=max(run.model.control_counts) > 0),
         sample=replace(
             run.sample,
             steps=_default(run.sample.steps, suggested.sample_steps),

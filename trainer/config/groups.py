@@ -1,7 +1,8 @@
 """The config groups and their options, derived from the files in `conf/` and `trainer/`.
 
-An option is a yaml file `conf/<group>/<option>.yaml`. Its settings class is the one that the module `trainer/<group>/<option>.py` defines;
-in a group without such modules (`hardware`, for example) all options share the group's base class and differ by their values alone.
+An option is a yaml file `conf/<group>/<option>.yaml`. Its settings class is the subclass of the group's base class that
+the module `trainer/<group>/<option>.py` defines. In a group without such modules (`hardware`, for example), all options
+have the group's base class and differ only in their values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainer.optimizer import Optimizer
 from trainer.precision import Precision
 from trainer.tracking import Tracking
 
-# Inside the package in an installed wheel, beside it in a checkout.
+# In an installed wheel, conf/ is inside the package; in a checkout, it is beside the package.
 CONF = next(folder / "conf" for folder in Path(__file__).parents[1:3] if (folder / "conf").is_dir())
 
 BASES: dict[str, type] = {
@@ -34,16 +35,16 @@ BASES: dict[str, type] = {
     "evaluation": Evaluation,
     "tracking": Tracking,
 }
-"""The settings class that all options of a group extend. The order is that of the defaults list in `conf/config.yaml`."""
+"""Group -> base class of the settings of its options, in the order of the defaults list in `conf/config.yaml`."""
 
 
 def option_names(group: str) -> list[str]:
-    """The names of a group's options, sorted."""
+    """Returns the names of a group's options, sorted."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def settings_class(group: str, option: str) -> type | None:
-    """The settings class that the module of an option defines; None if the option has no module of its own."""
+    """Returns the settings class that the module of an option defines; None if the option has no module."""
     name = f"trainer.{group}.{option}"
     spec = find_spec(name)
     if spec is None or spec.submodule_search_locations is not None:
@@ -54,35 +55,31 @@ def settings_class(group: str, option: str) -> type | None:
 
 
 def _options(group: str) -> dict[str, type]:
-    package = importlib.import_module(f"trainer.{group}")
-    if hasattr(package, "OPTIONS"):  # TODO: remove with the last OPTIONS
-        return package.OPTIONS
     names = option_names(group)
-    found = {name: kind for name in names if (kind := settings_class(group, name)) is not None}
-    return found or dict.fromkeys(names, BASES[group])
+    own_classes = {name: settings for name in names if (settings := settings_class(group, name)) is not None}
+    return own_classes or dict.fromkeys(names, BASES[group])
 
 
 GROUPS: dict[str, dict[str, type]] = {group: _options(group) for group in BASES}
 """Group -> option -> settings class."""
-
 OPTION_OF: dict[type, str] = {
     settings: option
     for options in GROUPS.values()
     for option, settings in options.items()
     if list(options.values()).count(settings) == 1
 }
-"""Settings class -> option, for the options that have a settings class of their own."""
+"""Settings class -> option, for options whose class is not shared with another option."""
 
 
 def option_name(settings: object) -> str:
-    """Name of the option that has this settings class. Raises KeyError if several options share the class."""
+    """Returns the name of the option that has this settings class. Raises KeyError if options share the class."""
     return OPTION_OF[type(settings)]
 
 
 def saved_settings_class(group: str, kind: str) -> type:
-    """Settings class of a group in a saved config.yaml in which `kind` names the option.
+    """Returns the settings class of a group in a saved config.yaml, where `kind` is the name of the option.
 
-    If the options of a group share a class, their `kind` is ignored. Only older files have one.
+    `kind` is ignored if the options of the group share a class. Only older files have it in these groups.
     """
     base = BASES[group]
     return base if base in GROUPS[group].values() else GROUPS[group][kind]

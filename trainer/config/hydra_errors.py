@@ -43,8 +43,8 @@ def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> 
     key = getattr(cause, "full_key", None) or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) or re.search(r"Key '[^']+' (is )?not in", text):
         if file and key == file.partition("/")[0] and key not in GROUPS:
-            return f"{prefix}its first line must be # @package _global_, or else all of it belongs to a setting named {key}."
-        # A faulty file cannot be composed, so its keys are compared with those of the selected options of config groups.
+            return f"{prefix}its first line must be # @package _global_; otherwise it sets values of {key} only."
+        # A faulty file cannot be composed. Its keys are compared with those of the selected options of config groups.
         known = all_keys(compose_config(_selected_options(args, GROUPS if file else None), args.config_dir))
         return prefix + explain_unknown_key(str(key), known)
     if key and (values := expected_type(str(cause))):

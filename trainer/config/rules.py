@@ -1,6 +1,7 @@
 """Rules about settings that concern several groups or the run as a whole.
 
-Each function raises errors.UsageError with a message that says what to type instead. Rules about one group are part of that group.
+Each function raises errors.UsageError with a message that says what to type instead. Rules about a single group are in
+that group's package.
 """
 
 from __future__ import annotations
@@ -80,13 +81,13 @@ def _check_numbers(run: Run) -> None:
             raise UsageError(f"{name}={value} trains nothing; type {name}=1 or more")
     if run.max_grad_norm <= 0:
         raise UsageError(
-            f"max_grad_norm={run.max_grad_norm:g} prevents every update; type a number above 0, or a very large one such "
-            "as 1e9 for no clipping"
+            f"max_grad_norm={run.max_grad_norm:g} prevents every update; type a number above 0, or a very large one "
+            "such as 1e9 for no clipping"
         )
     if run.skip_nonfinite < 0:
         raise UsageError(
-            f"skip_nonfinite={run.skip_nonfinite} is not a number of steps; type 0 to stop at the first loss that is not "
-            "finite, or the number of such steps in a row to skip"
+            f"skip_nonfinite={run.skip_nonfinite} is not a number of steps; type 0 to stop at the first loss that is "
+            "not finite, or the number of such steps in a row to skip"
         )
     if run.ema is not None and not 0 < run.ema < 1:
         raise UsageError(
@@ -103,7 +104,8 @@ def _check_stage(run: Run) -> None:
         raise UsageError("out is empty; type out=FOLDER, the folder for all runs")
     if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
         raise UsageError(
-            "evaluation.patience needs held-out samples; type dataset.validation_fraction=0.15 or another number above 0"
+            "evaluation.patience needs held-out samples; type dataset.validation_fraction=0.15 or another number "
+            "above 0"
         )
 
 
@@ -112,7 +114,7 @@ def _check_precision(run: Run) -> None:
     if storage in (Storage.bf16, Storage.fp16) and compute is Dtype.float32:
         raise UsageError(
             f"precision={storage.name} stores weights that cannot be multiplied in float32; type precision=fp32, or "
-            f"leave precision.compute={storage.value}"
+            f"precision.compute={storage.value}"
         )
     if storage.is_quantized and not run.method.freezes:
         raise UsageError(
@@ -127,8 +129,8 @@ def _check_stochastic_rounding(run: Run) -> None:
     storage = run.precision.storage
     if storage is not Storage.bf16:
         raise UsageError(
-            f"method.master_weights=none rounds updates to bfloat16, and precision={storage.name} is another type; type "
-            "precision=bf16, or method.master_weights=fp32"
+            f"method.master_weights=none rounds updates to bfloat16, and precision={storage.name} is another type; "
+            "type precision=bf16, or method.master_weights=fp32"
         )
     if run.optimizer.updates_jointly:
         raise UsageError(
@@ -155,7 +157,8 @@ def check_card(run: Run, card: Card) -> None:
         )
     if run.optimizer.needs_bitsandbytes and card.bitsandbytes is False:
         raise UsageError(
-            f"optimizer={option_name(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type optimizer=adamw"
+            f"optimizer={option_name(run.optimizer)}: bitsandbytes has no optimizer for {card.name}; type "
+            "optimizer=adamw"
         )
 
 
@@ -169,13 +172,13 @@ def check_sharded(run: Run) -> None:
         )
     if run.method.reads_weights_outside_forward:
         raise UsageError(
-            f"method={option_name(run.method)} reads weights outside of a forward pass, where each process has only its "
-            f"shard of them; {unsharded}"
+            f"method={option_name(run.method)} reads weights outside of a forward pass, where each process has only "
+            f"its shard of them; {unsharded}"
         )
     if not run.method.freezes and not run.optimizer.supports_sharding:
         raise UsageError(
-            f"optimizer={option_name(run.optimizer)} needs whole tensors, and each process has only a shard of them; type "
-            f"optimizer=adamw, or {unsharded}"
+            f"optimizer={option_name(run.optimizer)} needs whole tensors, and each process has only a shard of them; "
+            f"type optimizer=adamw, or {unsharded}"
         )
     if run.method.stochastic_rounding:
         raise UsageError(
@@ -186,8 +189,8 @@ def check_sharded(run: Run) -> None:
         raise UsageError(f"hardware.compile=true does not work with a sharded network; leave it out, or {unsharded}")
     if run.export.formats and Format.pipeline in run.export.formats:
         raise UsageError(
-            "export.formats: pipeline needs the whole network, which no process has; leave it out, and type stage=export "
-            "run=<id> export.formats=[pipeline] when the run is finished"
+            "export.formats: pipeline needs the whole network, which no process has; leave it out, and type "
+            "stage=export run=<id> export.formats=[pipeline] when the run is finished"
         )
 
 

@@ -1,4 +1,4 @@
-"""Settings that belong to no config group: the stage, and the sections `sample`, `save`, `export`, `log` and `cache`."""
+"""Settings outside the config groups: the stage, and the sections `sample`, `save`, `export`, `log` and `cache`."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class Sampling:
             raise UsageError("sample.images needs prompts; type sample.prompts=['what the image shows'] as well")
         if self.images and self.prompts and len(self.images) not in (1, len(self.prompts)):
             raise UsageError(
-                f"sample.images names {len(self.images)} images for {len(self.prompts)} prompts; name one image for all "
-                "prompts, or one for each prompt"
+                f"sample.images names {len(self.images)} images for {len(self.prompts)} prompts; name one image for "
+                "all prompts, or one for each prompt"
             )
 
 
@@ -116,10 +116,10 @@ class Export:
     """In which formats the trained weights are exported."""
 
     formats: list[Format] | None = None
-    """Null: the first format that the method supports. A pipeline, which is large, is then written by `stage=export` only."""
+    """Null: the first format that the method supports. Pipelines are large, and written by `stage=export` only."""
     dtype: Dtype | None = None
-    """Null: float32 for adapters; for a pipeline the dtype in which the weights are stored during training, or the compute
-    dtype if they are quantized."""
+    """Null: float32 for adapters; for a pipeline the dtype of the weights in training, or the compute dtype if they are
+    quantized."""
 
     def select(self, supported: tuple[str, ...]) -> list[Format]:
         """Returns the formats to write, given the names of those that the method supports.

@@ -7,9 +7,9 @@ reader, and one file in `conf/dataset/`: `pairs.py` and `pairs.yaml`, for exampl
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.core.errors import DataError, UsageError
 
@@ -82,6 +82,15 @@ class Dataset:
     def size(self) -> Size | None:
         """`resolution` as (width, height) in pixels; None stands for the model's own. Raises errors.UsageError."""
         return None if self.resolution is None else parse_size("resolution", self.resolution)
+
+    def resolve(self, resolution: int, has_controls: bool) -> Self:
+        """Returns the settings with values in place of nulls that depend on the model.
+
+        `resolution` is the model's own, in pixels. `has_controls`: whether the model takes control images.
+        """
+        width, height = self.size() or (resolution, resolution)
+        # A square has one spelling, because the spelling is part of the identity of a run.
+        return replace(self, resolution=str(width) if width == height else f"{width}x{height}")
 
     def require_folder(self) -> Path:
         """Returns the folder of the dataset.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from trainer.core.digests import Digests
 from trainer.core.errors import UsageError
@@ -53,6 +53,10 @@ class Demo(Dataset):
                 raise UsageError(
                     f"dataset.{name}={value} is not a number of images to generate: type dataset.{name}=1 or more."
                 )
+
+    def resolve(self, resolution: int, has_controls: bool) -> Self:
+        task = self.task or (Task.edit if has_controls else Task.describe)
+        return replace(Dataset.resolve(self, resolution, has_controls), task=task)
 
     def describe(self) -> str:
         return "the demo world"
