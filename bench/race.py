@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import run
 from trainer.cache.store import Cache
 from trainer.config import command_line
 from trainer.config.compose import compose_config, to_run
 from trainer.config.rules import open_device
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
+from trainer.stages.train import train
 from trainer.tracking.mlflow_run import RemoteRun
-from trainer.training.run_folder import find_run_folder
 from trainer.training.data import prepare
 from trainer.training.loop import Step, TrainingLoop
+from trainer.training.run_folder import find_run_folder
 
 Lap = Callable[[], None]
 """A contender calls its lap function after each training step."""
@@ -123,7 +123,7 @@ def trainer(overrides: list[str], cache_in_memory: bool = True) -> Callable[[Lap
             data = replace(data, cache=Cache(data.cache.root, data.cache.recipes, memory=0))
         signals = Signals()
         with count_laps(lap), Processes(signals, lambda: open_device(settings)) as processes:
-            run.train(settings, data, signals, processes, arguments.overrides)
+            train(settings, data, signals, processes, arguments.overrides)
 
     return compete
 

@@ -1,6 +1,7 @@
-"""Export formats of adapters. Each file is read back by the library that it is written for.
+"""Export formats of adapters.
 
-It is read into a network without weights, so that the check needs no memory for a second model.
+diffusers and peft read their files back themselves. Files are read into a network without weights, so that the check
+needs no memory for a second model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class AdapterFormat(ExportFormat):
     """A format that holds the adapter without the model."""
 
     is_folder = False
+    """Whether the export is a folder."""
 
     def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
         dtype = (run.export.dtype or Dtype.float32).torch

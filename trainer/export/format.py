@@ -15,8 +15,10 @@ class ExportFormat:
     """Writes the trained weights in one format. `trainer.export.write.FORMATS` lists the formats."""
 
     def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
-        """Writes what `run` trained in `network`, reads it back and compares. `path` is replaced only if that succeeds.
+        """Writes the trained weights in `network` to `path`, reads them back and compares.
 
-        Raises errors.DataError if the result is not what was trained, and errors.StorageError if it cannot be written.
+        An earlier export at `path` is replaced only if that succeeds.
+
+        Raises errors.DataError if the weights differ, and errors.StorageError if they cannot be written.
         """
         raise NotImplementedError

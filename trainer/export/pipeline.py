@@ -31,7 +31,7 @@ class PipelineFormat(ExportFormat):
             preserved = verify.check_checkpoint(run.model.weights(unfinished).read, changes, shapes, dtype, path)
         if preserved < verify.MIN_PRESERVED[torch.float32]:
             print_line(
-                f"{path}: {verify.dtype_name(dtype)} preserves {preserved:.0%} of what was trained; "
+                f"{path}: {verify.dtype_name(dtype)} preserves {preserved:.0%} of the trained change; "
                 "export.dtype=float32 preserves all of it"
             )
 

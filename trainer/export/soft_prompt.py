@@ -44,5 +44,5 @@ class SoftPromptFormat(ExportFormat):
                 torch.equal(found[name], tensor) for name, tensor in expected.items()
             ):
                 raise DataError(
-                    f"{path} was written and read back, and is not the soft prompt that was trained. It was not kept"
+                    f"{path} was written and read back, and differs from the trained soft prompt. It was discarded"
                 )

@@ -1,4 +1,4 @@
-"""Compares what an export contains with what was trained."""
+"""Compares exports with the trained weights."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def compare_adapters(
             wrong.append(layer)
     if wrong:
         raise DataError(
-            f"{path} was written and read back, and is not the adapter that was trained: {len(wrong)} of "
-            f"{len(expected)} layers differ ({', '.join(wrong[:3])}). It was not kept; try export.dtype=float32, and "
-            "please report this"
+            f"{path} was written and read back, and differs from the trained adapter in {len(wrong)} of "
+            f"{len(expected)} layers ({', '.join(wrong[:3])}). It was discarded; try export.dtype=float32, and please "
+            "report this"
         )
 
 
@@ -85,17 +85,17 @@ def check_checkpoint(
         preserved += (change * (written - before)).sum().item()
     if wrong:
         raise DataError(
-            f"{path} was written and read back, and is not what was trained: {len(wrong)} of {len(shapes)} tensors "
-            f"differ ({', '.join(wrong[:3])}). It was not kept; try export.dtype=float32, and please report this"
+            f"{path} was written and read back, and differs from the trained weights in {len(wrong)} of {len(shapes)} "
+            f"tensors ({', '.join(wrong[:3])}). It was discarded; try export.dtype=float32, and please report this"
         )
     if not trained:
         raise DataError(
-            f"{path} would equal the checkpoint that training started from: nothing has changed. It was not kept"
+            f"{path} would equal the checkpoint that training started from: nothing has changed. It was discarded"
         )
     # Not `preserved < ...`, which is false for NaN.
     if not preserved >= MIN_PRESERVED[dtype] * trained:
         raise DataError(
-            f"{path}: {dtype_name(dtype)} would preserve only {max(0.0, preserved / trained):.0%} of what was trained "
-            "and round the rest away. It was not kept; type export.dtype=float32"
+            f"{path}: {dtype_name(dtype)} would preserve only {max(0.0, preserved / trained):.0%} of the trained "
+            "change and round the rest away. It was discarded; type export.dtype=float32"
         )
     return preserved / trained

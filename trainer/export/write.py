@@ -46,7 +46,7 @@ def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.T
 
     Returns the paths of the exports. They replace earlier exports in the same formats.
 
-    Raises errors.DataError if an export is not what was trained or if training has changed nothing, and
+    Raises errors.DataError if an export differs from the trained weights or if training has changed nothing, and
     errors.StorageError if an export cannot be written. The earlier export then stays as it was.
     """
     formats = run.export.select(run.method.formats)

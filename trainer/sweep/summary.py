@@ -57,7 +57,7 @@ def _description(folder: Path, members: Sequence[Member], links: dict[str, str],
         result = f"**Best: {_short_title(ranked[0])}**, val/loss {ranked[0].best_loss:.4f}"
     else:
         result = "**No member finished with a held-out loss**"
-    # The part of a URL from # on works on any address of the server.
+    # Relative links: the server may have another address when somebody reads the page.
     pages = " | ".join(
         f"[{title}]({''.join(link.partition('#')[1:])})" for title, link in links.items() if title != "summary"
     )
