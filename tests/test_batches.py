@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import Noise
+from synthetic import NoiseSource
 
 from trainer.cache.store import Cache, count_outcomes
 from trainer.core.batch import collate, group_by_shape
@@ -16,7 +16,7 @@ from trainer.dataset import Dataset
 from trainer.dataset.sample import Sample
 from trainer.dataset.transform import Transform, TransformedSample
 from trainer.model import Recipe
-from trainer.objective import Flow
+from trainer.objective import Flow, denoising_losses
 from trainer.training.batches import Batches
 
 TRANSFORM = Transform(((32, 32), (48, 32), (32, 48)))
@@ -45,12 +45,13 @@ def make_batches(
     cache = Cache(folder, {name: Recipe(("mask",) if name == "mask" else ("image",), "test") for name in names})
     missing = cache.missing([TRANSFORM.apply(sample) for sample in samples])
     count_outcomes(cache.recipes, cache.encode_missing(missing, encode))
-    return Batches(samples, cache, Family(), settings or Dataset(), TRANSFORM, seed=0, batch=6, micro_batch=2, **more)
+    settings = settings or Dataset()
+    return Batches(samples, cache, Family(), settings, TRANSFORM, seed=0, batch_size=6, micro_batch_size=2, **more)
 
 
 def make_samples() -> list[Sample]:
     sizes = [(64, 64), (90, 60), (60, 90), (128, 120), (100, 60)]
-    return [Sample(f"sample {i}", Noise(f"{i}", *size), "a caption") for i, size in enumerate(sizes)]
+    return [Sample(f"sample {i}", NoiseSource(f"{i}", *size), "a caption") for i, size in enumerate(sizes)]
 
 
 def test_a_micro_batch_has_one_image_size_and_a_step_all_its_samples(tmp_path: Path):
@@ -61,7 +62,7 @@ def test_a_micro_batch_has_one_image_size_and_a_step_all_its_samples(tmp_path: P
         assert all(len(batch["t"]) <= 2 for batch in micro_batches)
         assert all(len({tuple(latents.shape) for latents in batch["latents"]}) == 1 for batch in micro_batches)
         assert sum(len(batch["t"]) for batch in micro_batches) == 6
-        ids += batches.ids(step)
+        ids += batches.sample_ids(step)
     assert {id: ids.count(id) for id in ids} == {sample.id: 6 for sample in make_samples()}
 
 
@@ -87,25 +88,26 @@ def test_only_dimension_0_is_padded():
 
 def test_masks_and_sample_weights_scale_the_loss(tmp_path: Path):
     plain = make_samples()[:2]
-    samples = [replace(plain[0], mask=Noise("mask", 64, 64)), replace(plain[1], weight=3.0)]
-    batches = make_batches(samples, tmp_path, ("latents", "mask"), Dataset(mask_floor=0.2), weighted=True)
-    weights = [example["weight"].mean().item() for example in (batches.row(0, 0), batches.row(1, 1))]
+    samples = [replace(plain[0], mask=NoiseSource("mask", 64, 64)), replace(plain[1], weight=3.0)]
+    batches = make_batches(samples, tmp_path, ("latents", "mask"), Dataset(mask_floor=0.2), has_loss_weights=True)
+    weights = [example["weight"].mean().item() for example in (batches.example(0, 0), batches.example(1, 1))]
     assert weights == pytest.approx([0.2 + 0.8 * 0.5, 3.0])
     flow, clean = Flow(), torch.zeros(2, 4, 2, 2)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).expand(2, 1, 2, 2)
-    assert flow.losses(torch.ones(2, 4, 2, 2), clean, clean, torch.zeros(2), weight).tolist() == [0.25, 0.25]
+    losses = denoising_losses(flow, lambda *_: torch.ones(2, 4, 2, 2), clean, clean, torch.zeros(2), {}, weight)
+    assert losses.tolist() == [0.25, 0.25]
 
 
 def test_the_posterior_is_sampled_anew_at_each_visit_but_equally_in_each_run(tmp_path: Path):
     batches = make_batches(make_samples(), tmp_path, ("latents", "latents_std"))
-    first, again, later = (batches.row(visit, 0)["latents"] for visit in (0, 0, 7))
-    mean = batches.cache.example(batches.view(0, 0))["latents"]
+    first, again, later = (batches.example(visit, 0)["latents"] for visit in (0, 0, 7))
+    mean = batches.cache.example(batches.transformed(0, 0))["latents"]
     assert torch.equal(first, again) and not torch.equal(first, later)
     torch.testing.assert_close(first, mean + 0.25 * normal(tuple(mean.shape), 0, "posterior", 0, "sample 0"))
 
 
 def test_a_dropped_control_is_gray_and_has_its_own_cache_entry():
-    sample = Sample("id", Noise("target", 32, 32), "a caption", (Noise("control", 32, 32),))
+    sample = Sample("id", NoiseSource("target", 32, 32), "a caption", (NoiseSource("control", 32, 32),))
     kept, dropped = TRANSFORM.apply(sample), TRANSFORM.apply(sample, drop_control=True)
     assert set(dropped.pixels("control").flatten().tolist()) == {127}
     assert len(set(kept.pixels("control").flatten().tolist())) > 100
@@ -114,5 +116,5 @@ def test_a_dropped_control_is_gray_and_has_its_own_cache_entry():
 
 
 def test_the_geometry_of_a_crop_is_measured_in_the_scaled_image():
-    sample = TransformedSample(Sample("id", Noise("wide", 200, 100), "a caption"), 48, 48)
+    sample = TransformedSample(Sample("id", NoiseSource("wide", 200, 100), "a caption"), 48, 48)
     assert sample.geometry() == (100, 200, 0, 24, 48, 48)

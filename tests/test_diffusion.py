@@ -1,8 +1,9 @@
-"""The diffusion objective against diffusers' schedulers and against its own formulas."""
+"""The diffusion objective, compared with the schedulers of diffusers and with its formulas."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,123 +11,128 @@ import torch
 
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
-from trainer.objective import Diffusion, Prediction, Schedule
+from trainer.objective import Diffusion, Prediction, Schedule, denoising_losses
 from trainer.objective.diffusion import alphas_cumprod
 
 SHAPE = (6, 4, 5, 3)
 TIMES = torch.tensor([0.0, 1.0, 17.0, 240.0, 498.0, 499.0])
-EVERY = pytest.mark.parametrize("prediction", list(Prediction))
+EACH_PREDICTION = pytest.mark.parametrize("prediction", list(Prediction))
 
 
-def theirs(kind: type, settings: Diffusion, **more: object):
-    """The scheduler of diffusers with these settings."""
+def build_scheduler(kind: type, objective: Diffusion, **options: Any) -> Any:
+    """Returns the scheduler of diffusers with the settings of `objective`."""
     return kind(
-        num_train_timesteps=settings.timesteps,
-        beta_start=settings.beta_start,
-        beta_end=settings.beta_end,
-        beta_schedule=settings.schedule.value,
-        prediction_type=settings.prediction.value,
+        num_train_timesteps=objective.timesteps,
+        beta_start=objective.beta_start,
+        beta_end=objective.beta_end,
+        beta_schedule=objective.schedule.value,
+        prediction_type=objective.prediction.value,
         clip_sample=False,
-        **more,
+        **options,
     )
+
+
+def losses_of(objective: Diffusion, prediction: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Losses of a prediction for fixed latents and noise at `TIMES`."""
+    latents, noise = normal(SHAPE, "latents"), normal(SHAPE, "noise")
+    return denoising_losses(objective, lambda *_: prediction, latents, noise, TIMES, {}, weight)
 
 
 @pytest.mark.parametrize("timesteps", [500, 777, 1000])
 @pytest.mark.parametrize("schedule", list(Schedule))
-def test_noise_tables_are_those_of_the_ddpm_scheduler(schedule: Schedule, timesteps: int):
+def test_noise_schedule_equals_that_of_the_ddpm_scheduler(schedule: Schedule, timesteps: int):
     from diffusers import DDPMScheduler
 
-    settings = Diffusion(schedule=schedule, timesteps=timesteps)
-    table = alphas_cumprod(schedule, settings.beta_start, settings.beta_end, timesteps)
-    scheduler = theirs(DDPMScheduler, settings)
+    objective = Diffusion(schedule=schedule, timesteps=timesteps)
+    table = alphas_cumprod(schedule, objective.beta_start, objective.beta_end, timesteps)
+    scheduler = build_scheduler(DDPMScheduler, objective)
     assert len(table) == timesteps
-    # Theirs is a product of a thousand float32 numbers.
+    # The scheduler multiplies up to a thousand float32 numbers.
     np.testing.assert_allclose(table, scheduler.alphas_cumprod.double().numpy(), rtol=1e-4, atol=1e-6)
-    clean, noise = normal(SHAPE, "clean"), normal(SHAPE, "noise")
-    torch.testing.assert_close(
-        settings.add_noise(clean, noise, TIMES), scheduler.add_noise(clean, noise, TIMES.long()), rtol=0, atol=1e-5
-    )
+    latents, noise = normal(SHAPE, "latents"), normal(SHAPE, "noise")
+    expected = scheduler.add_noise(latents, noise, TIMES.long())
+    torch.testing.assert_close(objective.add_noise(latents, noise, TIMES), expected, rtol=0, atol=1e-5)
 
 
-@EVERY
-def test_the_loss_is_the_squared_error_of_what_the_network_is_asked_for(prediction: Prediction):
+@EACH_PREDICTION
+def test_loss_is_the_squared_error_of_the_prediction(prediction: Prediction):
     from diffusers import DDPMScheduler
 
-    settings = Diffusion(prediction=prediction)
-    clean, noise = normal(SHAPE, "clean"), normal(SHAPE, "noise")
-    wanted = (
-        noise
-        if prediction is Prediction.epsilon
-        else theirs(DDPMScheduler, settings).get_velocity(clean, noise, TIMES.long())
-    )
-    torch.testing.assert_close(settings.losses(wanted, clean, noise, TIMES), torch.zeros(6), rtol=0, atol=1e-9)
-    torch.testing.assert_close(settings.losses(wanted + 2, clean, noise, TIMES), torch.full((6,), 4.0))
-    left = torch.zeros(6, 1, 5, 3)
-    left[..., :1] = 1
-    torch.testing.assert_close(settings.losses(wanted + 2, clean, noise, TIMES, left), torch.full((6,), 4 / 3))
+    objective = Diffusion(prediction=prediction)
+    target = noise = normal(SHAPE, "noise")
+    if prediction is Prediction.v_prediction:
+        scheduler = build_scheduler(DDPMScheduler, objective)
+        target = scheduler.get_velocity(normal(SHAPE, "latents"), noise, TIMES.long())
+    torch.testing.assert_close(losses_of(objective, target), torch.zeros(6), rtol=0, atol=1e-9)
+    torch.testing.assert_close(losses_of(objective, target + 2), torch.full((6,), 4.0))
+    one_column_of_three = torch.zeros(6, 1, 5, 3)
+    one_column_of_three[..., :1] = 1
+    torch.testing.assert_close(losses_of(objective, target + 2, one_column_of_three), torch.full((6,), 4 / 3))
 
 
-@EVERY
-def test_min_snr_caps_the_weight_of_early_times(prediction: Prediction):
+@EACH_PREDICTION
+def test_min_snr_limits_the_weight_of_small_times(prediction: Prediction):
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
-    plain, capped = Diffusion(prediction=prediction), Diffusion(prediction=prediction, min_snr=5.0)
-    clean, noise, out = (normal(SHAPE, name) for name in ("clean", "noise", "out"))
-    snr = compute_snr(theirs(DDPMScheduler, plain), TIMES.long())
+    plain, limited = Diffusion(prediction=prediction), Diffusion(prediction=prediction, min_snr=5.0)
+    output = normal(SHAPE, "output")
+    snr = compute_snr(build_scheduler(DDPMScheduler, plain), TIMES.long())
     weight = snr.clamp(max=5) / (snr if prediction is Prediction.epsilon else snr + 1)
-    torch.testing.assert_close(
-        capped.losses(out, clean, noise, TIMES), weight * plain.losses(out, clean, noise, TIMES), rtol=1e-4, atol=0
-    )
-    assert capped.unweighted() == plain
+    torch.testing.assert_close(losses_of(limited, output), weight * losses_of(plain, output), rtol=1e-4, atol=0)
+    assert limited.unweighted() == plain
     assert weight[0] < 0.01 or prediction is Prediction.v_prediction
 
 
-def test_every_timestep_is_as_likely_as_any_other():
-    settings = Diffusion(timesteps=500)
-    seen = Counter(settings.quantile_to_time((i + 0.5) / 5000, 3.0) for i in range(5000))
-    assert seen == dict.fromkeys(map(float, range(500)), 10)
-    assert settings.quantile_to_time(1 - 2**-60, 1.0) == 499
+def test_all_timesteps_are_equally_likely():
+    objective = Diffusion(timesteps=500)
+    counts = Counter(objective.quantile_to_time((i + 0.5) / 5000, 3.0) for i in range(5000))
+    assert counts == dict.fromkeys(map(float, range(500)), 10)
+    assert objective.quantile_to_time(1 - 2**-60, 1.0) == 499
 
 
-@EVERY
+@EACH_PREDICTION
 @pytest.mark.parametrize("steps", [1, 7, 25, 400])
-def test_sampling_equals_the_ddim_schedulers(prediction: Prediction, steps: int):
+def test_sampling_equals_that_of_the_ddim_scheduler(prediction: Prediction, steps: int):
     from diffusers import DDIMScheduler
 
-    settings = Diffusion(prediction=prediction, timesteps=900)
-    scheduler = theirs(DDIMScheduler, settings, steps_offset=1, set_alpha_to_one=False)
+    objective = Diffusion(prediction=prediction, timesteps=900)
+    scheduler = build_scheduler(DDIMScheduler, objective, steps_offset=1, set_alpha_to_one=False)
     scheduler.set_timesteps(steps)
+    times = []
 
-    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x.roll(1, -1) + t.view(-1, 1, 1, 1) / 900)
+    def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times.append(t[0].item())
+        return torch.tanh(latents.roll(1, -1) + t.view(-1, 1, 1, 1) / 900)
 
-    noise = normal((2, 4, 6, 3), "noise")
-    expected, seen = noise, []
-    for time in scheduler.timesteps:
-        expected = scheduler.step(network(expected, torch.full((2,), time.item())), time, expected).prev_sample
-    found = settings.sample(lambda x, t: seen.append(t[0].item()) or network(x, t), noise, steps, 1.0)
-    assert seen == scheduler.timesteps.tolist()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = noise = normal((2, 4, 6, 3), "noise")
+    for t in scheduler.timesteps:
+        output = predict(expected, torch.full((2,), t.item()))
+        expected = scheduler.step(output, t, expected).prev_sample
+    times.clear()
+    latents = objective.sample(predict, noise, steps, 1.0)
+    assert times == scheduler.timesteps.tolist()
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 
 
-@EVERY
-def test_a_perfect_network_leads_from_noise_to_the_picture(prediction: Prediction):
-    clean, settings = normal((1, 4, 6, 3), "clean").double(), Diffusion(prediction=prediction, schedule=Schedule.linear)
-    table = alphas_cumprod(settings.schedule, settings.beta_start, settings.beta_end, 1000)
+@EACH_PREDICTION
+def test_perfect_network_samples_the_latents(prediction: Prediction):
+    objective = Diffusion(prediction=prediction, schedule=Schedule.linear)
+    latents = normal((1, 4, 6, 3), "latents").double()
+    table = alphas_cumprod(objective.schedule, objective.beta_start, objective.beta_end, 1000)
 
-    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        signal = table[int(t)]
-        noise = (x - signal**0.5 * clean) / (1 - signal) ** 0.5
-        return noise if prediction is Prediction.epsilon else signal**0.5 * noise - (1 - signal) ** 0.5 * clean
+    def predict(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = table[int(t)]
+        noise = (noisy - a**0.5 * latents) / (1 - a) ** 0.5
+        return noise if prediction is Prediction.epsilon else a**0.5 * noise - (1 - a) ** 0.5 * latents
 
-    drawn = settings.sample(network, normal((1, 4, 6, 3), "noise").double(), 10, 1.0)
-    # What is left is the noise of the first timestep.
-    assert (drawn - clean).abs().max() < 4 * (1 - table[0]) ** 0.5
+    sampled = objective.sample(predict, normal((1, 4, 6, 3), "noise").double(), 10, 1.0)
+    # Sampling ends at the first timestep, so a little noise remains.
+    assert (sampled - latents).abs().max() < 4 * (1 - table[0]) ** 0.5
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"timesteps": 1}, "model.objective.timesteps=1 "),
         ({"beta_start": 0.0}, "model.objective.beta_start=0 "),
@@ -134,11 +140,11 @@ def test_a_perfect_network_leads_from_noise_to_the_picture(prediction: Predictio
         ({"min_snr": 0.0}, "model.objective.min_snr=0 "),
     ],
 )
-def test_settings_without_sense_are_refused(settings: dict, said: str):
-    with pytest.raises(UsageError, match=said):
+def test_invalid_settings_are_refused(settings: dict, message: str):
+    with pytest.raises(UsageError, match=message):
         Diffusion(**settings)
 
 
-def test_more_steps_than_timesteps_are_refused():
+def test_more_sampling_steps_than_timesteps_are_refused():
     with pytest.raises(UsageError, match="type sample.steps=500"):
         Diffusion(timesteps=500).check_sample_steps(501)

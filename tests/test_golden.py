@@ -1,6 +1,6 @@
-"""Losses of a short training in float64, to the last digit: what is no change of mathematics may not move them.
+"""Losses of a short training in float64, compared digit by digit: only a change of the mathematics may change them.
 
-`python -m tests.test_golden` prints those of this machine, to be written below together with the change that moved them.
+`python -m tests.test_golden` prints the losses of this machine, to be copied here in the commit that changes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from conftest import Tiny
 
 from trainer.cache.store import Cache, count_outcomes
 from trainer.config.groups import GROUPS
-from trainer.core.batch import get_conditions
+from trainer.core.batch import Batch, get_conditions
 from trainer.core.digests import Digests
 from trainer.dataset.demo import Demo
 from trainer.dataset.splitting import split_samples
@@ -24,6 +24,7 @@ from trainer.dataset.transform import build_transform
 from trainer.lr_scheduler.cosine import Cosine
 from trainer.method.lora import Lora, LoraInit
 from trainer.method.trainable import trainable_parameters
+from trainer.model import Family
 from trainer.objective import denoising_losses
 from trainer.optimizer.adamw import AdamW
 from trainer.training.batches import Batches
@@ -109,17 +110,9 @@ def machine() -> str:
     return f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def losses(name: str, folder: Path) -> list[float]:
-    """Five steps of LoRA (or what a family has in its place) on its tiny self: loss and gradient norm of each."""
-    torch.set_num_threads(1)
-    tiny = Tiny(name, GROUPS["model"][name].save_tiny_checkpoint(folder / "model"))
-    family = tiny.family()
-    dataset = Demo(
-        resolution=dict(setting.split("=", 1) for setting in tiny.settings)["dataset.resolution"],
-        pairs=6,
-        held_out=1,
-        edits=["night"],
-    )
+def make_batches(family: Family, resolution: str, folder: Path) -> Batches:
+    """Returns batches of encoded demo samples."""
+    dataset = Demo(resolution=resolution, pairs=6, held_out=1, edits=["night"])
     controls = min(1, max(family.control_counts))
     samples = [
         replace(sample, controls=sample.controls[:controls])
@@ -131,26 +124,37 @@ def losses(name: str, folder: Path) -> list[float]:
     encoder = family.build_encoder(torch.device("cpu"))
     transformed = [batches.transformed(0, index) for index in range(len(samples))]
     count_outcomes(cache.recipes, cache.encode_missing(cache.missing(transformed), encoder.encode))
+    return batches
+
+
+def train(name: str, folder: Path) -> list[float]:
+    """Trains the tiny model of a family for five steps; returns loss and gradient norm of each step.
+
+    The method is LoRA, or the first one that the family supports.
+    """
+    torch.set_num_threads(1)
+    tiny = Tiny(name, GROUPS["model"][name].save_tiny_checkpoint(folder / "model"))
+    family = tiny.family()
+    settings = dict(setting.split("=", 1) for setting in tiny.settings)
+    batches = make_batches(family, settings["dataset.resolution"], folder)
     network = family.load_network(torch.float64)
-    method = (
-        Lora(rank=2, alpha=2.0, init=LoraInit.gaussian)
-        if "lora" in family.methods
-        else GROUPS["method"][family.methods[0]]()
-    )
+    if "lora" in family.methods:
+        method = Lora(rank=2, alpha=2.0, init=LoraInit.gaussian)
+    else:
+        method = GROUPS["method"][family.methods[0]]()
     method.attach(network, family.target_modules, seed=0)
     network.double()
     parameters = list(trainable_parameters(network).values())
 
-    def loss(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        rows = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
-        conditions = get_conditions(rows)
-        return denoising_losses(
-            family.objective, partial(family.predict, network), rows["latents"], rows["noise"], rows["t"], conditions
-        )
+    def losses(batch: Batch) -> torch.Tensor:
+        batch = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
+        predict = partial(family.predict, network)
+        latents, noise, t = batch["latents"], batch["noise"], batch["t"]
+        return denoising_losses(family.objective, predict, latents, noise, t, get_conditions(batch))
 
     loop = TrainingLoop(
         parameters=parameters,
-        losses=loss,
+        losses=losses,
         optimizer=AdamW(lr=1e-2).build(parameters, seed=0),
         learning_rate=lambda step: 1e-2 * Cosine().factor(step, 5),
         batch_size=5,
@@ -162,17 +166,17 @@ def losses(name: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("name", sorted(GROUPS["model"]))
-def test_losses_are_the_golden_ones(name: str, tmp_path: Path):
-    found = losses(name, tmp_path)
-    assert len(found) == 10
-    expected = GOLDEN[name]
-    if machine() in expected:
-        assert found == expected[machine()]
-    # Other machines add in another order.
-    assert found == pytest.approx(next(iter(expected.values())), rel=1e-5)
+def test_losses_equal_the_golden_ones(name: str, tmp_path: Path):
+    losses = train(name, tmp_path)
+    assert len(losses) == 10
+    golden = GOLDEN[name]
+    if machine() in golden:
+        assert losses == golden[machine()]
+    # Other machines sum in another order.
+    assert losses == pytest.approx(next(iter(golden.values())), rel=1e-5)
 
 
 if __name__ == "__main__":
-    for each in sorted(GROUPS["model"]):
-        with tempfile.TemporaryDirectory() as temporary:
-            print(each, machine(), losses(each, Path(temporary)), sep="\n")
+    for name in sorted(GROUPS["model"]):
+        with tempfile.TemporaryDirectory() as folder:
+            print(name, machine(), train(name, Path(folder)), sep="\n")

@@ -38,18 +38,8 @@ class Objective(Protocol):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns what the network should predict for x_t."""
 
-    def losses(
-        self,
-        prediction: torch.Tensor,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Returns the loss of each sample, (B,), in the type of `latents` (float32 in training).
-
-        `weight` (B, 1, h, w) multiplies the squared errors.
-        """
+    def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the losses (B,) times the weights of their times."""
 
     def sample(
         self,
@@ -72,18 +62,10 @@ def denoising_losses(
 ) -> torch.Tensor:
     """Adds noise to a batch of latents, predicts, and returns the loss of each sample, (B,).
 
-    `predict(noisy latents, t, conditions)` is the network; for the other arguments see `Objective`.
+    The loss is the mean squared error in the type of `latents` (float32 in training). `weight` (B, 1, h, w) multiplies
+    the squared errors. `predict(noisy latents, t, conditions)` is the network.
     """
     prediction = predict(objective.add_noise(latents, noise, t), t, conditions)
-    return objective.losses(prediction, latents, noise, t, weight)
-
-
-def mean_squared_errors(
-    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean squared error of each sample, (B,), in the type of `target`.
-
-    `weight` (B, 1, h, w) multiplies the squared errors.
-    """
-    errors = (prediction.to(target.dtype) - target).square()
-    return (errors if weight is None else errors * weight).flatten(1).mean(1)
+    errors = (prediction.to(latents.dtype) - objective.target(latents, noise, t)).square()
+    losses = (errors if weight is None else errors * weight).flatten(1).mean(1)
+    return objective.weight_by_time(losses, t)

@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
-from trainer.objective.base import mean_squared_errors
 
 if TYPE_CHECKING:
     import torch
@@ -103,22 +102,14 @@ class Diffusion:
         a = self._alphas_cumprod_at(t, latents)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
 
-    def losses(
-        self,
-        prediction: torch.Tensor,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,), times its Min-SNR weight."""
-        losses = mean_squared_errors(prediction, self.target(latents, noise, t), weight)
+    def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the losses times their Min-SNR weights."""
         if self.min_snr is None:
             return losses
-        a = self._alphas_cumprod_at(t, latents)
-        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise
-        # SNR times that in x0.
-        snr = (a / (1 - a)).flatten()
+        a = self._alphas_cumprod_at(t, losses)
+        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise SNR times
+        # that in x0.
+        snr = a / (1 - a)
         return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
     def sample(

@@ -14,7 +14,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
-from trainer.objective.base import mean_squared_errors
 
 if TYPE_CHECKING:
     import torch
@@ -73,16 +72,9 @@ class Flow:
         """Returns noise - latents, the derivative of x_t by t."""
         return noise - latents
 
-    def losses(
-        self,
-        prediction: torch.Tensor,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Mean squared error of each sample, (B,)."""
-        return mean_squared_errors(prediction, self.target(latents, noise, t), weight)
+    def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the losses unchanged."""
+        return losses
 
     def sample(
         self,
