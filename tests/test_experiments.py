@@ -1,4 +1,4 @@
-"""The recipes: the values of the guides they are made of, and each for two steps on the tiny self of its model."""
+"""Experiments: each has the values of its training guide, and trains a tiny model for a few steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from trainer.config.groups import CONF, GROUPS
 from trainer.config.identity import flatten, run_id, to_plain
 from trainer.config.schema import Run
 
-RECIPES = {path.stem: path for path in sorted((CONF / "experiment").glob("face_seg_*.yaml"))}
+FACE_SEG = {path.stem: path for path in sorted((CONF / "experiment").glob("face_seg_*.yaml"))}
 
 
-def settings(folder: Path) -> dict:
-    (path,) = folder.glob("*/run.json")
+def saved_settings(runs: Path) -> dict:
+    """Returns the settings in the manifest of the only run in a folder."""
+    (path,) = runs.glob("*/run.json")
     return json.loads(path.read_text())["settings"]
 
 
@@ -30,11 +31,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_its_model_and_exports_what_it_trained(name: str, data: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", FACE_SEG)
+def test_face_seg_experiment_trains_and_exports_an_adapter(name: str, data: Path, tmp_path: Path):
     family = "qwen_image_edit" if "qwen" in name else "flux_kontext"
     tiny = GROUPS["model"][family].save_tiny_checkpoint(tmp_path / "model")
-    # Sizes, lengths and places are this test's, all else the recipe's.
+    # These override sizes, lengths and paths. All other values are those of the experiment.
     small = [
         "model.encoder_dtype=float32",
         "steps=2",
@@ -53,19 +54,19 @@ def test_a_recipe_trains_its_model_and_exports_what_it_trained(name: str, data: 
     ]
     assert main(arguments) == 0
     assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors"))
-    run = settings(tmp_path / "runs")
-    recipe = yaml.safe_load(
-        RECIPES["face_seg_qwen" if family == "qwen_image_edit" else "face_seg_kontext_bf16"].read_text()
-    )
+    run = saved_settings(tmp_path / "runs")
+    # The fp8 and fp4 experiments extend the bf16 experiment.
+    source = "face_seg_qwen" if family == "qwen_image_edit" else "face_seg_kontext_bf16"
+    experiment = yaml.safe_load(FACE_SEG[source].read_text())
     assert run["precision"]["storage"] == (name.rpartition("_")[2] if family == "flux_kontext" else "bf16")
-    assert run["method"]["alpha"] == recipe["method"]["alpha_per_rank"] * 16
+    assert run["method"]["alpha"] == experiment["method"]["alpha_per_rank"] * 16
     assert (
         run["dataset"]["caption_dropout"]
         == run["dataset"]["control_dropout"]
-        == recipe["dataset"]["control_dropout"]
+        == experiment["dataset"]["control_dropout"]
         > 0
     )
-    assert run["batch"] == recipe["batch"]
+    assert run["batch"] == experiment["batch"]
 
 
 SHOES = {
@@ -155,16 +156,18 @@ GUIDES = {
 }
 
 
-def resolved(*overrides: str) -> Run:
+def run_of(*overrides: str) -> Run:
     return to_run(compose_config(overrides))
 
 
-@pytest.mark.parametrize("recipe", GUIDES)
-def test_a_recipe_has_the_values_of_its_guide(recipe: str):
-    values = flatten(to_plain(resolved(f"experiment={recipe}")))
-    wrong = {name: (values.get(name), wanted) for name, wanted in GUIDES[recipe].items() if values.get(name) != wanted}
+@pytest.mark.parametrize("experiment", GUIDES)
+def test_experiment_has_the_values_of_its_guide(experiment: str):
+    values = flatten(to_plain(run_of(f"experiment={experiment}")))
+    wrong = {
+        name: (values.get(name), wanted) for name, wanted in GUIDES[experiment].items() if values.get(name) != wanted
+    }
     assert wrong == {}
-    if "shoes" in recipe:
+    if "shoes" in experiment:
         assert len(values["evaluation.prompts"]) == 4
 
 
@@ -172,45 +175,43 @@ PRESETS = ["best_quality", "quick", "small_memory", "smoke", "debug"]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "preset"),
+    ("experiment", "preset"),
     [(None, preset) for preset in PRESETS]
     + [("sdxl_lora", preset) for preset in PRESETS]
     + [("floorplans_a100", "smoke"), ("floorplans_a100", "debug")],
 )
-def test_a_preset_goes_on_top_of_a_recipe_and_stands_alone(recipe: str | None, preset: str):
-    own = resolved(*([f"experiment={recipe}"] if recipe else []))
-    run = resolved(f"experiment=[{recipe},{preset}]" if recipe else f"experiment={preset}")
+def test_preset_composes_alone_and_on_top_of_an_experiment(experiment: str | None, preset: str):
+    own = run_of(*([f"experiment={experiment}"] if experiment else []))
+    run = run_of(f"experiment=[{experiment},{preset}]" if experiment else f"experiment={preset}")
     assert (run_id(run) == run_id(own)) == (preset == "small_memory")
     assert run.hardware.device == own.hardware.device
 
 
-def test_a_preset_of_another_method_is_refused_in_one_line(capsys: pytest.CaptureFixture):
+def test_preset_for_another_method_is_refused_in_one_line(capsys: pytest.CaptureFixture):
     assert main(["experiment=[floorplans_a100,quick]", "--cfg", "job"]) == 64
     assert "method.rank: the selected method has no such setting" in capsys.readouterr().err
 
 
 SMALL = ["hardware=cpu", "precision=fp32", "model.vae=null", "sample.steps=1", "evaluation.samples=2", "tracking=none"]
-"""Places, sizes and lengths are this test's, all else the recipe's."""
-
-
-WALKS = [
+"""Overrides of sizes, lengths and paths. All other values are those of the experiment."""
+SHORT_RUNS = [
     ("[floorplans_a100,smoke]", "sd15", write_arrays, 5),
     ("[sdxl_lora,debug]", "sdxl", write_imagefolder, 2),
     pytest.param("[shoes_m2_max,debug]", "sd15", write_captions_json, 2, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "family", "write", "counts"), WALKS)
-def test_a_recipe_with_a_preset_walks_all_the_way(
-    recipe: str, family: str, write, counts: int, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("experiment", "family", "write", "steps"), SHORT_RUNS)
+def test_experiment_with_a_preset_trains_and_exports(
+    experiment: str, family: str, write, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     write(tmp_path / "data", 10)
     tiny = GROUPS["model"][family].save_tiny_checkpoint(tmp_path / "model")
-    places = [f"dataset.path={tmp_path / 'data'}", f"out={tmp_path / 'runs'}", "dataset.validation_fraction=0.3"]
-    assert main([f"experiment={recipe}", *SMALL, *tiny, *places]) == 0
-    told = capsys.readouterr().out
-    assert f"done at step {counts}: held-out loss" in told
-    assert " GiB\n" in told
+    paths = [f"dataset.path={tmp_path / 'data'}", f"out={tmp_path / 'runs'}", "dataset.validation_fraction=0.3"]
+    assert main([f"experiment={experiment}", *SMALL, *tiny, *paths]) == 0
+    output = capsys.readouterr().out
+    assert f"done at step {steps}: held-out loss" in output
+    assert " GiB\n" in output
     trains_all = "all weights are trained, in float32; matrix products in float32"
-    assert (trains_all in told) == ("floorplans" in recipe)
-    assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors")) or trains_all in told
+    assert (trains_all in output) == ("floorplans" in experiment)
+    assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors")) or trains_all in output

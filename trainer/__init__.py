@@ -1,8 +1,8 @@
-"""Fine-tune image models, and decide by experiment how."""
+"""A trainer for image models that is configured with Hydra."""
 
 from trainer.core import libraries
 
 __version__ = "0.1.0"
 
-# Here, since it must come before the first import of diffusers, whoever makes it.
+# This must happen before anything imports diffusers, which would import bitsandbytes.
 libraries.hide_bitsandbytes()

@@ -51,7 +51,7 @@ def run_id(run: Run) -> str:
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested settings as a flat dictionary with dotted keys."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             result |= flatten(value, f"{prefix}{name}.")

@@ -32,6 +32,7 @@ def check(run: Run) -> None:
     _check_numbers(run)
     _check_stage(run)
     run.lr_scheduler.check(run.steps)
+    assert run.sample.steps is not None, "the run is resolved"
     run.model.objective.check_sample_steps(run.sample.steps)
     run.export.select(run.method.formats)
     _check_precision(run)
@@ -216,7 +217,7 @@ def memory_remedies(run: Run) -> list[str]:
     if not adapter:
         remedies.append("method=lora")
     size = run.dataset.size()
-    assert size is not None, "the resolution is resolved"
+    assert size is not None, "the run is resolved"
     width, height = (max(side // 2, 16) for side in size)
     remedies.append(f"dataset.resolution={width}" + (f"x{height}" if size[0] != size[1] else ""))
     return remedies
