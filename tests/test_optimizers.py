@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: arguments that arrive, resume to the bit, what schedules say, what is refused, bitsandbytes kept in hand."""
+"""Optimizers and learning rate schedules: settings, resuming, stochastic rounding, comparison with other libraries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers.optimization
 import hydra
@@ -21,6 +22,7 @@ from trainer.__main__ import main
 from trainer.config.compose import compose_config, register, resolve, to_run
 from trainer.config.groups import CONF, GROUPS
 from trainer.config.schema import Run
+from trainer.core.batch import Batch
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
 from trainer.lr_scheduler import LRScheduler
@@ -29,20 +31,22 @@ from trainer.lr_scheduler.cosine import Cosine
 from trainer.lr_scheduler.cosine_restarts import CosineRestarts
 from trainer.lr_scheduler.linear import Linear
 from trainer.lr_scheduler.polynomial import Polynomial
+from trainer.method import Method
 from trainer.method.full import Full
 from trainer.method.lora import Lora
 from trainer.model.flux_kontext import FluxKontext
-from trainer.optimizer import Optimizer
+from trainer.optimizer import Optimizer, stochastic_rounding
 from trainer.optimizer.adam8bit import Adam8bit
 from trainer.optimizer.adamw import AdamW
 from trainer.optimizer.adamw8bit import AdamW8bit
 from trainer.optimizer.prodigy import Prodigy
 from trainer.optimizer.sgd import SGD
+from trainer.optimizer.stochastic_rounding import StochasticRounding, round_stochastically
 from trainer.tracking.journal import read_records
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.loop import TrainingLoop
 
-ALL = [
+OPTIMIZERS = [
     AdamW(lr=1e-2),
     AdamW8bit(lr=1e-2),
     Adam8bit(lr=1e-2, weight_decay=0.1),
@@ -53,7 +57,7 @@ ALL = [
 ]
 COSINE = Cosine(warmup=3, min_ratio=0.1)
 SHAPES = [(64, 80), (7,)]
-"""The first is large enough for moments of a byte, the second is not."""
+"""The first is large enough for 8-bit moments, the second is not."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +65,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def parameters_of(weights: list[torch.Tensor]) -> list[nn.Parameter]:
-    return [nn.Parameter(weight.clone()) for weight in weights]
+def make_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
 
 
 def train(
@@ -72,17 +76,13 @@ def train(
     steps: range,
     schedule: LRScheduler = COSINE,
 ) -> list[float | None]:
-    """Steps towards fixed targets; the effective rate of each."""
+    """Trains towards fixed targets; returns the effective learning rate of each step."""
     targets = [normal(shape, "target", index) for index, shape in enumerate(SHAPES)]
 
-    def losses(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        return (
-            sum((parameter - target).square().sum() for parameter, target in zip(parameters, targets, strict=True))
-            * rows["weight"]
-        )
+    def losses(batch: Batch) -> torch.Tensor:
+        errors = (parameter - target for parameter, target in zip(parameters, targets, strict=True))
+        return sum(error.square().sum() for error in errors) * batch["weight"]
 
-    batches = ((step, [{"weight": torch.tensor([1.0])}]) for step in steps)
-    rates = []
     loop = TrainingLoop(
         parameters=parameters,
         losses=losses,
@@ -92,65 +92,60 @@ def train(
         max_grad_norm=1.0,
         seed=0,
     )
-    for _ in loop.steps(batches):
-        rates.append(settings.effective_lr(optimizer))
-    return rates
+    batches = ((step, [{"weight": torch.tensor([1.0])}]) for step in steps)
+    return [settings.effective_lr(optimizer) for _ in loop.steps(batches)]
 
 
-@pytest.mark.parametrize("settings", ALL, ids=str)
-def test_every_optimizer_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(settings: Optimizer, tmp_path: Path):
-    whole = parameters_of([torch.ones(shape) for shape in SHAPES])
-    optimizer = settings.create(whole)
-    train(settings, whole, optimizer, range(1, 7))
-    first = parameters_of([torch.ones(shape) for shape in SHAPES])
-    before = settings.create(first)
-    train(settings, first, before, range(1, 4))
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+def test_optimizer_resumes_bit_for_bit_from_a_checkpoint(settings: Optimizer, tmp_path: Path):
+    uninterrupted = make_parameters()
+    train(settings, uninterrupted, settings.create(uninterrupted), range(1, 7))
+    interrupted = make_parameters()
+    optimizer = settings.create(interrupted)
+    train(settings, interrupted, optimizer, range(1, 4))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(
-        3, {str(i): parameter.detach() for i, parameter in enumerate(first)}, before.state_dict(), None, {}
-    )
-    loaded = checkpoints.newest()
-    again = parameters_of([loaded.weights[str(i)] for i in range(len(SHAPES))])
-    after = settings.create(again)
-    after.load_state_dict(loaded.optimizer)
-    train(settings, again, after, range(4, 7))
-    for one, other, start in zip(whole, again, first, strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, start)
+    weights = {str(i): parameter.detach() for i, parameter in enumerate(interrupted)}
+    checkpoints.save(3, weights, optimizer.state_dict(), None, {})
+    checkpoint = checkpoints.newest()
+    resumed = [nn.Parameter(checkpoint.weights[str(i)].clone()) for i in range(len(SHAPES))]
+    optimizer = settings.create(resumed)
+    optimizer.load_state_dict(checkpoint.optimizer)
+    train(settings, resumed, optimizer, range(4, 7))
+    for expected, parameter, before in zip(uninterrupted, resumed, interrupted, strict=True):
+        assert torch.equal(parameter, expected)
+        assert not torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("settings", ALL, ids=str)
-def test_every_argument_reaches_the_optimizer(settings: Optimizer):
-    optimizer = settings.create(parameters_of([torch.ones(3)]))
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+def test_every_setting_reaches_the_optimizer(settings: Optimizer):
+    optimizer = settings.create([nn.Parameter(torch.ones(3))])
     (group,) = optimizer.param_groups
-    arguments = getattr(optimizer, "args", None)
     for name, value in asdict(settings).items():
-        found = group[name] if name in group else getattr(arguments, name)
-        expected = (
-            math.inf if (name, value) == ("growth_rate", None) else tuple(value) if isinstance(value, list) else value
-        )
-        assert found == expected, name
+        # bitsandbytes keeps some of its settings in `args`.
+        found = group[name] if name in group else getattr(optimizer.args, name)
+        if name == "growth_rate" and value is None:
+            value = math.inf
+        assert found == (tuple(value) if isinstance(value, list) else value), name
 
 
-def test_moments_of_large_tensors_take_a_byte():
-    parameters = parameters_of([torch.ones(shape) for shape in SHAPES])
-    settings = AdamW8bit(lr=1e-2)
+def test_moments_of_large_tensors_are_8bit():
+    parameters, settings = make_parameters(), AdamW8bit(lr=1e-2)
     optimizer = settings.create(parameters)
     train(settings, parameters, optimizer, range(1, 2))
     assert [optimizer.state[parameter]["state1"].dtype for parameter in parameters] == [torch.uint8, torch.float32]
 
 
-def test_bitsandbytes_adam_and_adamw_are_one_where_their_values_are():
-    ends = []
+def test_adam8bit_equals_adamw8bit_with_equal_settings():
+    results = []
     for kind in (AdamW8bit, Adam8bit):
-        settings, parameters = kind(lr=1e-2, weight_decay=0.1), parameters_of([torch.ones(shape) for shape in SHAPES])
+        settings, parameters = kind(lr=1e-2, weight_decay=0.1), make_parameters()
         train(settings, parameters, settings.create(parameters), range(1, 5))
-        ends.append(parameters)
-    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        results.append(parameters)
+    assert all(torch.equal(adamw, adam) for adamw, adam in zip(*results, strict=True))
 
 
-def test_prodigy_finds_its_rate_and_tells_it():
-    settings, parameters = Prodigy(lr=1.0), parameters_of([torch.zeros(shape) for shape in SHAPES])
+def test_prodigy_reports_its_estimated_learning_rate():
+    settings, parameters = Prodigy(lr=1.0), [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizer = settings.create(parameters)
     rates = train(settings, parameters, optimizer, range(1, 101), Constant(warmup=2))
     assert rates[0] == pytest.approx(1e-6 / 2)
@@ -160,13 +155,13 @@ def test_prodigy_finds_its_rate_and_tells_it():
 
 
 @pytest.mark.parametrize("settings", [AdamW(lr=1.0), SGD(lr=1.0), AdamW8bit(lr=1.0)], ids=str)
-def test_where_the_rate_is_given_there_is_no_other(settings: Optimizer):
-    assert settings.effective_lr(settings.create(parameters_of([torch.ones(3)]))) is None
+def test_other_optimizers_report_no_effective_learning_rate(settings: Optimizer):
+    assert settings.effective_lr(settings.create([nn.Parameter(torch.ones(3))])) is None
 
 
-def test_an_optimizer_prints_nothing(capsys: pytest.CaptureFixture):
-    for settings in ALL:
-        settings.create(parameters_of([torch.ones(3)]))
+def test_optimizers_print_nothing(capsys: pytest.CaptureFixture):
+    for settings in OPTIMIZERS:
+        settings.create([nn.Parameter(torch.ones(3))])
     assert capsys.readouterr() == ("", "")
 
 
@@ -185,9 +180,96 @@ def test_an_optimizer_prints_nothing(capsys: pytest.CaptureFixture):
         (SGD, {"nesterov": True, "momentum": 0.0}, "momentum=0.9"),
     ],
 )
-def test_values_that_train_nothing_are_refused(kind: type[Optimizer], values: dict, remedy: str):
+def test_invalid_settings_are_refused(kind: type[Optimizer], values: dict[str, Any], remedy: str):
     with pytest.raises(UsageError, match=remedy):
         kind(**values)
+
+
+# Stochastic rounding
+
+
+def test_stochastic_rounding_returns_a_neighbor_and_the_value_on_average():
+    values = normal((200, 300), "values") * torch.logspace(-20, 20, 300)
+    generator = torch.Generator().manual_seed(0)
+    rounded = torch.stack([round_stochastically(values, generator).float() for _ in range(400)])
+    # The upper half of a float32 is a bfloat16.
+    lower = (values.view(torch.int32) >> 16 << 16).view(torch.float32)
+    upper = ((values.view(torch.int32) >> 16) + 1 << 16).view(torch.float32)
+    assert ((rounded == lower) | (rounded == upper)).all()
+    # Each result is off by up to 2^-7; the mean is over 400 results for each of 60,000 values.
+    assert ((rounded.mean(0) - values) / values.abs()).mean().abs() < 1e-5
+    representable = values.to(torch.bfloat16)
+    assert torch.equal(round_stochastically(representable.float(), generator), representable)
+
+
+def descend(dtype: torch.dtype, stochastic: bool) -> tuple[float, float]:
+    """Trains weights of about 0.02 for 200 AdamW steps of 1e-5, towards targets at a distance of 1e-3.
+
+    Returns the fraction of weights that have changed, and the final loss divided by the initial one.
+    """
+    start = (0.02 * normal((128, 128), "start")).to(torch.bfloat16)
+    target = start.float() + 1e-3 * normal((128, 128), "goal").sign()
+    parameter = nn.Parameter(start.to(dtype, copy=True))
+    settings = AdamW(lr=1e-5, weight_decay=0.0)
+    optimizer = settings.build([parameter], seed=0) if stochastic else settings.create([parameter])
+
+    def loss() -> torch.Tensor:
+        return (parameter.float() - target).square().sum()
+
+    initial_loss = loss().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return (parameter != start).float().mean().item(), loss().item() / initial_loss
+
+
+def test_stochastic_rounding_keeps_small_updates_of_bfloat16_weights():
+    _, remaining_loss = descend(torch.float32, stochastic=False)
+    assert remaining_loss < 0.001
+    changed, remaining_loss = descend(torch.bfloat16, stochastic=False)
+    assert changed < 0.2 and remaining_loss > 0.8
+    changed, remaining_loss = descend(torch.bfloat16, stochastic=True)
+    assert changed > 0.999 and remaining_loss < 0.01
+
+
+def make_bfloat16_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(normal(shape, "weight", shape).to(torch.bfloat16)) for shape in ((64, 8), (5,), (3, 2, 2))]
+
+
+def update(parameters: list[nn.Parameter], optimizer: StochasticRounding, steps: range) -> None:
+    """Updates the parameters with random gradients; the second one has no gradient in odd steps."""
+    for step in steps:
+        for i, parameter in enumerate(parameters):
+            gradient = normal(tuple(parameter.shape), step, i).to(torch.bfloat16)
+            parameter.grad = None if i == 1 and step % 2 else gradient
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [AdamW(lr=1e-3), AdamW8bit(lr=1e-3, min_8bit_size=16), SGD(lr=1e-2)],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_stochastic_rounding_resumes_bit_for_bit(settings: Optimizer, monkeypatch: pytest.MonkeyPatch):
+    uninterrupted = make_bfloat16_parameters()
+    update(uninterrupted, settings.build(uninterrupted, seed=3), range(6))
+    interrupted = make_bfloat16_parameters()
+    optimizer = settings.build(interrupted, seed=3)
+    update(interrupted, optimizer, range(3))
+    state, resumed = optimizer.state_dict(), [nn.Parameter(parameter.detach().clone()) for parameter in interrupted]
+    # The result does not depend on how many tensors are updated at a time.
+    monkeypatch.setattr(stochastic_rounding, "MAX_FLOAT32_ENTRIES", 1)
+    optimizer = settings.build(resumed, seed=3)
+    optimizer.load_state_dict(state)
+    update(resumed, optimizer, range(3, 6))
+    for expected, parameter in zip(uninterrupted, resumed, strict=True):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, expected)
+    other_seed = make_bfloat16_parameters()
+    update(other_seed, settings.build(other_seed, seed=4), range(6))
+    assert not torch.equal(other_seed[0], uninterrupted[0])
 
 
 # The learning rate
@@ -214,13 +296,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ],
     ids=str,
 )
-def test_a_learning_rate_that_is_not_set_follows_from_model_method_and_optimizer(
-    run: Run, settings: Optimizer, method, rate: float
+def test_default_learning_rate_depends_on_model_method_and_optimizer(
+    run: Run, settings: Optimizer, method: Method, rate: float
 ):
     assert resolve(replace(run, optimizer=settings, method=method)).optimizer.lr == rate
 
 
-def test_every_option_of_the_optimizer_composes_with_the_values_its_yaml_gives():
+def test_every_optimizer_option_composes_to_its_defaults():
     register()
     for name, kind in GROUPS["optimizer"].items():
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -228,10 +310,10 @@ def test_every_option_of_the_optimizer_composes_with_the_values_its_yaml_gives()
         assert OmegaConf.to_object(composed) == kind(), name
 
 
-def theirs(name: str, warmup: int, steps: int, **options) -> list[float]:
-    """The factors of a schedule of diffusers or transformers, for each of its own steps 0 .. steps."""
+def library_factors(name: str, warmup: int, steps: int, **options: Any) -> list[float]:
+    """Returns the factors of a schedule of diffusers or transformers for its steps 0 .. `steps`."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    functions = {
+    schedules = {
         "constant": lambda: diffusers.optimization.get_constant_schedule_with_warmup(optimizer, warmup),
         "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps),
         "cosine": lambda: diffusers.optimization.get_cosine_schedule_with_warmup(optimizer, warmup, steps),
@@ -243,13 +325,13 @@ def theirs(name: str, warmup: int, steps: int, **options) -> list[float]:
             optimizer, warmup, steps, **options
         ),
     }
-    (factor,) = functions[name]().lr_lambdas
+    (factor,) = schedules[name]().lr_lambdas
     return [factor(step) for step in range(steps + 1)]
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize(
-    ("ours", "name", "options"),
+    ("schedule", "name", "options"),
     [
         (Constant(), "constant", {}),
         (Linear(), "linear", {}),
@@ -261,34 +343,36 @@ def theirs(name: str, warmup: int, steps: int, **options) -> list[float]:
     ],
     ids=str,
 )
-def test_schedules_are_those_of_diffusers_and_transformers(ours: LRScheduler, name: str, options: dict, warmup: int):
-    steps, ours = 60, replace(ours, warmup=warmup)
-    expected = theirs(name, warmup, steps, **options)
-    found = [ours.factor(step, steps) for step in range(1, steps + 1)]
-    # A warm-up of theirs begins with a step of rate 0; ours is that step ahead until both are at the full rate.
-    assert found[:warmup] == pytest.approx(expected[1 : warmup + 1])
-    assert found[warmup:] == pytest.approx(expected[warmup:steps], abs=1e-12)
+def test_schedules_equal_those_of_diffusers_and_transformers(
+    schedule: LRScheduler, name: str, options: dict[str, Any], warmup: int
+):
+    steps, schedule = 60, replace(schedule, warmup=warmup)
+    expected = library_factors(name, warmup, steps, **options)
+    factors = [schedule.factor(step, steps) for step in range(1, steps + 1)]
+    # The warm-up of the libraries starts with a step of rate 0; ours is one step ahead until both reach the full rate.
+    assert factors[:warmup] == pytest.approx(expected[1 : warmup + 1])
+    assert factors[warmup:] == pytest.approx(expected[warmup:steps], abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    "ours",
+    "schedule",
     [Linear(min_ratio=0.1), Cosine(min_ratio=0.1), CosineRestarts(min_ratio=0.1), Polynomial(min_ratio=0.1)],
     ids=str,
 )
-def test_every_schedule_ends_near_its_floor_and_never_below(ours: LRScheduler):
-    factors = [ours.factor(step, 500) for step in range(1, 501)]
+def test_schedules_end_near_their_floor_and_never_go_below(schedule: LRScheduler):
+    factors = [schedule.factor(step, 500) for step in range(1, 501)]
     assert factors[0] == 1
     assert min(factors) >= 0.1
     assert factors[-1] == pytest.approx(0.1, abs=0.005)
 
 
-def test_restarts_begin_again_from_the_full_rate():
+def test_restarts_begin_at_the_full_learning_rate():
     factors = [CosineRestarts(cycles=4).factor(step, 400) for step in range(1, 401)]
     assert [index for index, factor in enumerate(factors) if factor == 1] == [0, 100, 200, 300]
 
 
 @pytest.mark.parametrize(
-    ("ours", "remedy"),
+    ("schedule", "remedy"),
     [
         (CosineRestarts(cycles=0), "1 or more"),
         (CosineRestarts(cycles=9, warmup=2), "type fewer"),
@@ -298,50 +382,38 @@ def test_restarts_begin_again_from_the_full_rate():
     ],
     ids=str,
 )
-def test_schedules_that_do_not_fit_are_refused(ours: LRScheduler, remedy: str):
+def test_invalid_schedules_are_refused(schedule: LRScheduler, remedy: str):
     with pytest.raises(UsageError, match=remedy):
-        ours.check(10)
+        schedule.check(10)
 
 
-# The whole program
+# The program
 
 
-def test_the_effective_rate_is_logged_beside_the_given_one(run: Run, tmp_path: Path):
-    small = [
-        "dataset.pairs=3",
-        "dataset.held_out=1",
-        "evaluation.images=1",
-        "sample.steps=1",
-        "tracking=none",
-        "hardware=cpu",
-        "method.rank=2",
+def test_effective_learning_rate_is_logged(run: Run, tmp_path: Path):
+    command = [
+        *("model=flux_kontext", f"model.path={run.model.path}", "model.text_length=8", "dataset.resolution=32"),
+        *("dataset.pairs=3", "dataset.held_out=1", "evaluation.images=1", "sample.steps=1", "tracking=none"),
+        *("hardware=cpu", "method.rank=2", "optimizer=prodigy", "optimizer.d0=1e-4", "lr_scheduler=linear"),
+        *("steps=3", "batch=2", f"out={tmp_path}"),
     ]
-    model = ["model=flux_kontext", f"model.path={run.model.path}", "model.text_length=8", "dataset.resolution=32"]
-    assert (
-        main(
-            [
-                *model,
-                *small,
-                "optimizer=prodigy",
-                "optimizer.d0=1e-4",
-                "lr_scheduler=linear",
-                "steps=3",
-                "batch=2",
-                f"out={tmp_path}",
-            ]
-        )
-        == 0
-    )
+    assert main(command) == 0
     (journal,) = tmp_path.glob("*/journal.jsonl")
     values = [record["values"] for _, record in read_records(journal) if "train/lr" in record.get("values", {})]
     assert [value["train/lr"] for value in values] == pytest.approx([1, 2 / 3, 1 / 3])
     assert values[0]["train/lr_effective"] == pytest.approx(1e-4)
 
 
-def test_bitsandbytes_is_imported_by_none_but_its_optimizers_and_asks_the_hub_for_nothing(tmp_path: Path):
-    """In a process of its own, with a `kernels` that tells on whoever asks it for one; on processors without AVX512_BF16 nobody would."""
+def test_bitsandbytes_is_imported_on_demand_and_without_the_hub(tmp_path: Path):
+    """In a subprocess with a module `kernels` that records its use.
+
+    On CPUs without AVX512_BF16, bitsandbytes would not ask for a kernel in any case.
+    """
     (tmp_path / "kernels.py").write_text(
-        "def get_kernel(*_, **__):\n    import pathlib\n    pathlib.Path(__file__).with_name('told').touch()\n    raise OSError\n"
+        "def get_kernel(*_, **__):\n"
+        "    import pathlib\n"
+        "    pathlib.Path(__file__).with_name('used').touch()\n"
+        "    raise OSError\n"
     )
     program = """
 import sys, torch
@@ -359,4 +431,4 @@ optimizer.step()
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert not (tmp_path / "told").exists()
+    assert not (tmp_path / "used").exists()
