@@ -14,7 +14,15 @@ from trainer.core.errors import UsageError
 from trainer.dataset.sample import control_names
 from trainer.model import Family, Recipe
 from trainer.model.checkpoint_files import recipe_digest
-from trainer.model.flux.tokens import PATCH, pack, position_ids, resolution_shift, unpack
+from trainer.model.flux.tokens import (
+    PATCH,
+    control_latents,
+    latent_shapes,
+    pack,
+    position_ids,
+    resolution_shift,
+    unpack,
+)
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.weights import on_meta_device
 from trainer.objective import Flow
@@ -65,17 +73,11 @@ class FluxKontext(Family):
         self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
     ) -> dict[str, tuple[int, ...]]:
         transformer = self.component_config("transformer")
-        channels, scale = transformer["in_channels"] // PATCH**2, self._vae_scale_factor()
+        channels = transformer["in_channels"] // PATCH**2
         return {
-            "latents": (channels, height // scale, width // scale),
+            **latent_shapes(channels, self._vae_scale_factor(), (height, width), control_sizes),
             "prompt": (self.text_length, transformer["joint_attention_dim"]),
             "pooled": (transformer["pooled_projection_dim"],),
-            **{
-                name: (channels, control_height // scale, control_width // scale)
-                for name, (control_height, control_width) in zip(
-                    control_names(len(control_sizes)), control_sizes, strict=True
-                )
-            },
         }
 
     def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
@@ -106,15 +108,12 @@ class FluxKontext(Family):
 
         tokens, image_ids = pack(latents), position_ids(latents, 0)
         target_length = tokens.shape[1]
-        control_images = [name for name in control_names(len(conditions)) if name in conditions]
-        for number, name in enumerate(control_images, 1):
-            # Latents may be cached in bfloat16, and autocast to float16 cannot join the two.
-            control = conditions[name].to(latents.dtype)
+        for number, control in enumerate(control_latents(conditions, latents.dtype), 1):
             tokens = torch.cat([tokens, pack(control)], 1)
             image_ids = torch.cat([image_ids, position_ids(control, number)])
-        scale = None
+        guidance_embedding = None
         if network.config.guidance_embeds:
-            scale = latents.new_full(
+            guidance_embedding = latents.new_full(
                 (len(latents),), self.guidance if guidance is None else guidance, dtype=torch.float32
             )
         prompt = conditions["prompt"].to(tokens.dtype)
@@ -125,7 +124,7 @@ class FluxKontext(Family):
             timestep=t,
             img_ids=image_ids,
             txt_ids=image_ids.new_zeros(prompt.shape[1], 3),
-            guidance=scale,
+            guidance=guidance_embedding,
             return_dict=False,
         )[0]
         return unpack(output[:, :target_length], *latents.shape[2:])

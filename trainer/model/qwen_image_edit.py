@@ -15,7 +15,7 @@ from trainer.core.errors import UsageError
 from trainer.dataset.sample import control_names
 from trainer.model import Family, Recipe
 from trainer.model.checkpoint_files import recipe_digest
-from trainer.model.flux.tokens import PATCH, pack, resolution_shift, unpack
+from trainer.model.flux.tokens import PATCH, control_latents, latent_shapes, pack, resolution_shift, unpack
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.qwen.template import ANSWER, SYSTEM
 from trainer.model.qwen.vision import VISION_MULTIPLE, load_image_processor, vision_size
@@ -88,18 +88,12 @@ class QwenImageEdit(Family):
         self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
     ) -> dict[str, tuple[int, ...]]:
         transformer = self.component_config("transformer")
-        channels, scale = transformer["in_channels"] // PATCH**2, self._vae_scale_factor()
+        channels = transformer["in_channels"] // PATCH**2
         tokens = self.text_length + sum(self._image_tokens(*size) for size in control_sizes)
         return {
-            "latents": (channels, height // scale, width // scale),
+            **latent_shapes(channels, self._vae_scale_factor(), (height, width), control_sizes),
             "prompt": (tokens, transformer["joint_attention_dim"]),
             "prompt_mask": (tokens,),
-            **{
-                name: (channels, control_height // scale, control_width // scale)
-                for name, (control_height, control_width) in zip(
-                    control_names(len(control_sizes)), control_sizes, strict=True
-                )
-            },
         }
 
     def _image_tokens(self, height: int, width: int) -> int:
@@ -131,9 +125,7 @@ class QwenImageEdit(Family):
     ) -> torch.Tensor:
         import torch
 
-        control_images = [name for name in control_names(len(conditions)) if name in conditions]
-        # Latents may be cached in bfloat16, and autocast to float16 cannot join the two.
-        images = [latents, *(conditions[name].to(latents.dtype) for name in control_images)]
+        images = [latents, *control_latents(conditions, latents.dtype)]
         shapes = [(1, image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
         tokens = [pack(image) for image in images]
         output = network(

@@ -1,13 +1,17 @@
-"""Latents as the tokens of a flow transformer, and the times that their number asks for."""
+"""Target and control latents as the tokens of a flow transformer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from trainer.dataset.sample import control_names
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.core.batch import Batch
 
 PATCH = 2
 """Side of a token in latent pixels."""
@@ -51,3 +55,25 @@ def resolution_shift(scheduler: Mapping[str, Any], height: int, width: int) -> f
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
     slope = (config["max_shift"] - config["base_shift"]) / (high - low)
     return math.exp(config["base_shift"] + slope * (height * width / PATCH**2 - low))
+
+
+def latent_shapes(
+    channels: int, scale: int, size: tuple[int, int], control_sizes: Sequence[tuple[int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the latents of the target (`latents`) and of the control images, by name.
+
+    Sizes are (height, width) in pixels; `scale` is the number of pixels per latent pixel, along one side.
+    """
+    names = ("latents", *control_names(len(control_sizes)))
+    return {
+        name: (channels, height // scale, width // scale)
+        for name, (height, width) in zip(names, (size, *control_sizes), strict=True)
+    }
+
+
+def control_latents(conditions: Batch, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Returns the latents of the control images, in order.
+
+    Latents may be cached in bfloat16, which autocast to float16 does not convert when tokens are concatenated.
+    """
+    return [conditions[name].to(dtype) for name in control_names(len(conditions)) if name in conditions]

@@ -258,8 +258,8 @@ class UNetFamily(Family):
                 ((published_name(name), tensor) for _, name, tensor in group), folder / component, TRANSFORMERS_WEIGHTS
             )
         scheduler = self.component_config("scheduler")
-        if scheduler | self._scheduler_config() != scheduler:
-            files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler | self._scheduler_config())
+        if scheduler | self.scheduler_config() != scheduler:
+            files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler | self.scheduler_config())
 
     def _split_by_component(
         self, tensors: Iterable[tuple[str, torch.Tensor]]
@@ -276,7 +276,7 @@ class UNetFamily(Family):
         scheduler = self.component_config("scheduler")
         differences = [
             f"{name}={scheduler[name]} (not {value})"
-            for name, value in self._scheduler_config().items()
+            for name, value in self.scheduler_config().items()
             if scheduler.get(name, value) != value
         ]
         if not differences:
@@ -287,7 +287,7 @@ class UNetFamily(Family):
             "settings, unless the difference is intended"
         ]
 
-    def _scheduler_config(self) -> dict[str, object]:
+    def scheduler_config(self) -> dict[str, object]:
         """Returns the objective as entries of a diffusers scheduler's config."""
         return {
             "prediction_type": self.objective.prediction.value,
