@@ -81,7 +81,7 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def composed_options(index: int) -> DictConfig:
-    """Returns a configuration with the option of this index of every group, or the last one."""
+    """Returns a configuration that selects the option with this index in every group, or the last one."""
     options = {key: [name for group, name in OPTIONS if group == key] for key in GROUPS}
     return composed(*(f"{group}={names[min(index, len(names) - 1)]}" for group, names in options.items()))
 
@@ -98,8 +98,8 @@ def required(group: str, option: str, folder: Path) -> list[str]:
     if group == "method":
         model = next(
             name
-            for name, kind in {"mini_kontext": families["flux_kontext"], **families}.items()
-            if option in kind.methods
+            for name, settings in {"mini_kontext": families["flux_kontext"], **families}.items()
+            if option in settings.methods
         )
         return [*path, f"model={model}"]
     return [*path, f"method={families[option].methods[0]}"] if group == "model" and option in families else path
@@ -266,7 +266,7 @@ def test_unknown_key_in_yaml_file_is_refused(group: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"),
+    ("key", "suggestion"),
     [
         ("optimizer.lrr", "optimizer.lr?"),
         ("lr", "optimizer.lr?"),
@@ -279,8 +279,8 @@ def test_unknown_key_in_yaml_file_is_refused(group: str, tmp_path: Path):
         ("nonsense", "--cfg job lists all"),
     ],
 )
-def test_similar_key_is_suggested_for_an_unknown_key(wrong: str, meant: str):
-    assert meant in explain_unknown_key(wrong, all_keys(compose()))
+def test_similar_key_is_suggested_for_an_unknown_key(key: str, suggestion: str):
+    assert suggestion in explain_unknown_key(key, all_keys(compose()))
 
 
 # Identity
@@ -381,40 +381,42 @@ def test_config_with_kind_of_a_shared_class_can_be_read(tmp_path: Path):
 
 
 def test_resume_uses_saved_settings_updated_with_typed_ones(tmp_path: Path):
-    own = run_of("method.rank=3", "optimizer.lr=7e-4", "steps=9", "evaluation.samples=5")
-    folder = save(own, tmp_path / "run")
+    saved = run_of("method.rank=3", "optimizer.lr=7e-4", "steps=9", "evaluation.samples=5")
+    folder = save(saved, tmp_path / "run")
 
-    def resumed(*overrides: str) -> Run:
+    def resumed_run(*overrides: str) -> Run:
         overrides = (f"resume={folder}", *overrides)
         return to_run(compose(*overrides), overrides, lambda name, out: Path(name))
 
-    assert identity_settings(resumed()) == identity_settings(own)
-    assert resumed().evaluation == own.evaluation and resumed().resume == str(folder)
-    assert resumed().out == str(tmp_path) and resumed("out=elsewhere").out == "elsewhere"
-    assert differences(identity_settings(own), identity_settings(resumed("steps=20"))) == ["steps: 9 -> 20"]
-    assert differences(identity_settings(own), identity_settings(resumed("seed=4"))) == ["seed: 0 -> 4"]
-    assert differences(identity_settings(own), identity_settings(resumed("epochs=4"))) == [
+    assert identity_settings(resumed_run()) == identity_settings(saved)
+    assert resumed_run().evaluation == saved.evaluation and resumed_run().resume == str(folder)
+    assert resumed_run().out == str(tmp_path) and resumed_run("out=elsewhere").out == "elsewhere"
+    assert differences(identity_settings(saved), identity_settings(resumed_run("steps=20"))) == ["steps: 9 -> 20"]
+    assert differences(identity_settings(saved), identity_settings(resumed_run("seed=4"))) == ["seed: 0 -> 4"]
+    assert differences(identity_settings(saved), identity_settings(resumed_run("epochs=4"))) == [
         "epochs: None -> 4",
         "steps: 9 -> None",
     ]
-    assert "method.kind: lora -> full" in differences(identity_settings(own), identity_settings(resumed("method=full")))
+    assert "method.kind: lora -> full" in differences(
+        identity_settings(saved), identity_settings(resumed_run("method=full"))
+    )
 
 
 def test_post_training_stage_uses_saved_settings_and_refuses_others(tmp_path: Path):
-    own = run_of("method.rank=3", "sample.guidance=5", "evaluation.samples=5", "dataset=pairs", "dataset.path=old")
-    folder = save(own, tmp_path / "run")
+    saved = run_of("method.rank=3", "sample.guidance=5", "evaluation.samples=5", "dataset=pairs", "dataset.path=old")
+    folder = save(saved, tmp_path / "run")
 
-    def used(*overrides: str) -> Run:
+    def sampling_run(*overrides: str) -> Run:
         overrides = ("stage=sample", f"run={folder}", *overrides)
         return to_run(compose(*overrides), overrides, lambda name, out: Path(name))
 
-    assert identity_settings(used()) == identity_settings(own)
-    assert (used().sample, used().evaluation) == (own.sample, own.evaluation)
-    assert used("sample.seed=4").sample.guidance == 5
-    assert used("sample.seed=4", "hardware=cpu", "dataset.path=new").dataset.path == "new"
+    assert identity_settings(sampling_run()) == identity_settings(saved)
+    assert (sampling_run().sample, sampling_run().evaluation) == (saved.sample, saved.evaluation)
+    assert sampling_run("sample.seed=4").sample.guidance == 5
+    assert sampling_run("sample.seed=4", "hardware=cpu", "dataset.path=new").dataset.path == "new"
     for refused in ("method.rank=4", "optimizer=adamw", "dataset.flip=true", "experiment=mini_base", "seed=1"):
         with pytest.raises(errors.UsageError, match="saved settings"):
-            used(refused)
+            sampling_run(refused)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "{}", "just words", "model: 3", "model: {kind: nonsense}"])

@@ -46,6 +46,7 @@ def register() -> None:
 def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """Returns the configuration that Hydra composes; `config_dir` is the folder given by --config-dir."""
     register()
+    # `hydra.main` may have initialized Hydra already.
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", overrides=[*overrides, *search_path(config_dir)])
@@ -117,31 +118,32 @@ def _read_config(path: Path) -> DictConfig:
 
 
 def _apply_to_saved(config: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
-    """Returns the settings that the run in `folder` saved, updated with the typed settings of `config`."""
-    typed = [text.lstrip("+").partition("=")[0] for text in overrides]
+    """Returns the settings that the run in `folder` saved, updated with those of `config` that are in `overrides`."""
+    typed_keys = [text.lstrip("+").partition("=")[0] for text in overrides]
     post_training = config.stage in POST_TRAINING_STAGES
     if post_training:
         free = tuple(f"{key}." for key in FREE_IN_POST_TRAINING_STAGES)
-        fixed = [key for key in typed if not f"{key}.".startswith(free)]
-        if fixed:
+        refused = [key for key in typed_keys if not f"{key}.".startswith(free)]
+        if refused:
             raise UsageError(
-                f"stage={config.stage.value} uses the saved settings of the run in {folder}, so {', '.join(fixed)} "
+                f"stage={config.stage.value} uses the saved settings of the run in {folder}, so {', '.join(refused)} "
                 f"cannot be changed; leave it out (only {', '.join(FREE_IN_POST_TRAINING_STAGES)} may be typed)"
             )
     path = folder / "config.yaml"
-    # An experiment sets many values: the composed configuration is then compared with the saved one as a whole, later.
-    sets_many = any(is_group(key) and key not in GROUPS for key in typed)
-    if not post_training and (sets_many or not path.is_file()):
+    # The values that an experiment sets are not in `overrides`. The whole composed configuration is used instead. If it
+    # does not agree with the settings of the run to resume, that is refused later.
+    has_experiment = any(is_group(key) and key not in GROUPS for key in typed_keys)
+    if not post_training and (has_experiment or not path.is_file()):
         return config
     saved = _read_config(path)
     # A typed number of steps replaces a saved number of epochs, and the other way round.
-    length = {"steps", "epochs"} if {"steps", "epochs"} & set(typed) else set()
-    for key in [*typed, *length, "stage", "run", "resume", "fresh"]:
+    length = {"steps", "epochs"} if {"steps", "epochs"} & set(typed_keys) else set()
+    for key in [*typed_keys, *length, "stage", "run", "resume", "fresh"]:
         if "." in key:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), merge=False)
         else:
             saved[key] = config[key]
-    if "out" not in typed:
+    if "out" not in typed_keys:
         # The folder may have been moved since.
         saved.out = str(folder.parent)
     return saved

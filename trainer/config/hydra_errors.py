@@ -37,7 +37,7 @@ def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_missing_option(error.missing_cfg_file, error.options)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    # An error in a yaml file starts with its name.
+    # The message about an error in a yaml file starts with the file's name.
     file = found[1] if (found := re.match(r"In '([^']+)':", text)) else None
     prefix = f"{file}.yaml: " if file else ""
     key = getattr(cause, "full_key", None) or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else None)

@@ -29,8 +29,8 @@ def check(run: Run) -> None:
     """Checks every rule that depends on the settings alone."""
     check_which_run(run)
     _check_values(run)
-    _check_numbers(run)
-    _check_stage(run)
+    _check_root_settings(run)
+    _check_combinations(run)
     run.lr_scheduler.check(run.steps)
     assert run.sample.steps is not None, "the run is resolved"
     run.model.objective.check_sample_steps(run.sample.steps)
@@ -64,7 +64,7 @@ def check_which_run(run: Run | DictConfig) -> None:
 
 
 def _check_values(run: Run) -> None:
-    """No number may be infinite or NaN, and no text may contain a secret."""
+    """Refuses infinite numbers, NaN, and text that contains a secret."""
     for key, value in flatten(to_plain(run)).items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
@@ -75,7 +75,9 @@ def _check_values(run: Run) -> None:
                 )
 
 
-def _check_numbers(run: Run) -> None:
+def _check_root_settings(run: Run) -> None:
+    if not run.out:
+        raise UsageError("out is empty; type out=FOLDER, the folder for all runs")
     for name in ("steps", "epochs", "batch"):
         value = getattr(run, name)
         if value is not None and value < 1:
@@ -96,13 +98,11 @@ def _check_numbers(run: Run) -> None:
         )
 
 
-def _check_stage(run: Run) -> None:
+def _check_combinations(run: Run) -> None:
     if run.cache.drop_unused and run.stage is not Stage.cache:
         raise UsageError(
             "cache.drop_unused=true deletes entries, which only stage=cache does; type stage=cache as well"
         )
-    if not run.out:
-        raise UsageError("out is empty; type out=FOLDER, the folder for all runs")
     if run.evaluation.patience is not None and run.dataset.validation_fraction == 0:
         raise UsageError(
             "evaluation.patience needs held-out samples; type dataset.validation_fraction=0.15 or another number "
@@ -165,7 +165,9 @@ def check_card(run: Run, card: Card) -> None:
 
 def check_sharded(run: Run) -> None:
     """Checks a run whose network is sharded across processes."""
-    unsharded = "start it without accelerate's FSDP, so that each process holds the whole network (launch/gpus.yaml)"
+    unsharded = (
+        "start the run without accelerate's FSDP, so that each process holds the whole network (launch/gpus.yaml)"
+    )
     storage = run.precision.storage
     if storage.needs_bitsandbytes or storage is Storage.native:
         raise UsageError(
