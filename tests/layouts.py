@@ -1,4 +1,4 @@
-"""A small data set in each layout, drawn on the spot: `make[layout](folder, count)` writes it."""
+"""Writes and reads a small dataset in each layout: `WRITERS[layout](folder, count)`."""
 
 from __future__ import annotations
 
@@ -9,79 +9,94 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pytest
+from images import random_image, save_image
 
-SIZE = (40, 32)
-
-
-def drawing(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """A picture that tells its number, and is like no other's."""
-    rng = np.random.Generator(np.random.Philox(number))
-    return Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize(size, Image.Resampling.NEAREST)
-
-
-def save(path: Path, number: int, size: tuple[int, int] = SIZE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing(number, size).save(path)
-    return path
+from trainer.core.digests import Digests
+from trainer.core.errors import DataError
+from trainer.dataset import Dataset
+from trainer.dataset.sample import Sample
+from trainer.dataset.splitting import limit_samples
 
 
-def text(number: int) -> str:
-    return f"picture number {number}"
+def read_samples(settings: Dataset, digests: Digests) -> list[Sample]:
+    """Returns the samples of a dataset without faults, sorted and limited as for a run."""
+    listing = settings.read(digests)
+    listing.raise_on_faults(settings.describe())
+    return limit_samples(listing.samples, settings.limit)
 
 
-def imagefolder(folder: Path, count: int) -> None:
+def read_faults(settings: Dataset, digests: Digests) -> str:
+    """Returns the message that refuses a dataset."""
+    with pytest.raises(DataError) as refusal:
+        read_samples(settings, digests)
+    assert refusal.value.code == 65
+    return str(refusal.value)
+
+
+def assert_faults(settings: Dataset, digests: Digests, *faults: str) -> str:
+    """Asserts that a dataset is refused for these faults, and returns the message."""
+    message = read_faults(settings, digests)
+    assert [fault for fault in faults if fault not in message] == [], message
+    return message
+
+
+def caption(number: int) -> str:
+    return f"image number {number}"
+
+
+def write_imagefolder(folder: Path, count: int) -> None:
     rows = []
     for i in range(count):
-        save(folder / "images" / f"{i}.jpg", i)
-        rows.append({"file_name": f"images/{i}.jpg", "text": text(i)})
+        save_image(folder / "images" / f"{i}.jpg", i)
+        rows.append({"file_name": f"images/{i}.jpg", "text": caption(i)})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def captions_json(folder: Path, count: int) -> None:
+def write_captions_json(folder: Path, count: int) -> None:
     for i in range(count):
-        save(folder / "images" / f"{i}.png", i)
-    (folder / "captions.json").write_text(json.dumps({f"{i}.png": text(i) for i in range(count)}))
+        save_image(folder / "images" / f"{i}.png", i)
+    (folder / "captions.json").write_text(json.dumps({f"{i}.png": caption(i) for i in range(count)}))
 
 
-def table(folder: Path, count: int) -> None:
+def write_csv(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     with open(folder / "all.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "text"])
         for i in range(count):
-            save(folder / f"{i}.png", i)
-            writer.writerow([f"{i}.png", f"{text(i)}, with a comma"])
+            save_image(folder / f"{i}.png", i)
+            writer.writerow([f"{i}.png", f"{caption(i)}, with a comma"])
 
 
-def pairs(folder: Path, count: int, controls: int = 1) -> None:
+def write_pairs(folder: Path, count: int, controls: int = 1) -> None:
     for i in range(count):
-        save(folder / "control_images" / f"{i}.jpg", 100 + i)
+        save_image(folder / "control_images" / f"{i}.jpg", 100 + i)
         for number in range(2, controls + 1):
-            save(folder / f"control_images_{number}" / f"{i}.jpg", 100 * number + i)
-        save(folder / "training_images" / f"{i}.png", i)
-        (folder / "training_images" / f"{i}.txt").write_text(text(i))
+            save_image(folder / f"control_images_{number}" / f"{i}.jpg", 100 * number + i)
+        save_image(folder / "training_images" / f"{i}.png", i)
+        (folder / "training_images" / f"{i}.txt").write_text(caption(i))
 
 
-def arrays(folder: Path, count: int) -> None:
+def write_arrays(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for name, first in (("train", 0), ("test", 1000)):
-        pictures = np.stack([np.asarray(drawing(first + i)) for i in range(count)])
-        np.save(folder / f"{name}_images.npy", pictures)
-        np.save(folder / f"{name}_descriptions.npy", np.array([text(first + i) for i in range(count)]))
+        images = np.stack([np.asarray(random_image(first + i)) for i in range(count)])
+        np.save(folder / f"{name}_images.npy", images)
+        np.save(folder / f"{name}_descriptions.npy", np.array([caption(first + i) for i in range(count)]))
 
 
-def concepts(folder: Path, count: int) -> None:
+def write_concepts(folder: Path, count: int) -> None:
     for number, name in enumerate(("clock", "toy")):
         for i in range(count):
-            path = save(folder / name / "images" / f"{i}.jpg", 100 * number + i)
-            path.with_suffix(".txt").write_text(f"{name} {text(i)}")
+            path = save_image(folder / name / "images" / f"{i}.jpg", 100 * number + i)
+            path.with_suffix(".txt").write_text(f"{name} {caption(i)}")
 
 
-def personalized(folder: Path, count: int) -> None:
-    items = [{"item_id": f"item_{i}", "caption": text(i), "image_path": f"images/{i}.png"} for i in range(count + 3)]
+def write_personalized(folder: Path, count: int) -> None:
+    items = [{"item_id": f"item_{i}", "caption": caption(i), "image_path": f"images/{i}.png"} for i in range(count + 3)]
     for i in range(len(items)):
-        save(folder / "images" / f"{i}.png", i)
+        save_image(folder / "images" / f"{i}.png", i)
     for name in ("train", "val", "test"):
         records = [
             {
@@ -98,28 +113,29 @@ def personalized(folder: Path, count: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
-def hub(folder: Path, count: int) -> None:
-    """A parquet file whose pictures stand in it, as `push_to_hub` writes them."""
+def write_hub(folder: Path, count: int, caption: Callable[[int], str] = caption) -> None:
+    """Writes a Parquet file that contains its images, as `push_to_hub` does."""
     import datasets
 
     def png(number: int) -> bytes:
         buffer = io.BytesIO()
-        drawing(number).save(buffer, "PNG")
+        random_image(number).save(buffer, "PNG")
         return buffer.getvalue()
 
-    rows = {"image": [{"bytes": png(i), "path": None} for i in range(count)], "text": [text(i) for i in range(count)]}
+    numbers = range(count)
+    rows = {"image": [{"bytes": png(i), "path": None} for i in numbers], "text": [caption(i) for i in numbers]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     folder.mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000.parquet")
 
 
-make: dict[str, Callable[..., None]] = {
-    "arrays": arrays,
-    "captions_json": captions_json,
-    "concepts": concepts,
-    "csv": table,
-    "hub": hub,
-    "imagefolder": imagefolder,
-    "pairs": pairs,
-    "personalized": personalized,
+WRITERS: dict[str, Callable[..., None]] = {
+    "arrays": write_arrays,
+    "captions_json": write_captions_json,
+    "concepts": write_concepts,
+    "csv": write_csv,
+    "hub": write_hub,
+    "imagefolder": write_imagefolder,
+    "pairs": write_pairs,
+    "personalized": write_personalized,
 }
