@@ -1,10 +1,11 @@
-"""Soft prompts: a language model that is told more than its text, and a denoiser that draws what it says."""
+"""The family `pmg`: a soft prompt through which a language model conditions a denoiser."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import Run
 from trainer.config.sections import Export
-from trainer.core.batch import collate
+from trainer.core.batch import Batch, collate
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
 from trainer.export.write import export_after_training, write_exports
@@ -29,103 +30,103 @@ from trainer.model.weights import on_meta_device
 from trainer.precision import Precision
 from trainer.training.build import load_initial_weights
 
-HISTORY = ["The user liked: a red teapot.", "The user liked: a grey cat; a dog. Their style: soft."]
+HISTORIES = ["The user liked: a red teapot.", "The user liked: a grey cat; a dog. Their style: soft."]
+MAX_LENGTH = 64
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> PMG:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pmg")
-    return PMG(
-        **dict(setting.removeprefix("model.").split("=") for setting in PMG.save_tiny_checkpoint(folder)[:2]),
-        max_sequence_length=64,
-    )
+    overrides = dict(override.split("=", 1) for override in PMG.save_tiny_checkpoint(folder))
+    return PMG(path=overrides["model.path"], llm=overrides["model.llm"], max_sequence_length=MAX_LENGTH)
 
 
-def network_of(family: PMG, **settings) -> torch.nn.Module:
+def load_trainable(family: PMG, **settings: Any) -> Any:
     network = family.load_network(torch.float32)
     SoftPrompt(**settings).attach(network, (), seed=0)
     return network.eval()
 
 
-def words(family: PMG, captions: list[str]) -> dict[str, torch.Tensor]:
-    encoder = family.build_encoder(torch.device("cpu"))
-    return collate(
-        [
-            {part: encoder.encode(part, noise_sample(caption, 32, 32)) for part in ("tokens", "tokens_mask")}
-            for caption in captions
-        ]
-    )
+def encode_histories(family: PMG, *histories: str) -> Batch:
+    encoder = family.build_encoder(CPU)
+    samples = [noise_sample(history, 32, 32) for history in histories]
+    return collate([{name: encoder.encode(name, sample) for name in family.caption_tensors} for sample in samples])
 
 
-def test_a_prefix_and_learnt_tokens_are_to_the_language_model_what_words_would_be(family: PMG):
-    """Keys and values, and embeddings, of words that it knows: then it must say what it says of a text with these words in it."""
-    network = network_of(family, num_image_prompt=3, num_prefix_prompt=2)
-    llm, prompt = (
-        AutoModelForCausalLM.from_pretrained(family.llm, dtype=torch.float32).model.eval(),
-        network.soft_prompt,
-    )
+def encode_prompt(network: Any, batch: Batch) -> torch.Tensor:
+    return network.encode_prompt(batch["tokens"].long(), batch["tokens_mask"].long())
+
+
+def test_language_model_reads_a_soft_prompt_like_text(family: PMG):
+    """With the keys, values and embeddings of real tokens, it gives the states of a text with these tokens."""
+    network = load_trainable(family, num_image_prompt=3, num_prefix_prompt=2)
+    llm = AutoModelForCausalLM.from_pretrained(family.llm, dtype=torch.float32).model.eval()
+    prompt = network.soft_prompt
     before, after = torch.tensor([[1, 70]]), torch.tensor([[80, 81, 82]])
-    row = words(family, HISTORY[:1])
+    batch = encode_histories(family, HISTORIES[0])
     with torch.no_grad():
-        known = llm(before, use_cache=True).past_key_values
-        layers = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in known.layers])
+        cache = llm(before, use_cache=True).past_key_values
+        layers = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
         prompt.prefix.copy_(layers.permute(3, 0, 1, 2, 4).flatten(1))
         prompt.tokens.copy_(llm.embed_tokens(after)[0])
-        expected = prompt.map(llm(torch.cat([before, row["tokens"].long(), after], 1)).last_hidden_state[:, -3:])
-        found = network.encode_prompt(row["tokens"].long(), row["tokens_mask"].long())
+        text = torch.cat([before, batch["tokens"].long(), after], 1)
+        expected = prompt.map(llm(text).last_hidden_state[:, -3:])
+        found = encode_prompt(network, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_history_says_the_same_alone_and_beside_a_longer_one(family: PMG, projection: bool):
-    network = network_of(family, prefix_projection=projection)
+def test_prompt_does_not_depend_on_padding(family: PMG, projection: bool):
+    network = load_trainable(family, prefix_projection=projection)
     with torch.no_grad():
-        both = network.encode_prompt(*(tensor.long() for tensor in words(family, HISTORY).values()))
-        alone = [network.encode_prompt(*(tensor.long() for tensor in words(family, [text]).values())) for text in HISTORY]
-    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
-    assert (both[0] - both[1]).abs().max() > 1e-3
+        together = encode_prompt(network, encode_histories(family, *HISTORIES))
+        alone = [encode_prompt(network, encode_histories(family, history)) for history in HISTORIES]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3
 
 
-def test_of_a_long_history_the_end_is_read(family: PMG):
-    ids = family.tokens("", "x" * 200 + "end")
-    assert len(ids) == 64 and ids[0] == 1 and torch.equal(ids[-3:], family.tokens("", "end")[1:])
+def test_long_histories_are_cut_at_the_start(family: PMG):
+    ids = family.tokenize("tokens", "x" * 200 + "end")
+    assert len(ids) == MAX_LENGTH and ids[0] == 1
+    assert torch.equal(ids[-3:], family.tokenize("tokens", "end")[1:])
 
 
-def test_a_picture_equals_that_of_the_pipeline_given_the_same_condition(family: PMG):
+def test_images_match_the_pipeline_with_the_same_prompt(family: PMG):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    network, start = network_of(family), normal((1, 4, 4, 4), "start")
-    rows = [words(family, [text]) for text in (HISTORY[0], "")]
-    pipe = StableDiffusionPipeline.from_pretrained(family.path, torch_dtype=torch.float32, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    network, noise = load_trainable(family), normal((1, 4, 4, 4), "start")
+    batches = [encode_histories(family, history) for history in (HISTORIES[0], "")]
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(family.path, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
 
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return family.apply_guidance(*(family.predict(network, x, t, row) for row in rows), 3.0)
+    def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return family.apply_guidance(*(family.predict(network, latents, t, batch) for batch in batches), 3.0)
 
     with torch.no_grad():
-        liked, nothing = (network.encode_prompt(row["tokens"].long(), row["tokens_mask"].long()) for row in rows)
-        latents = family.objective.sample(predict, start, 4, 1.0)
-        mine = family.build_encoder(torch.device("cpu")).decode(latents).permute(0, 2, 3, 1).numpy()
-        theirs = pipe(
-            prompt_embeds=liked,
-            negative_prompt_embeds=nothing,
-            latents=start,
+        prompt, negative_prompt = (encode_prompt(network, batch) for batch in batches)
+        latents = family.objective.sample(predict, noise, 4, 1.0)
+        ours = family.build_encoder(CPU).decode(latents).permute(0, 2, 3, 1).numpy()
+        theirs = pipeline(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative_prompt,
+            latents=noise,
             num_inference_steps=4,
             guidance_scale=3.0,
             output_type="np",
         ).images
-    np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(family: PMG):
-    network = network_of(family, prefix_projection=True)
-    x = normal((1, 4, 4, 4), "x")
-    family.predict(network.train(), x, torch.tensor([300.0]), words(family, HISTORY[:1])).square().sum().backward()
-    assert set(trainable_parameters(network)) == {
-        name for name in network.state_dict() if name.startswith("soft_prompt.")
-    }
+def test_only_the_soft_prompt_trains_and_all_of_it_gets_gradients(family: PMG):
+    network = load_trainable(family, prefix_projection=True)
+    latents = normal((1, 4, 4, 4), "x")
+    conditions = encode_histories(family, HISTORIES[0])
+    family.predict(network.train(), latents, torch.tensor([300.0]), conditions).square().sum().backward()
+    expected = {name for name in network.state_dict() if name.startswith("soft_prompt.")}
+    assert trainable_parameters(network).keys() == expected
     assert all(
         parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.soft_prompt.parameters()
     )
@@ -133,7 +134,7 @@ def test_only_what_is_said_between_them_trains_and_all_of_it_gets_a_gradient(fam
 
 
 @pytest.mark.parametrize(("width", "count"), [(None, 3_678_976), (64, 20_464_448), (4096, 1_093_948_160)])
-def test_beside_a_real_language_model_as_many_parameters_train_as_is_written(width: int | None, count: int):
+def test_trainable_parameters_with_a_7b_model_are_as_documented(width: int | None, count: int):
     with on_meta_device():
         prompt = SoftPromptEncoder(PromptSizes(hidden=4096, layers=32, heads=32, head=128, width=768), 2, 2, width)
     assert sum(parameter.numel() for parameter in prompt.parameters()) == count
@@ -141,14 +142,14 @@ def test_beside_a_real_language_model_as_many_parameters_train_as_is_written(wid
 
 
 def write_histories(folder: Path, users: int = 12) -> Path:
-    """A user's history names a colour, and the picture to be drawn next is of that colour."""
+    """Writes a personalized data set where a user's history names a color, and the next image has that color."""
     (folder / "images").mkdir(parents=True)
-    colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 230)}
-    for name, colour in colours.items():
-        Image.new("RGB", (40, 40), colour).save(folder / "images" / f"{name}.png")
+    colors = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 230)}
+    for name, color in colors.items():
+        Image.new("RGB", (40, 40), color).save(folder / "images" / f"{name}.png")
 
     def record(split: str, number: int) -> dict:
-        name = list(colours)[number % 3]
+        name = list(colors)[number % 3]
         item = {"item_id": name, "caption": f"a {name} thing", "image_path": f"images/{name}.png"}
         ids = {"user_id": f"{split}_{number}", "target_item_id": name, "user_style": "plain"}
         return {**ids, "history_items_info": [item], "target_item_info": item}
@@ -159,52 +160,43 @@ def write_histories(folder: Path, users: int = 12) -> Path:
 
 
 @pytest.fixture
-def trained_run(family: PMG) -> tuple[Run, torch.nn.Module]:
-    run = Run(model=family, method=SoftPrompt(), precision=Precision(), export=Export())
-    network = network_of(family)
+def run(family: PMG) -> Run:
+    return Run(model=family, method=SoftPrompt(), precision=Precision(), export=Export())
+
+
+def test_exported_soft_prompt_initializes_another_run(run: Run, tmp_path: Path):
+    network = load_trainable(run.model)
     with torch.no_grad():
         for parameter in network.soft_prompt.parameters():
             parameter.add_(0.1)
-    return run, network
-
-
-def test_a_soft_prompt_is_written_read_again_and_begun_from(trained_run, tmp_path: Path):
-    run, network = trained_run
-    parameters = trainable_parameters(network)
-    (path,) = export_after_training(run, network, dict(parameters), tmp_path)
+    (path,) = export_after_training(run, network, dict(trainable_parameters(network)), tmp_path)
     assert path.name == "soft_prompt.safetensors" and safe_open(path, "pt").metadata()["method"]
-    fresh = network_of(run.model)
-    load_initial_weights(dataclasses.replace(run, method=dataclasses.replace(run.method, init_from=str(path))), fresh)
-    assert all(
-        torch.equal(parameter, network.state_dict()[name]) for name, parameter in trainable_parameters(fresh).items()
-    )
+    other = load_trainable(run.model)
+    load_initial_weights(dataclasses.replace(run, method=SoftPrompt(init_from=str(path))), other)
+    expected = network.state_dict()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trainable_parameters(other).items())
     with pytest.raises(UsageError, match="do not fit"):
         load_initial_weights(
             dataclasses.replace(run, method=SoftPrompt(num_image_prompt=4, init_from=str(path))),
-            network_of(run.model, num_image_prompt=4),
+            load_trainable(run.model, num_image_prompt=4),
         )
 
 
-def test_a_soft_prompt_that_did_not_move_is_not_written(trained_run, tmp_path: Path):
-    run, _ = trained_run
-    network = network_of(run.model)
+def test_unchanged_soft_prompt_is_not_exported(run: Run, tmp_path: Path):
+    network = load_trainable(run.model)
     with pytest.raises(DataError, match="the one that training started with"):
         write_exports(run, network, dict(trainable_parameters(network)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_histories_train_resume_and_are_drawn_for_users_of_the_test_split(tmp_path: Path):
-    settings = PMG.save_tiny_checkpoint(tmp_path / "tiny")
-    histories = write_histories(tmp_path / "set")
-    line = [
+def test_run_trains_on_histories_resumes_and_samples_for_test_users(tmp_path: Path):
+    settings = [
         "experiment=pmg_flickr",
         "precision=fp32",
         "hardware=cpu",
-        *settings,
-        f"dataset.path={histories}",
+        *PMG.save_tiny_checkpoint(tmp_path / "tiny"),
+        f"dataset.path={write_histories(tmp_path / 'set')}",
         f"out={tmp_path / 'runs'}",
-    ]
-    line += [
         "epochs=5",
         "batch=6",
         "lr_scheduler.warmup=2",
@@ -219,9 +211,9 @@ def test_histories_train_resume_and_are_drawn_for_users_of_the_test_split(tmp_pa
         assert ended.code == 0, ended.text
         return ended.text
 
-    assert "12 samples, 3 held out, 720 trainable parameters" in trainer(*line)
+    assert "12 samples, 3 held out, 720 trainable parameters" in trainer(*settings)
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
-    assert "is finished" in trainer(*line)
-    drawn = trainer("stage=sample", f"run={folder}", "sample.split=test")
-    assert drawn.count(".png: The user liked: a ") == 3
+    assert "is finished" in trainer(*settings)
+    output = trainer("stage=sample", f"run={folder}", "sample.split=test")
+    assert output.count(".png: The user liked: a ") == 3
     assert (folder / "export" / "soft_prompt.safetensors").is_file()

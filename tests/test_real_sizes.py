@@ -1,4 +1,4 @@
-"""The published networks, built without weights: what their default targets make trainable."""
+"""The published networks, built without weights: how many parameters train with the default targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from trainer.config.groups import GROUPS
 from trainer.method.lora import Lora
 from trainer.method.trainable import trainable_parameters
 
-# As the published transformer/config.json and unet/config.json have it, where diffusers' own defaults are not that.
 CONFIGS = {
     "flux_kontext": ("transformer", {"guidance_embeds": True}),
     "sd15": ("unet", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
@@ -32,24 +31,25 @@ CONFIGS = {
         },
     ),
 }
-# Of the network, of what trains at rank 8, and the adapted layers.
+"""Denoiser, and the entries of its published config.json that differ from diffusers' defaults."""
 COUNTS = {
     "flux_kontext": (11_901_408_320, 9_338_880, 190),
-    # 1,594,368 of 861,115,332, as published for this model at rank 8.
+    # Published for this model at rank 8: 1,594,368 of 861,115,332.
     "sd15": (859_520_964, 1_594_368, 128),
     "sdxl": (2_567_463_684, 11_612_160, 560),
 }
+"""Parameters of the network, trainable parameters at rank 8, and adapted layers."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_default_targets_of_the_published_networks_are_counted(name: str, tmp_path: Path):
+def test_parameter_counts_of_published_networks(name: str, tmp_path: Path):
     component, config = CONFIGS[name]
     (tmp_path / component).mkdir()
     (tmp_path / component / "config.json").write_text(json.dumps(config))
     family = GROUPS["model"][name](path=str(tmp_path))
     network = family.meta_model()
-    whole = sum(parameter.numel() for parameter in network.parameters())
+    total = sum(parameter.numel() for parameter in network.parameters())
     Lora(rank=8, alpha=8.0).attach(network, family.target_modules, seed=0)
     parameters = trainable_parameters(network)
-    found = whole, sum(parameter.numel() for parameter in parameters.values()), len(parameters) // 2
-    assert found == COUNTS[name]
+    trainable = sum(parameter.numel() for parameter in parameters.values())
+    assert (total, trainable, len(parameters) // 2) == COUNTS[name]
