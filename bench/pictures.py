@@ -21,7 +21,7 @@ from trainer.config.compose import read_run
 from trainer.dataset import demo_world, image_grid
 from trainer.evaluation.metrics import psnr
 from trainer.tracking.journal import read_records
-from trainer.training.data import drawn, prepare
+from trainer.training.data import prepare, samples_to_generate
 
 if TYPE_CHECKING:
     from trainer.dataset.transform import TransformedSample
@@ -59,7 +59,7 @@ def read_metric(folder: Path, name: str) -> tuple[list[int], list[float]]:
 def generated_images(folder: Path, step: int, count: int) -> list[tuple[TransformedSample, np.ndarray]]:
     """Returns the first held-out samples of a run and the images that it generated for them at this step."""
     run = read_run(folder / "config.yaml")
-    samples = [sample for sample, _ in drawn(run, prepare(run))[:count]]
+    samples = [sample for sample, _ in samples_to_generate(run, prepare(run))[:count]]
     return [
         (sample, image_grid.load_png(folder / "pictures" / f"step-{step:08d}" / f"{i}.png"))
         for i, sample in enumerate(samples, 1)

@@ -127,5 +127,5 @@ def test_check_prints_what_would_be_trained_and_makes_no_folder(tmp_path: Path):
     checked = program("stage=check", "method.rank=4", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
     assert re.search(r"identity +[0-9a-f]{12}", checked.stdout)
-    assert re.search(r"of which 20,480 train", checked.stdout)
+    assert re.search(r"20,480 of them trainable", checked.stdout)
     assert not list(tmp_path.glob("runs/*/run.json"))

@@ -83,8 +83,8 @@ def fault(number: str, what: str, count: int, short: list[int] | None = None) ->
 
 
 # Where a run can be met, for `at`.
-FORWARD = "trainer.run:Training._losses"
-READ = "trainer.training.batches:Batches.row"
+FORWARD = "trainer.training.predictor:Predictor.losses"
+READ = "trainer.training.batches:Batches.example"
 SAVE = "trainer.core.tensor_files:save_tensors"
 ONE_BY_ONE = "hardware.micro_batch=1"
 
@@ -224,7 +224,7 @@ def disk_full(lab: Lab, out: Path, trial: int) -> None:
     # Less than the weights take, and more than all other files.
     scene = at(FORWARD, 3, room(20_000))
     if trial == 0:
-        scene = all_of(scene, at("trainer.run:Training._evaluate_if_due", 6, room(resource.RLIM_INFINITY)))
+        scene = all_of(scene, at("trainer.training.session:Session._evaluate_if_due", 6, room(resource.RLIM_INFINITY)))
     ended = lab.run(out, before=scene)
     folder = only_run(out)
     assert "Could not" in ended.text and "step-00000004" in ended.text
@@ -312,14 +312,14 @@ def samples_read(lab: Lab, out: Path, trial: int) -> None:
     def noting() -> None:
         from trainer.training.batches import Batches
 
-        row = Batches.row
+        example = Batches.example
 
         def noted(self: Batches, visit: int, index: int) -> dict:
             with (out / "visits.jsonl").open("a") as file:
                 file.write(json.dumps([visit, self.samples[index].id]) + "\n")
-            return row(self, visit, index)
+            return example(self, visit, index)
 
-        Batches.row = noted
+        Batches.example = noted
 
     settings = [f"hardware.workers={2 * trial}"]
     for forward in (3, 2):
@@ -363,13 +363,13 @@ def train_losses(folder: Path) -> dict[int, float]:
 
 # (where, how often before, after the call or before it)
 MOMENTS = [
-    ("trainer.dataset.splitting:split_samples", 1, False),
+    ("trainer.training.data:split_samples", 1, False),
     ("trainer.cache.store:Cache.put", 7, False),
-    ("trainer.training.build:build", 1, True),
+    ("trainer.training.session:build_network", 1, True),
     ("trainer.training.evaluator:held_out_loss", 1, False),
     ("trainer.training.evaluator:held_out_loss", 2, True),
     ("trainer.training.evaluator:held_out_loss", 4, True),
-    ("trainer.training.provenance:Progress.step", 3, False),
+    ("trainer.training.progress:Progress.advance", 3, False),
     ("trainer.dataset.image_grid:save_png", 5, False),
     ("torch.optim:AdamW.step", 1, False),
     ("torch.optim:AdamW.step", 4, True),
@@ -377,7 +377,7 @@ MOMENTS = [
     (SAVE, 1, False),
     (SAVE, 4, True),
     ("trainer.training.checkpoint:Checkpoints._retain", 2, False),
-    ("trainer.run:Training._finish", 1, False),
+    ("trainer.training.session:Session._finish", 1, False),
     ("trainer.tracking.curves:write_summary", 1, False),
 ]
 
@@ -508,9 +508,9 @@ def member_fails(lab: Lab, out: Path, trial: int) -> None:
 @fault("F15", "a loader worker is killed, or hangs", 2, [0])
 def worker_dies(lab: Lab, out: Path, trial: int) -> None:
     def impatient() -> None:
-        from trainer.training import batches
+        from trainer.training import loader
 
-        batches.STALLED = 2
+        loader.STALL_TIMEOUT = 2
 
     settings = ["hardware.workers=2"]
     how = (signal.SIGKILL, signal.SIGSTOP)[trial]
@@ -554,16 +554,16 @@ def spoiled(call: int, how: Callable) -> Action:
     """A scene: the losses of this forward pass, from 1, become something else."""
 
     def set_up() -> None:
-        from trainer.run import Training
+        from trainer.training.predictor import Predictor
 
-        function, count = Training._losses, 0
+        losses, count = Predictor.losses, 0
 
-        def spoil(self: Training, rows: dict):
+        def spoil(self: Predictor, micro_batch: dict):
             nonlocal count
             count += 1
-            return how(function(self, rows)) if count == call else function(self, rows)
+            return how(losses(self, micro_batch)) if count == call else losses(self, micro_batch)
 
-        Training._losses = spoil
+        Predictor.losses = spoil
 
     return set_up
 
@@ -600,17 +600,17 @@ def greedy(appetite: int) -> Action:
     """A scene: each sample of a forward pass wants that many bytes, where the system gives 3.5 GiB."""
 
     def set_up() -> None:
-        from trainer.training.evaluator import Evaluator
+        from trainer.training.predictor import Predictor
 
         used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + 7 * GIB // 2, resource.RLIM_INFINITY))
-        predict = Evaluator.predict
+        predict = Predictor.predict
 
-        def eat(self: Evaluator, x: torch.Tensor, *others: Any) -> torch.Tensor:
-            torch.empty(len(x) * appetite, dtype=torch.uint8)
-            return predict(self, x, *others)
+        def eat(self: Predictor, latents: torch.Tensor, *others: Any) -> torch.Tensor:
+            torch.empty(len(latents) * appetite, dtype=torch.uint8)
+            return predict(self, latents, *others)
 
-        Evaluator.predict = eat
+        Predictor.predict = eat
 
     return set_up
 
@@ -620,13 +620,13 @@ def out_of_memory(lab: Lab, out: Path, trial: int) -> None:
     if trial == 0:
         ended = lab.run(out, before=greedy(GIB))
         folder = only_run(out)
-        assert ended.code == 0 and "from now on 2 sample(s) a forward pass" in ended.text
+        assert ended.code == 0 and "from now on a forward pass has at most 2 sample(s)" in ended.text
         assert len(records(folder, "warning")) == 1
         assert losses(folder) == [
             (step, key, pytest.approx(loss, abs=1e-6)) for step, key, loss in losses(lab.reference())
         ]
         return
-    nothing = at("trainer.training.build:build", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
+    nothing = at("trainer.training.session:build_network", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
     ended = lab.run(out, before=greedy(4 * GIB) if trial == 1 else nothing)
     assert ended.code == 71 and "Traceback" not in ended.text, ended
     # What costs nothing but time comes before what makes another run.

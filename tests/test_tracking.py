@@ -33,7 +33,7 @@ from trainer.tracking.mlflow import MLflow
 from trainer.tracking.mlflow_store import connect, resolve_uri
 from trainer.tracking.mlflow_tracker import status_of
 from trainer.tracking.none import NoTracking
-from trainer.training import provenance
+from trainer.training.tracked_run import shorten_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -316,6 +316,13 @@ def test_a_tracker_that_has_not_reached_mlflow_has_no_links(folder: Path):
         assert open_tracker(folder, journal).links([]) == {}
 
 
+def test_comparison_url_has_the_runs_first_as_mlflow_requires():
+    url = mlflow_internals.comparison_url("http://host:5000/", "3", ["a", "b"])
+    runs, experiments = "%5B%22a%22%2C%20%22b%22%5D", "%5B%223%22%5D"
+    query = f"runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    assert url == f"http://host:5000/#/compare-runs?{query}"
+
+
 def test_experiment_without_the_view_of_its_runs_gets_it(tmp_path: Path):
     uri = resolve_uri(None, tmp_path)
     client, experiment = connect(uri, "trainer")
@@ -352,4 +359,4 @@ def test_view_of_children_has_columns_and_images_of_the_sweep():
     ],
 )
 def test_run_names_are_short_and_unambiguous(settings: list[str], name: str):
-    assert provenance.short(settings) == name
+    assert shorten_overrides(settings) == name

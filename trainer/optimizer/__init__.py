@@ -55,6 +55,6 @@ class Optimizer:
 
         return StochasticRounding(self.create, parameters, seed)
 
-    def effective_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
+    def effective_lr(self, optimizer: torch.optim.Optimizer | StochasticRounding) -> float | None:
         """Learning rate that the optimizer has estimated; None if it uses `lr` as it is."""
         return None

@@ -14,6 +14,8 @@ from trainer.optimizer.adam import Adam
 if TYPE_CHECKING:
     import torch
 
+    from trainer.optimizer.stochastic_rounding import StochasticRounding
+
 
 @dataclass(slots=True)
 class Prodigy(Adam):
@@ -81,6 +83,6 @@ class Prodigy(Adam):
                 slice_p=self.slice_p,
             )
 
-    def effective_lr(self, optimizer: torch.optim.Optimizer) -> float:
+    def effective_lr(self, optimizer: torch.optim.Optimizer | StochasticRounding) -> float:
         (group,) = optimizer.param_groups
         return group["d"] * group["lr"]

@@ -11,7 +11,6 @@ from trainer.config.identity import run_id
 from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import print_line
-from trainer.dataset import image_grid
 from trainer.dataset.buckets import upscale_factor
 from trainer.dataset.image_facts import find_near_duplicates
 from trainer.dataset.sample import Sample
@@ -154,6 +153,8 @@ def _name_groups(groups: Sequence[Sequence[Sample]]) -> str:
 
 def _write_contact_sheet(path: Path, data: TrainingData, samples: Sequence[Sample]) -> Path:
     """Writes an image of samples as the model sees them, evenly spread over the dataset. Returns its path."""
+    from trainer.dataset import image_grid
+
     stride = max(1, len(samples) // SHEET_SAMPLES)
     transformed = [data.transform.apply(sample) for sample in samples[::stride][:SHEET_SAMPLES]]
     rows = [([*sample.control_pixels(), sample.pixels()], sample.caption) for sample in transformed]

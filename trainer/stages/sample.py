@@ -13,7 +13,6 @@ from trainer.core import files
 from trainer.core.console import print_line
 from trainer.core.digests import Digests
 from trainer.core.errors import UsageError
-from trainer.dataset import image_grid
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import FileSource, Source
 from trainer.dataset.transform import TransformedSample
@@ -28,6 +27,8 @@ def execute(run: Run) -> None:
     The name of the folder is a hash of the request, so that different requests do not overwrite each other. Images that
     exist already are not generated again.
     """
+    from trainer.dataset import image_grid
+
     trained = load_trained_run(run)
     data = prepare(run)
     evaluator = trained.evaluator(data)
@@ -68,7 +69,8 @@ def _prompted_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
     prompts, names = run.sample.prompts or [], run.sample.images or []
     if data.control_count and not names:
         raise UsageError(
-            "this run edits images: type sample.images=[FILE] beside sample.prompts, one for all prompts or one for each"
+            "this run edits images: type sample.images=[FILE] beside sample.prompts, "
+            "one for all prompts or one for each"
         )
     if names and not data.control_count:
         raise UsageError("this run generates images from prompts alone: leave out sample.images")

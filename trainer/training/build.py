@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.compose import read_run
 from trainer.config.schema import Run
@@ -35,7 +35,8 @@ def build_network(
     dtypes = run.model.weights().dtypes()
     run.precision.check_checkpoint(dtypes)
     quantize = run.precision.quantizer(run.model.unquantized_modules, first_device, dtypes)
-    network = run.model.load_network(run.method.dtype(run.precision.dtype()), first_device, quantize)
+    # Any: models of diffusers have methods that Module lacks.
+    network: Any = run.model.load_network(run.method.dtype(run.precision.dtype()), first_device, quantize)
     run.method.attach(network, run.model.target_modules, run.seed)
     if run.hardware.gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.core.errors import DataError, UsageError
 from trainer.training.checkpoint_format import (
     REPLACED,
@@ -28,6 +29,8 @@ from trainer.training.checkpoint_format import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder with the checkpoints in a run folder."""
 _DISCARDED = ".discarded-"
 
 
@@ -201,3 +204,15 @@ class Checkpoints:
             files.fsync_folder(quarantine)
             files.fsync_folder(self.folder)
         return target
+
+
+def load_best_weights(run_folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """Returns the step and the weights to use from a run: those with the lowest held-out loss, else the last.
+
+    If the run keeps a moving average, it is that of the weights. Raises errors.DataError if there is no checkpoint.
+    """
+    checkpoints = Checkpoints(run_folder / CHECKPOINTS, 1, print_line)
+    checkpoint = checkpoints.best() or checkpoints.newest(set_aside=False)
+    if checkpoint is None:
+        raise DataError(f"{run_folder} has no checkpoint yet; train until the first one is saved")
+    return checkpoint.step, checkpoint.ema or checkpoint.weights

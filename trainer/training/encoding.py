@@ -1,9 +1,9 @@
-"""Fills the cache: in this process, or in several that each load the encoders and take a share."""
+"""Fills the cache, in this process or in several worker processes that each load the encoders."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, nullcontext
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
@@ -16,122 +16,133 @@ from trainer.core.errors import StorageError, TrainerError
 from trainer.core.lock import Lock
 from trainer.core.signals import reset_worker_signals
 from trainer.dataset.transform import TransformedSample
-from trainer.training.data import MASK, TrainingData, pixels_a_latent
+from trainer.training.data import MASK, TrainingData, pixels_per_latent
 
 if TYPE_CHECKING:
     import torch
 
 
-def encode(run: Run, material: TrainingData, wanted: list[TransformedSample]) -> dict[str, int]:
-    """Fill the cache with what it lacks; how many entries of each part were made. The encoders are gone when this returns."""
+def encode_missing(run: Run, data: TrainingData, samples: list[TransformedSample]) -> dict[str, int]:
+    """Makes the cache entries that the samples lack, and frees the encoders.
+
+    Returns how many entries of each tensor were made.
+    """
     from tqdm import tqdm
 
-    cache = material.cache
-    missing = cache.missing(wanted)
-    # One at a time: a second process would make the same entries, so it waits and finds them there.
+    cache = data.cache
+    missing = cache.missing(samples)
+    # One process fills a cache at a time. The next one waits here and then finds the entries.
     with Lock(cache.root / "filling", wait=True) if missing else nullcontext():
-        missing = missing and cache.missing(wanted)
-        outcomes = (
-            _in_processes(run, cache, missing)
-            if run.cache.workers > 1 and len(missing) > 1
-            else _here(run, cache, missing)
+        missing = missing and cache.missing(samples)
+        if run.cache.workers > 1 and len(missing) > 1:
+            outcomes = _encode_in_workers(run, cache, missing)
+        else:
+            outcomes = _encode(run, cache, missing)
+        progress = tqdm(
+            outcomes,
+            total=len(missing),
+            desc="encoding",
+            unit="entry",
+            mininterval=refresh_interval(),
+            disable=not missing,
         )
-        # Closed whatever happens: processes must not outlive what they work for.
-        with (
-            closing(outcomes),
-            tqdm(
-                outcomes, total=len(missing), desc="encoding", unit="entry", mininterval=refresh_interval(), disable=not missing
-            ) as bar,
-        ):
-            return count_outcomes(cache.recipes, bar)
+        # Closed in any case, so that no worker process outlives this one.
+        with closing(outcomes), progress:
+            return count_outcomes(cache.recipes, progress)
 
 
-def _here(run: Run, cache: Cache, missing: Iterable[Entry]) -> Iterator[Outcome]:
+def _encode(run: Run, cache: Cache, missing: Iterable[Entry]) -> Generator[Outcome]:
     device = open_device(run)
-    yield from cache.encode_missing(missing, _maker(run, device))
+    yield from cache.encode_missing(missing, _entry_encoder(run, device))
     if device.type == "cuda":
         import torch
 
-        # What the encoders took is free for the denoiser, not only for other tensors of the same size.
+        # Return the memory of the encoders to the device: torch would only reuse it for tensors of similar sizes.
         torch.cuda.empty_cache()
 
 
-def _maker(run: Run, device: torch.device) -> Callable[[str, TransformedSample], torch.Tensor]:
-    # Loads nothing before it is first used.
+def _entry_encoder(run: Run, device: torch.device) -> Callable[[str, TransformedSample], torch.Tensor]:
+    """Returns the function that computes a tensor of a sample."""
+    # Loads no weights until it is first used.
     encoder = run.model.build_encoder(device)
 
-    def make(part: str, view: TransformedSample) -> torch.Tensor:
-        return _mask(view, pixels_a_latent(run)) if part == MASK else encoder.encode(part, view)
+    def encode(name: str, sample: TransformedSample) -> torch.Tensor:
+        return _encode_mask(sample, pixels_per_latent(run)) if name == MASK else encoder.encode(name, sample)
 
-    return make
+    return encode
 
 
-def _mask(view: TransformedSample, pixels: int) -> torch.Tensor:
-    """The edit mask of a sample at its latents' size, (1, h, w) in [0, 1]; all ones where it has none."""
+def _encode_mask(sample: TransformedSample, pixels: int) -> torch.Tensor:
+    """Returns the edit mask of a sample at the size of its latents, (1, h, w) in [0, 1]; ones if it has no mask."""
     import torch
 
-    if view.sample.mask is None:
-        return torch.ones(1, view.height // pixels, view.width // pixels)
-    grey = torch.from_numpy(view.pixels(MASK)).float().mean(2) / 255
-    return torch.nn.functional.avg_pool2d(grey[None], pixels)
+    if sample.sample.mask is None:
+        return torch.ones(1, sample.height // pixels, sample.width // pixels)
+    gray = torch.from_numpy(sample.pixels(MASK)).float().mean(2) / 255
+    return torch.nn.functional.avg_pool2d(gray[None], pixels)
 
 
-def _in_processes(run: Run, cache: Cache, missing: Sequence[Entry]) -> Iterator[Outcome]:
-    """The outcomes of all entries, in the order in which they are made. Raises errors.StorageError where a process dies."""
+def _encode_in_workers(run: Run, cache: Cache, missing: Sequence[Entry]) -> Generator[Outcome]:
+    """Encodes in `cache.workers` processes and yields the outcomes as they arrive.
+
+    Raises errors.StorageError if a worker dies.
+    """
     import torch
 
-    # Not forked, for libraries that hold threads or a device do not survive it.
+    # Libraries that use threads or a device do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    processes, readers = [], {}
+    workers: list[multiprocessing.process.BaseProcess] = []
+    readers: dict[Connection, multiprocessing.process.BaseProcess] = {}
     try:
         for number in range(min(run.cache.workers, len(missing))):
             reader, writer = context.Pipe(duplex=False)
             share = missing[number :: run.cache.workers]
-            # As many threads as here, for another number gives other last bits.
-            process = context.Process(
-                target=_work, args=(run, cache, share, writer, torch.get_num_threads()), daemon=True
-            )
-            process.start()
+            # As many threads as in this process: the last bits of a result depend on the number of threads.
+            arguments = (run, cache, share, writer, torch.get_num_threads())
+            worker = context.Process(target=_run_worker, args=arguments, daemon=True)
+            worker.start()
             writer.close()
-            processes.append(process)
-            readers[reader] = process
+            workers.append(worker)
+            readers[reader] = worker
         while readers:
-            for reader in wait(list(readers)):
-                outcome = _received(reader, readers[reader])
+            for ready in wait(list(readers)):
+                assert isinstance(ready, Connection)
+                outcome = _receive(ready, readers[ready])
                 if outcome is None:
-                    del readers[reader]
+                    del readers[ready]
                 elif isinstance(outcome, TrainerError):
                     raise outcome
                 else:
                     yield outcome
     finally:
-        for process in processes:
+        for process in workers:
             process.terminate()
-        for process in processes:
+        for process in workers:
             process.join()
 
 
-def _received(reader: Connection, process: multiprocessing.process.BaseProcess) -> Outcome | TrainerError | None:
-    """What a process has to say; None where it has done its share."""
+def _receive(reader: Connection, process: multiprocessing.process.BaseProcess) -> Outcome | TrainerError | None:
+    """Returns the next message of a worker; None if it has finished its share."""
     try:
         return reader.recv()
     except EOFError:
         process.join()
         raise StorageError(
-            f"A process that fills the cache died (exit code {process.exitcode}); what it had made is kept. The same command goes on from there; "
-            "cache.workers=1 encodes in the main process."
+            f"A worker that fills the cache died (exit code {process.exitcode}); the entries it made are kept. "
+            "The same command continues from there; cache.workers=1 encodes in the main process."
         ) from None
 
 
-def _work(run: Run, cache: Cache, share: Sequence[Entry], writer: Connection, threads: int) -> None:
-    """The life of a process: its share of the entries, an outcome each, at last None."""
+def _run_worker(run: Run, cache: Cache, share: Sequence[Entry], writer: Connection, threads: int) -> None:
+    """Main function of a worker: sends the outcome of each entry, then None."""
     import torch
 
     reset_worker_signals()
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
+    assert parent is not None
     try:
-        for outcome in _here(run, cache, share):
+        for outcome in _encode(run, cache, share):
             writer.send(outcome)
             if not parent.is_alive():
                 return

@@ -1,157 +1,183 @@
-"""Measures a run's network as it is now: held-out loss, pictures, and how near they come to their targets."""
+"""Evaluates the network of a run: held-out loss, generated images, and their distance from the targets."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config.schema import Run
+from trainer.core.batch import Batch
 from trainer.core.console import print_line
 from trainer.core.errors import StorageError, is_out_of_memory
 from trainer.evaluation.held_out_loss import held_out_loss
 from trainer.evaluation.metrics import psnr
 from trainer.evaluation.sampling import generate_images
 from trainer.method.trainable import swap_weights
-from trainer.training.data import TrainingData, drawn, held_out, unconditional
+from trainer.training.data import TrainingData, held_out_samples, samples_to_generate, unconditional_samples
+from trainer.training.predictor import Predictor
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from trainer.dataset.transform import TransformedSample
     from trainer.tracking.journal import Journal
 
-AT_ONCE = 32
-"""Samples a forward pass, where there is room."""
+MAX_BATCH_SIZE = 32
+"""Samples in a forward pass, unless `hardware.micro_batch` or the size of the network allows fewer."""
 
 
 class Evaluator:
-    """`average`, where given, are the weights to judge in place of the network's own. `may_halve`: whether a forward pass may become two where
-    memory is short, which no process may decide alone where others take part in it."""
+    """Evaluates the weights in `average` if it is given, else those of the network.
+
+    `may_halve`: whether a forward pass that runs out of memory is split in two. A process must not do so if all
+    processes take part in each forward pass.
+    """
 
     def __init__(
         self,
         run: Run,
-        material: TrainingData,
-        network: torch.nn.Module,
-        device: torch.device,
+        data: TrainingData,
+        predictor: Predictor,
         average: dict[str, torch.Tensor] | None = None,
         may_halve: bool = True,
     ):
-        self.run, self.material, self.network, self.device, self.average = run, material, network, device, average
-        self.may_halve = may_halve
-        self.encoder = run.model.build_encoder(device)
-        self.at_once = run.hardware.micro_batch_for(AT_ONCE, sum(p.numel() for p in network.parameters()))
-
-    def predict(
-        self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
-    ) -> torch.Tensor:
-        """The family's prediction in the run's precision."""
-        with self.run.precision.autocast(self.device):
-            return self.run.model.predict(self.network, x, t, cond, guidance)
-
-    def _judging(
-        self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], guidance: float | None = None
-    ) -> torch.Tensor:
-        """`predict` without gradients: by halves where memory is short."""
-        import torch
-
-        try:
-            return self.predict(x, t, cond, guidance)
-        except (RuntimeError, MemoryError) as error:
-            if len(x) < 2 or not self.may_halve or not is_out_of_memory(error):
-                raise
-        halves = slice(len(x) // 2), slice(len(x) // 2, None)
-        return torch.cat(
-            [self._judging(x[h], t[h], {name: value[h] for name, value in cond.items()}, guidance) for h in halves]
-        )
+        self.run, self.data, self.predictor, self.average, self.may_halve = run, data, predictor, average, may_halve
+        self.network, self.device = predictor.network, predictor.device
+        self.encoder = run.model.build_encoder(self.device)
+        parameter_count = sum(parameter.numel() for parameter in self.network.parameters())
+        self.batch_size = run.hardware.micro_batch_for(MAX_BATCH_SIZE, parameter_count)
 
     def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> float | None:
-        """Journal all that is measured at this step, with pictures in `folder`; the held-out loss, None without held-out samples.
+        """Writes all measurements to the journal and the images to `folder`.
 
-        `before` is the folder whose pictures of step 0 stand beside those of this step (null: `folder`).
+        Returns the held-out loss; None if no samples are held out. `before` is the run folder whose images of step 0
+        are shown beside those of this step (default: `folder`).
         """
-        began = time.perf_counter()
-        values, images = self._asked()
-        # Closed whatever happens: while it draws, the average is in the weights' place, and a signal must not have that saved.
-        with contextlib.closing(images):
-            values |= self._keep(images, step, folder, journal, before or folder)
-        journal.log_metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - began})
+        start = time.perf_counter()
+        values, images = self._run_network()
+        # Closed in any case: while images are generated, the average replaces the weights, and must not be saved as
+        # such.
+        with closing(images):
+            values |= self._record_images(images, step, folder, journal, before or folder)
+        journal.log_metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - start})
         return values.get("val/loss")
 
     def follow(self) -> None:
-        """The forward passes of `evaluate`, for a process that holds a part of the network and leaves the measuring to another."""
-        for _ in self._asked()[1]:
+        """Runs the forward passes of `evaluate` only, on the other processes of a sharded network."""
+        for _ in self._run_network()[1]:
             pass
 
-    def _asked(self) -> tuple[dict[str, float], Generator[tuple[int, np.ndarray]]]:
-        """All for which `evaluate` asks the network: held-out losses, and what it draws, when it is taken."""
-        views = held_out(self.run, self.material, self.run.evaluation.samples)
-        rows = [(view.sample.id, self.material.cache.example(view)) for view in views]
-        with self._judged():
-            losses = held_out_loss(self.run.model, self._judging, rows, self.device, self.at_once) if rows else {}
-        wanted = drawn(self.run, self.material)
-        return losses, self.draw([view for view, _ in wanted], [self.run.sample.seed + i for i in range(len(wanted))])
+    def generate(self, samples: list[TransformedSample], seeds: list[int]) -> Generator[tuple[int, np.ndarray]]:
+        """Generates an image for each sample and seed, and yields (index, image), uint8 (H, W, 3).
 
-    def draw(self, views: list, seeds: list[int]):
-        """The place of a view and its picture, uint8 (H, W, 3), for each view and seed; the parts of `to_draw(views)` must be cached."""
-        run, cache = self.run, self.material.cache
-        rows = [cache.example(view) for view in views]
-        bare = [cache.example(view) for view in unconditional(run, views)] or None
-        with self._judged():
+        The cache must contain the samples and their `unconditional_samples`.
+        """
+        run, cache = self.run, self.data.cache
+        examples = [cache.example(sample) for sample in samples]
+        unconditional = [cache.example(sample) for sample in unconditional_samples(run, samples)] or None
+        assert run.sample.steps is not None and run.sample.guidance is not None
+        with self._eval_mode():
             yield from generate_images(
                 run.model,
-                self._judging,
+                self._predict,
                 self.encoder,
-                rows,
-                bare,
+                examples,
+                unconditional,
                 seeds,
                 steps=run.sample.steps,
                 guidance=run.sample.guidance,
                 device=self.device,
-                batch_size=self.at_once,
+                batch_size=self.batch_size,
             )
 
-    def _judged(self):
+    def _run_network(self) -> tuple[dict[str, float], Generator[tuple[int, np.ndarray]]]:
+        """Returns the held-out losses, and a generator of images that has not started yet."""
+        held_out = held_out_samples(self.data, self.run.evaluation.samples)
+        examples = [(sample.sample.id, self.data.cache.example(sample)) for sample in held_out]
+        losses = {}
+        if examples:
+            with self._eval_mode():
+                losses = held_out_loss(self.run.model, self._predict, examples, self.device, self.batch_size)
+        samples = [sample for sample, _ in samples_to_generate(self.run, self.data)]
+        return losses, self.generate(samples, [self.run.sample.seed + i for i in range(len(samples))])
+
+    def _eval_mode(self) -> AbstractContextManager[None]:
+        """Puts the network in eval mode, in which it stays, and returns a context with the average as its weights."""
         self.network.eval()
         return swap_weights(self.network, self.average)
 
-    def _keep(
+    def _predict(
+        self, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
+    ) -> torch.Tensor:
+        """Like `Predictor.predict`, but splits the batch in two if memory is exhausted."""
+        import torch
+
+        try:
+            return self.predictor.predict(latents, t, conditions, guidance)
+        except (RuntimeError, MemoryError) as error:
+            if len(latents) < 2 or not self.may_halve or not is_out_of_memory(error):
+                raise
+        halves = slice(len(latents) // 2), slice(len(latents) // 2, None)
+        return torch.cat(
+            [
+                self._predict(latents[half], t[half], {name: x[half] for name, x in conditions.items()}, guidance)
+                for half in halves
+            ]
+        )
+
+    def _record_images(
         self, images: Iterator[tuple[int, np.ndarray]], step: int, folder: Path, journal: Journal, before: Path
     ) -> dict[str, float]:
-        """Keep the first pictures beside control, before training and target; compare all with their targets."""
-        from trainer.dataset import image_grid
-
-        wanted = drawn(self.run, self.material)
-        here, first = folder / "pictures" / f"step-{step:08d}", before / "pictures" / "step-00000000"
-        likeness, full = [], None
-        for place, image in images:
-            i, (view, comparable) = place + 1, wanted[place]
+        """Saves the first `evaluation.shown` images. Returns the mean PSNR of all images that have a target."""
+        samples = samples_to_generate(self.run, self.data)
+        psnrs = []
+        disk_full = False
+        for index, image in images:
+            sample, comparable = samples[index]
             if comparable:
-                likeness.append(psnr(image, view.pixels()))
-            # Without room for them the rest is measured all the same.
-            if i > self.run.evaluation.shown or full:
+                psnrs.append(psnr(image, sample.pixels()))
+            if index >= self.run.evaluation.shown or disk_full:
                 continue
-            row = {name.replace("_", " "): view.pixels(name) for name in view.control_names}
-            if step and (first / f"{i}.png").exists():
-                row["before training"] = image_grid.load_png(first / f"{i}.png")
-            row[f"step {step}"] = image
-            if comparable:
-                row["target"] = view.pixels()
-            path = here / f"{i}-strip.png"
             try:
-                image_grid.save_png(here / f"{i}.png", image)
-                # As near to a square as they go: MLflow shows pictures in square frames.
-                image_grid.save_png(path, image_grid.label_grid(row, columns=math.ceil(math.sqrt(len(row)))))
+                path = _save_image(image, sample, comparable, index + 1, step, folder, before)
             except StorageError as error:
-                full = f"{error} This evaluation goes without its pictures."
-                journal.log_event("warning", text=full)
-                print_line(full)
+                # Measuring does not depend on the images.
+                disk_full = True
+                warning = f"{error} The images of this evaluation are not saved."
+                journal.log_event("warning", text=warning)
+                print_line(warning)
                 continue
-            words = re.sub(r"[^a-z0-9]+", "_", view.caption.lower()).strip("_")[:40]
-            journal.log_image(step, f"samples/{i}_{words}", path.relative_to(folder).as_posix(), view.caption)
-        return {"val/psnr": sum(likeness) / len(likeness)} if likeness else {}
+            words = re.sub(r"[^a-z0-9]+", "_", sample.caption.lower()).strip("_")[:40]
+            key = f"samples/{index + 1}_{words}"
+            journal.log_image(step, key, path.relative_to(folder).as_posix(), sample.caption)
+        return {"val/psnr": sum(psnrs) / len(psnrs)} if psnrs else {}
+
+
+def _save_image(
+    image: np.ndarray, sample: TransformedSample, comparable: bool, number: int, step: int, folder: Path, before: Path
+) -> Path:
+    """Saves an image alone, and in a strip with its controls, the image before training, and the target.
+
+    Returns the path of the strip.
+    """
+    from trainer.dataset import image_grid
+
+    image_folder = folder / "pictures" / f"step-{step:08d}"
+    untrained = before / "pictures" / "step-00000000" / f"{number}.png"
+    images = {name.replace("_", " "): sample.pixels(name) for name in sample.control_names}
+    if step and untrained.exists():
+        images["before training"] = image_grid.load_png(untrained)
+    images[f"step {step}"] = image
+    if comparable:
+        images["target"] = sample.pixels()
+    path = image_folder / f"{number}-strip.png"
+    image_grid.save_png(image_folder / f"{number}.png", image)
+    # Nearly square, since MLflow shows images in square frames.
+    image_grid.save_png(path, image_grid.label_grid(images, columns=math.ceil(math.sqrt(len(images)))))
+    return path

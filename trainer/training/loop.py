@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from trainer.core.batch import Batch
+    from trainer.optimizer.stochastic_rounding import StochasticRounding
     from trainer.precision.loss_scale import LossScale
 
 
@@ -43,14 +44,14 @@ class Step:
 class TrainingLoop:
     """Trains `parameters`, one optimizer step at a time.
 
-    A step that runs out of memory starts again with micro-batches of half the size, which later steps keep. A step whose
-    loss or gradients are not finite leaves weights and optimizer unchanged.
+    A step that runs out of memory starts again with micro-batches of half the size, which later steps keep. A step
+    whose loss or gradients are not finite leaves weights and optimizer unchanged.
     """
 
     parameters: list[torch.nn.Parameter]
     losses: Callable[[Batch], torch.Tensor]
     """Loss of each sample of a micro-batch, (b,)."""
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | StochasticRounding
     learning_rate: Callable[[int], float]
     """Learning rate of a step."""
     batch_size: int
@@ -138,7 +139,8 @@ class TrainingLoop:
             # Dropout uses torch's global generators. Seeded here, it does not depend on what ran before.
             for generator in generators:
                 generator.manual_seed(seed_for(self.seed, "dropout", step, index))
-            # Micro-batches may differ in size, so the sum is divided by the global batch size; a mean of means is wrong.
+            # Micro-batches may differ in size, so the sum is divided by the global batch size; a mean of means is
+            # wrong.
             loss = self.losses(micro_batch).sum() / self.batch_size
             (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
             micro_losses.append(loss.detach())

@@ -1,4 +1,4 @@
-"""The run's folder: found or made, locked, and refused where what lies in it began otherwise."""
+"""The folder of a run: found or created, locked, and checked against what the run started with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,96 +20,116 @@ from trainer.core.console import timestamp
 from trainer.core.errors import UsageError
 from trainer.core.lock import Lock
 
-MANIFEST, SUMMARY, CHECKPOINTS = "run.json", "summary.json", "checkpoints"
+MANIFEST = "run.json"
+SUMMARY = "summary.json"
 
 
 @dataclass(slots=True)
 class RunFolder:
-    """The run's folder, held by this process alone, and what was found there."""
+    """The folder of a run, locked by this process."""
 
-    folder: Path
+    path: Path
     id: str
     manifest: dict[str, Any]
+    """Contents of `run.json`: identity, settings and digests that the run started with."""
     parent: Path | None
+    """Folder of the run whose last checkpoint this run starts from, if any."""
     finished: bool
 
+    def summary(self) -> dict[str, Any]:
+        return files.read_json(self.path / SUMMARY)
 
-def acquire(run: Run, digests: dict[str, Any], stack: ExitStack) -> RunFolder:
-    """Find or make the folder of this run, lock it, and refuse to go on with other data, weights or program than it began with."""
-    decisive, parent = identity_settings(run), None
+
+@contextmanager
+def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]:
+    """Finds or creates the folder of a run and locks it.
+
+    Raises errors.UsageError if the run started with other data, weights or program version, and errors.LockedError if
+    another process works on the run.
+    """
+    settings, parent = identity_settings(run), None
     if run.resume is not None:
-        folder, decisive, parent = _resumed(run, decisive)
+        folder, parent = _resumed_folder(run, settings)
         id = folder.name
     else:
         id = run_id(run)
-        folder = _newest(Path(run.out), id, run.fresh)
+        folder = _latest_folder(Path(run.out), id, run.fresh)
     if not (folder / MANIFEST).exists():
         with files.storage_errors("make the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(Lock(folder / "lock"))
-    path = folder / MANIFEST
-    digests = digests | {"program": __version__}
-    if path.exists():
-        manifest = files.read_json(path)
-        changes = differences(manifest["digests"], digests)
-        if changes:
-            raise UsageError(
-                f"{folder} began with other data, weights or program than there are now ({'; '.join(_short(change) for change in changes)}). "
-                "Continuing would be a mixture of two runs: type fresh=true for a new one, or restore what changed"
-            )
-    else:
-        manifest = {
-            "id": id,
-            "folder_id": uuid.uuid4().hex,
-            "settings": decisive,
-            "digests": digests,
-            "parent": str(parent) if parent else None,
-            "created": timestamp(),
-        }
-        files.write_json(path, manifest)
-    finished = (folder / SUMMARY).exists() and files.read_json(folder / SUMMARY).get("status") == "finished"
-    if not finished:
-        files.remove_temporary(folder)
-    return RunFolder(folder, id, manifest, parent, finished)
+    with Lock(folder / "lock"):
+        digests = digests | {"program": __version__}
+        if (folder / MANIFEST).exists():
+            manifest = files.read_json(folder / MANIFEST)
+            _check_digests(folder, manifest["digests"], digests)
+        else:
+            manifest = {
+                "id": id,
+                "folder_id": uuid.uuid4().hex,
+                "settings": settings,
+                "digests": digests,
+                "parent": str(parent) if parent else None,
+                "created": timestamp(),
+            }
+            files.write_json(folder / MANIFEST, manifest)
+        summary = folder / SUMMARY
+        finished = summary.exists() and files.read_json(summary).get("status") == "finished"
+        if not finished:
+            files.remove_temporary(folder)
+        yield RunFolder(folder, id, manifest, parent, finished)
 
 
-def _newest(out: Path, id: str, fresh: bool) -> Path:
-    """`<id>`, or the last of `<id>-2`, `<id>-3` ... that is there; with `fresh` the next that is not."""
+def _check_digests(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if changes := differences(old, new):
+        raise UsageError(
+            f"{folder} started with other data, weights or another program version "
+            f"({'; '.join(_shorten_digests(change) for change in changes)}). "
+            "Continuing would mix two runs: type fresh=true to start a new one, or restore what changed"
+        )
+
+
+def _latest_folder(out: Path, id: str, fresh: bool) -> Path:
+    """Returns the last existing folder of `<id>`, `<id>-2`, `<id>-3`, ...; with `fresh` the next one."""
     numbers = [1] if (out / id / MANIFEST).exists() else []
-    numbers += [
-        int(path.name.rpartition("-")[2]) for path in out.glob(f"{id}-*") if re.fullmatch(rf"{id}-\d+", path.name)
-    ]
+    names = [path.name for path in out.glob(f"{id}-*")]
+    numbers += [int(name.rpartition("-")[2]) for name in names if re.fullmatch(rf"{id}-\d+", name)]
     number = max(numbers, default=0) + 1 if fresh else max(numbers, default=1)
     return out / (id if number == 1 else f"{id}-{number}")
 
 
-def _resumed(run: Run, decisive: dict[str, Any]) -> tuple[Path, dict[str, Any], Path | None]:
-    """The folder that `resume` names; with more steps a new one, whose parent it is."""
-    folder = find(run.resume, run.out)
-    begun = files.read_json(folder / MANIFEST)["settings"]
-    changes = differences(begun, decisive)
-    if [change.partition(":")[0] for change in changes] == ["steps"] and (run.steps or 0) > (begun["steps"] or 0) > 0:
-        longer = hashlib.sha256(json.dumps([folder.name, decisive], sort_keys=True).encode()).hexdigest()[:12]
-        return _newest(Path(run.out), longer, fresh=False), decisive, folder
+def _resumed_folder(run: Run, settings: dict[str, Any]) -> tuple[Path, Path | None]:
+    """Returns the folder of a run with `resume`, and its parent.
+
+    The folder is the one that `resume` names. If `steps` is larger than in that run, it is a new one, and that run is
+    the parent.
+    """
+    assert run.resume is not None
+    folder = find_run_folder(run.resume, run.out)
+    old_settings = files.read_json(folder / MANIFEST)["settings"]
+    changes = differences(old_settings, settings)
+    only_steps_changed = [change.partition(":")[0] for change in changes] == ["steps"]
+    if only_steps_changed and (run.steps or 0) > (old_settings["steps"] or 0) > 0:
+        longer_id = hashlib.sha256(json.dumps([folder.name, settings], sort_keys=True).encode()).hexdigest()[:12]
+        return _latest_folder(Path(run.out), longer_id, fresh=False), folder
     if changes:
         raise UsageError(
-            f"resume={run.resume} continues exactly the run in {folder}, and these settings are not its own: {'; '.join(changes)}. "
-            "Type the settings it began with (only steps may be larger), or leave resume out to start a run of its own"
+            f"resume={run.resume} continues exactly the run in {folder}, which has other settings: "
+            f"{'; '.join(changes)}. Type the settings of that run (only steps may be larger), or leave out resume to "
+            "start another run"
         )
-    return folder, decisive, None
+    return folder, None
 
 
-def find(name: str, out: str) -> Path:
-    """The run folder that an id or a path names."""
+def find_run_folder(name: str, out: str) -> Path:
+    """Returns the run folder that an id or a path names. Raises errors.UsageError if there is none."""
     for folder in (Path(name).expanduser(), Path(out) / name):
         if (folder / MANIFEST).is_file():
             return folder
-    there = sorted(path.parent.name for path in Path(out).glob(f"*/{MANIFEST}"))
+    runs = sorted(path.parent.name for path in Path(out).glob(f"*/{MANIFEST}"))
     raise UsageError(
-        f"{name} is no run folder, nor is {Path(out) / name}; runs in {out}/: {', '.join(there[-8:]) or 'none'}"
+        f"neither {name} nor {Path(out) / name} is a run folder; runs in {out}/: {', '.join(runs[-8:]) or 'none'}"
     )
 
 
-def _short(change: str) -> str:
-    """Digests by their first digits."""
-    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{54}\b", r"\1...", change)
+def _shorten_digests(text: str) -> str:
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{54}\b", r"\1...", text)

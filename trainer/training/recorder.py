@@ -1,0 +1,91 @@
+"""Records an attempt at a run: journal, checkpoints, summary, and lines on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.schema import Run
+from trainer.core.console import print_line
+from trainer.core.errors import Interrupted
+from trainer.tracking import curves
+from trainer.tracking.journal import Journal
+from trainer.tracking.tracker import Tracker
+from trainer.training.build import describe_precision
+from trainer.training.checkpoint import CHECKPOINTS, Checkpoints
+from trainer.training.run_folder import RunFolder
+from trainer.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from trainer.training.checkpoint_format import Checkpoint
+    from trainer.training.loop import Step
+
+
+class Recorder:
+    """What the main process of a run writes; its followers have no recorder.
+
+    `open_tracker` returns the tracker that follows the journal. It is called when the journal has an attempt.
+    """
+
+    def __init__(self, run: Run, run_folder: RunFolder, journal: Journal, open_tracker: Callable[[], Tracker]):
+        self.run, self.run_folder, self.journal, self.open_tracker = run, run_folder, journal, open_tracker
+        self.folder = run_folder.path
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.save.keep, self.warn)
+
+    def warn(self, text: str) -> None:
+        self.journal.log_event("warning", text=text)
+        print_line(text)
+
+    def newest_checkpoint(self) -> tuple[Path, Checkpoint | None]:
+        """Returns the newest undamaged checkpoint of the run, else of its parent, and the folder that contains it."""
+        self.checkpoints.clean()
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is not None or self.run_folder.parent is None:
+            return self.checkpoints.folder, checkpoint
+        parent = Checkpoints(self.run_folder.parent / CHECKPOINTS, self.run.save.keep, self.warn)
+        return parent.folder, parent.newest(set_aside=False)
+
+    def start_attempt(self, step: int, counts: str, location: str, environment: dict[str, Any]) -> None:
+        """Records that an attempt starts after `step`. `counts` and `location` describe it in words."""
+        print_line(f"{self.folder}: {counts}, {location}")
+        print_line(f"precision: {describe_precision(self.run)}")
+        for warning in self.run.model.warnings():
+            self.warn(warning)
+        number = 1 + self.journal.counts["attempt"]
+        self.journal.log_event("attempt", number=number, start=step, counts=counts, machine=environment)
+
+    def log_nonfinite(self, step: Step, sample_ids: list[str]) -> None:
+        values = {"loss": step.loss, "grad_norm": step.grad_norm}
+        self.journal.log_event("not_finite", step=step.number, samples=sample_ids, **values)
+
+    def stop_attempt(self, stop: Interrupted, step: int, total_steps: int, state: TrainingState) -> None:
+        """Records that a signal has ended the attempt after `step`, which is saved."""
+        self._write_summary("stopped", str(stop), step, state)
+        print_line(f"{stop}: saved at step {step} of {total_steps}. The same command continues from there.")
+
+    def finish_run(
+        self, outcome: str, step: int, state: TrainingState, memory: dict[str, float], exports: list[Path]
+    ) -> None:
+        """Records that the run is finished. `outcome` is "done" or "stopped early"; `memory` as in `memory_metrics`."""
+        self.journal.log_event("finished", step=step, how=outcome)
+        self._write_summary("finished", outcome, step, state)
+        losses = ""
+        if state.val_loss is not None:
+            losses = f": held-out loss {state.val_loss:.4f}, best {state.best:.4f}"
+        print_line(f"{outcome} at step {step}{losses}")
+        names = {name: name.removeprefix("system/").removesuffix("_gib").replace("_", " ") for name in memory}
+        print_line(", ".join(f"{names[name]} {value:.2f} GiB" for name, value in memory.items()))
+        print_line(f"images {self.folder / 'pictures'}, curves {self.folder / 'training_curves.png'}")
+        if page := self.run.tracking.page(Path(self.run.out)):
+            print_line(f"compare runs: {page}")
+        for path in exports:
+            print_line(f"exported {path}")
+
+    def _write_summary(self, status: str, how: str, step: int, state: TrainingState) -> None:
+        """Writes metrics.csv, training_curves.png and summary.json."""
+        curves.write_metrics_csv(self.folder)
+        curves.draw_curves(self.folder)
+        losses = {"best_val_loss": state.best, "last_val_loss": state.val_loss}
+        summary = {"status": status, "how": how, "id": self.run_folder.id, "steps": step, **losses}
+        curves.write_summary(self.folder, summary)

@@ -1,0 +1,62 @@
+"""The log of a run, and the messages about how it ended."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.config.rules import memory_remedies
+from trainer.config.schema import Run
+from trainer.core import redaction
+from trainer.core.errors import Interrupted, OutOfMemoryError, TrainerError, is_out_of_memory
+from trainer.tracking.journal import Journal
+
+
+@contextmanager
+def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
+    """Inside the block, log messages go to `log.txt` in the folder, and warnings of this program to stderr too.
+
+    If the block raises, the traceback goes to `log.txt` and the reason to the journal.
+    """
+    file_handler = logging.FileHandler(folder / "log.txt")
+    file_handler.setFormatter(redaction.RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    stderr_handler = logging.StreamHandler()
+    stderr_handler.setLevel(logging.WARNING)
+    stderr_handler.setFormatter(redaction.RedactingFormatter("%(message)s"))
+    root_logger, program_logger = logging.getLogger(), logging.getLogger("trainer")
+    root_logger.addHandler(file_handler)
+    program_logger.addHandler(stderr_handler)
+    program_logger.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        kind = "stopped" if isinstance(error, Interrupted) else "failed"
+        journal.log_event(kind, reason=redaction.redact(str(error)) or type(error).__name__)
+        assert file_handler.stream is not None
+        file_handler.stream.write(redaction.redact(traceback.format_exc()))
+        if not isinstance(error, TrainerError | Interrupted | KeyboardInterrupt | SystemExit):
+            error.add_note(f"log: {folder / 'log.txt'}")
+        raise
+    finally:
+        program_logger.removeHandler(stderr_handler)
+        root_logger.removeHandler(file_handler)
+        file_handler.close()
+
+
+@contextmanager
+def out_of_memory_errors(run: Run) -> Iterator[None]:
+    """Turns any error about insufficient memory inside the block into errors.OutOfMemoryError, which says what to
+    type."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise OutOfMemoryError(
+            f"There is not enough memory, not even for one sample at a time ({reason}). Remedies, the cheapest first: "
+            f"{'; '.join(memory_remedies(run))}. A setting that changes the result starts another run."
+        ) from error
