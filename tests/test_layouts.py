@@ -126,7 +126,7 @@ def test_every_fault_of_an_imagefolder_is_listed_with_its_line(folder: Path, dig
         settings,
         digests,
         "line 2: Expecting property name",
-        "line 3: is no JSON object",
+        "line 3: is not a JSON object",
         "line 4: has no column 'text' (its columns: file_name)",
         "line 5: there is no file 'absent.png', here or in images/",
         "line 6 (a.png): is the same sample as metadata.jsonl line 1 (a.png)",
@@ -315,7 +315,7 @@ def test_images_without_an_entry_in_captions_json_are_noted(folder: Path, digest
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("[1", "is not the JSON file"), ("7", "contains neither an object"), ("[7]", "entry 1: is no JSON object")],
+    [("[1", "is not the JSON file"), ("7", "contains neither an object"), ("[7]", "entry 1: is not a JSON object")],
 )
 def test_captions_json_of_another_form_is_refused(content: str, reason: str, folder: Path, digests: Digests):
     folder.mkdir()

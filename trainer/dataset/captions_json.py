@@ -50,9 +50,11 @@ def _read_rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row |
         # An object becomes a list of (name, value) tuples, so that a name that occurs twice is not lost.
         entries = json.loads(data.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{table} is not the JSON file it claims to be: {error}. Mend it.") from None
+        raise DataError(f"{table} is not the JSON file it claims to be: {error}. Fix the file.") from None
     if not isinstance(entries, list):
-        raise DataError(f"{table} contains neither an object (file name -> caption) nor a list of objects. Mend it.")
+        raise DataError(
+            f"{table} contains neither an object (file name -> caption) nor a list of objects. Fix the file."
+        )
     for number, entry in enumerate(entries, 1):
         columns: list[tuple[str, Any]] = []
         if isinstance(entry, tuple):
@@ -62,7 +64,7 @@ def _read_rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row |
         else:
             value, location = entry, f"{TABLE} entry {number}"
             if not _is_object(entry):
-                yield location, ValueError("is no JSON object")
+                yield location, ValueError("is not a JSON object")
                 continue
         columns += value if _is_object(value) else [(settings.caption_column, value)]
         try:

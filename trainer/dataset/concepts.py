@@ -21,8 +21,8 @@ from trainer.dataset.source import IMAGE_SUFFIXES
 class Concepts(Dataset):
     """One folder per concept.
 
-    For a concept by its name, `triggers` is the word that is put in front of every caption without it, `weights` the
-    weight of the loss of its samples, and `repeats` how often an epoch visits each of them.
+    The keys of the settings are names of concepts. `triggers` are put in front of the captions that do not contain
+    them, `weights` multiply the loss of the samples, and `repeats` are visits to each sample per epoch.
     """
 
     triggers: dict[str, str] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Concepts(Dataset):
         Dataset.__post_init__(self)
         for name, trigger in self.triggers.items():
             if not trigger.strip():
-                raise UsageError(f"dataset.triggers: that of {name} is empty; leave it out to keep the captions")
+                raise UsageError(f"dataset.triggers: the trigger of {name} is empty; leave it out to keep the captions")
         for name, weight in self.weights.items():
             if not 0 < weight < math.inf:
                 raise UsageError(

@@ -96,7 +96,7 @@ def _read_rows(settings: Csv, table: Path, collector: SampleCollector) -> Iterat
         if not header:
             header = cells
             if len({*header}) < len(header):
-                raise DataError(f"{location}: has the same column twice ({', '.join(header)}). Mend the header line.")
+                raise DataError(f"{location}: has the same column twice ({', '.join(header)}). Fix the header line.")
         elif len(cells) == len(header):
             yield location, dict(zip(header, cells, strict=True))
         else:

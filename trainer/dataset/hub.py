@@ -61,7 +61,7 @@ class Hub(Table):
         else:
             raise DataError(
                 f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}), "
-                "and it is no name on the hub."
+                "and it is not a name on the hub."
             )
         for name, split in self._assign_splits(collector, list(tables)).items():
             _collect_rows(collector, self, tables[name], name, split)

@@ -48,4 +48,4 @@ def _read_rows(table: Path, collector: SampleCollector) -> Iterator[tuple[str, R
         except (ValueError, RecursionError) as error:
             yield location, ValueError(error)
             continue
-        yield location, row if isinstance(row, dict) else ValueError("is no JSON object")
+        yield location, row if isinstance(row, dict) else ValueError("is not a JSON object")

@@ -34,7 +34,7 @@ class Listing:
         """Raises one errors.DataError that counts all faults and shows the first, if there are any."""
         if self.faults:
             raise DataError(
-                f"{self.count_faults(dataset_name)}. Mend or remove these, "
+                f"{self.count_faults(dataset_name)}. Fix or remove these, "
                 "or type dataset.on_fault=skip to go on without:\n"
                 f"{self.format_faults(max_shown)}"
             )

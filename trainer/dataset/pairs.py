@@ -81,8 +81,9 @@ class _PairsFolder:
         faults_before = len(collector.faults)
         controls = []
         for group, pattern in zip(self.controls, self.control_patterns, strict=True):
-            control = self._find_image(group, name, f"{pattern.replace('NAME', name)}: there is no such control image")
-            controls += [] if control is None else [control]
+            fault = f"{pattern.replace('NAME', name)}: there is no such control image"
+            if (control := self._find_image(group, name, fault)) is not None:
+                controls.append(control)
         target = self._find_image(self.targets, name, f"{TARGETS}/{name}.*: there is no such target image")
         caption = collector.attempt(f"{self._shown(TARGETS)}/{name}.txt", _read_instruction, self.captions.get(name))
         mask = self._find_image(self.masks, name, "") if name in self.masks else None
@@ -91,11 +92,9 @@ class _PairsFolder:
                 first = collector.relative_name(group[name][0])
                 collector.add_fault(f"{collector.relative_name(path)}: is the same sample as {first}")
         id = name if self.folder == collector.root else f"{self.folder.name}/{name}"
-        if not collector.register_id(
-            id, collector.relative_name(self.targets[name][0]) if name in self.targets else name
-        ):
-            return
-        if target is not None and caption is not None and len(collector.faults) == faults_before:
+        location = collector.relative_name(self.targets[name][0]) if name in self.targets else name
+        is_new = collector.register_id(id, location)
+        if is_new and target is not None and caption is not None and len(collector.faults) == faults_before:
             collector.add(Sample(id, target, caption, tuple(controls), split, mask), f"{TARGETS}/{name}")
 
     def _group(self, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Groups:

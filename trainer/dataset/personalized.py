@@ -56,7 +56,7 @@ class Personalized(Dataset):
             path = collector.root / f"{name}.json"
             records = read_json(path)
             if not isinstance(records, list):
-                raise DataError(f"{path} is no list of records. Mend it.")
+                raise DataError(f"{path} is not a list of records. Fix the file.")
             for number, record in enumerate(records):
                 collector.found += 1
                 _RecordReader(collector, self, record, name, number, styles).collect(split)
@@ -110,7 +110,7 @@ class _RecordReader:
         collector, record, template = self.collector, self.record, self.settings.template
         faults_before = len(collector.faults)
         if not record:
-            collector.add_fault(f"{self.location}: is no record with history_items_info and target_item_info")
+            collector.add_fault(f"{self.location}: is not a record with history_items_info and target_item_info")
             return
         history = self._read_history()
         target_id = record.get("target_item_id", "target")
@@ -120,7 +120,7 @@ class _RecordReader:
         if style is None and "{style}" in template:
             collector.add_fault(
                 f"{self.location}: has no user_style, and user_styles.json has none for {user!r}; "
-                "dataset.template can do without {style}"
+                "dataset.template need not contain {style}"
             )
         if image is None or target_caption is None or len(collector.faults) > faults_before:
             return
@@ -151,7 +151,7 @@ class _RecordReader:
         return [caption for caption in captions if caption is not None]
 
     def _read_item(self, item: Any, name: str) -> tuple[str | None, FileSource | None]:
-        """Returns the caption and the image of an item; None is for what has a fault."""
+        """Returns the caption and the image of an item. Each is None if it has a fault."""
         if not isinstance(item, dict):
             self.collector.add_fault(f"{self.location}: {name} is missing")
             return None, None

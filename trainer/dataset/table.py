@@ -88,11 +88,11 @@ def read_controls_and_mask(
     controls = []
     for column in settings.control_columns:
         value = collector.attempt(location, read_cell, row, column, "control_columns")
-        # A cell may hold a list of images, as in datasets of the Hugging Face hub.
+        # A cell may contain a list of images, as in datasets of the Hugging Face hub.
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
-                control = collector.attempt(location, open_cell, item)
-                controls += [] if control is None else [control]
+                if (control := collector.attempt(location, open_cell, item)) is not None:
+                    controls.append(control)
             elif value is not None or column in row:
                 collector.add_fault(f"{location}: its {column} names no control image")
     mask = None
