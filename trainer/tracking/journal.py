@@ -198,8 +198,3 @@ def _to_json(value: float) -> float | str:
 
 def _now() -> float:
     return round(time.time(), 3)
-
-
-# TODO remove
-read, PICTURE = read_records, IMAGE
-Journal.metrics, Journal.picture, Journal.event = Journal.log_metrics, Journal.log_image, Journal.log_event  # type: ignore[attr-defined]

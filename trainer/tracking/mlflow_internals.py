@@ -1,6 +1,7 @@
 """All uses of MLflow's non-public parts, checked with MLflow 3.17.2 (`pyproject.toml` allows no later minor version).
 
-Before you raise the bound, run `tests/test_tracking.py` and `tests/test_browser.py` with the new version. In this file:
+Before you raise the bound, run `tests/test_tracking.py`, `tests/test_mlflow_server.py` and `tests/test_browser.py` with
+the new version. This module contains:
 
 - environment variables without documentation,
 - the latest step of each metric of a run (`RunData._metric_objs`),
@@ -121,6 +122,8 @@ def move_artifacts(path: Path, old: str, new: str) -> None:
 
 # Pages. Without the workflow type MLflow opens an empty page for chat applications.
 
+_WORKFLOW = {"workflowType": "machine_learning"}
+
 
 def runs_url(address: str, experiment_id: str) -> str:
     """Returns the page of all runs of an experiment, see `runs_view`."""
@@ -139,12 +142,13 @@ def children_url(address: str, experiment_id: str, run_id: str) -> str:
 
 def comparison_url(address: str, experiment_id: str, run_ids: Sequence[str]) -> str:
     """Returns the page that compares runs."""
-    query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id])}
-    return f"{address.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}&workflowType=machine_learning"
+    # MLflow expects the runs to come first.
+    query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id]), **_WORKFLOW}
+    return f"{address.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
 
 def _page(address: str, path: str, **query: str) -> str:
-    return f"{address.rstrip('/')}/#/{path}?{urlencode({'workflowType': 'machine_learning', **query})}"
+    return f"{address.rstrip('/')}/#/{path}?{urlencode({**_WORKFLOW, **query})}"
 
 
 def image_markdown(run_id: str, file_name: str, title: str) -> str:

@@ -118,9 +118,8 @@ def describe_run(client: MlflowClient, run: Run, details: RunDetails) -> None:
 class RemoteRun:
     """Sends a journal to an MLflow run.
 
-    The constructor takes what MLflow has from `run`, which must be fresh. After an exception this object is useless,
-    since what MLflow has is
-    unknown: create another one from a fresh run.
+    `run` is what MLflow has at the moment. After an exception it is unknown what MLflow has, so the object is useless:
+    get the run again and create a new object.
     """
 
     def __init__(self, client: MlflowClient, run: Run):

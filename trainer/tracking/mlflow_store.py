@@ -104,11 +104,10 @@ def end_dead_runs(client: MlflowClient, experiment_id: str, own_run_id: str) -> 
 
 def _create_database(path: Path, artifacts: Path) -> None:
     """Creates an empty database at `path` atomically, because MLflow cannot open one that was created only in part."""
+    # Only the holder of the lock creates a database, so partial files were left by a process that was killed.
     for name in os.listdir(path.parent):
         if name.startswith(files.PARTIAL_PREFIX) and path.name in name:
-            (
-                path.parent / name
-            ).unlink()  # left by a process that was killed, since only the holder of the lock writes it
+            (path.parent / name).unlink()
     with files.replace_file(path) as temporary:
         mlflow_internals.create_database(temporary, _sqlite_uri(temporary), str(artifacts))
 

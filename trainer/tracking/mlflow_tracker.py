@@ -13,25 +13,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from trainer.core import errors
 from trainer.tracking import mlflow_internals, mlflow_store
 from trainer.tracking.journal import FILE_NAME, IMAGE, Journal, read_records
 from trainer.tracking.mlflow_note import read_note, run_ids, write_note
-from trainer.tracking.mlflow_run import (
-    RemoteRun,
-    RunDetails,
-    clean_name,
-    describe_run,
-    find_run,
-    root_cause,
-    shorten,
-)
+from trainer.tracking.mlflow_run import RemoteRun, RunDetails, clean_name, describe_run, find_run, root_cause, shorten
 from trainer.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    pass
 
 PERIOD = 2.0
 """Seconds between two batches."""

@@ -10,8 +10,7 @@ from typing import Self
 class Tracker:
     """Follows the journal of a run and shows it elsewhere while the context is open; this base class shows nothing.
 
-    Training never waits for a tracker, and no method raises: failures are logged, counted in `errors`, and made up for
-    later.
+    Training never waits for a tracker. A failure is logged instead of raised, and what is missing is sent later.
     """
 
     run_id: str | None = None
