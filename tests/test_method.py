@@ -285,7 +285,7 @@ def test_pickled_adapter_is_refused(family: Family, tmp_path: Path):
     path = tmp_path / "lora.bin"
     torch.save({"to_q.lora_A.weight": torch.zeros(2, 2)}, path)
     run = make_run(family, Lora(rank=2, alpha=2.0, init_from=str(path)))
-    with pytest.raises(DataError, match="safetensors, the only kind"):
+    with pytest.raises(DataError, match="safetensors, the only format"):
         load_initial_weights(run, build_network(run))
 
 
