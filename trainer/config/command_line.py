@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser  # Hydra offers no public access to its parser.
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
