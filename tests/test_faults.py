@@ -853,8 +853,8 @@ def as_anybody() -> None:
 
 
 ELSEWHERE = {
-    "F02": ["test_checkpoint.py::test_a_death_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint"],
-    "F04": ["test_checkpoint.py::test_a_hundred_random_flipped_bits_are_all_found"],
+    "F02": ["test_checkpoint.py::test_dying_at_any_operation_of_a_save_leaves_the_old_or_new_checkpoint"],
+    "F04": ["test_checkpoint.py::test_all_of_a_hundred_flipped_bits_are_detected"],
     "F17": [
         "test_cache.py::test_non_finite_encoder_output_is_refused_and_the_sample_named",
         "test_cache.py::test_a_nan_in_an_entry_is_refused_even_if_its_digest_is_right",
