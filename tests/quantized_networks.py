@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from synthetic import DEVICE, normal
 
+from trainer.config.schema import Run
 from trainer.method.trainable import trainable_parameters
 
 
@@ -39,3 +41,11 @@ def assert_equal_predictions_and_gradients(
     expected_parameters = trainable_parameters(expected)
     for name, parameter in trainable_parameters(network).items():
         torch.testing.assert_close(parameter.grad, expected_parameters[name].grad, rtol=rtol, atol=1e-7)
+
+
+def predict(run: Run, network: torch.nn.Module) -> torch.Tensor:
+    """Returns the prediction of a tiny FLUX Kontext network for a fixed input, (2, 4, 8, 6)."""
+    latents, control = normal((2, 4, 8, 6), "latents"), normal((2, 4, 8, 6), "control")
+    conditions = {"control": control, "prompt": normal((2, 8, 16), "prompt"), "pooled": normal((2, 16), "pooled")}
+    with run.precision.autocast(DEVICE):
+        return run.model.predict(network, latents, torch.tensor([0.3, 0.7], device=DEVICE), conditions).float()

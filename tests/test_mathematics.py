@@ -129,31 +129,29 @@ def test_psnr_of_known_errors():
 
 
 def test_micro_batches_train_like_one_batch():
-    whole_steps, whole_weights = train(steps=3)
-    split_steps, split_weights = train([[0, 1], [2, 3], [4]], steps=3)
-    torch.testing.assert_close(split_weights[-1], whole_weights[-1], rtol=0, atol=1e-6)
-    for split, whole in zip(split_steps, whole_steps, strict=True):
-        assert (split.loss, split.grad_norm) == pytest.approx((whole.loss, whole.grad_norm), abs=1e-6)
-    assert [step.number for step in whole_steps] == [1, 2, 3]
+    whole, split = train(steps=3), train([[0, 1], [2, 3], [4]], steps=3)
+    torch.testing.assert_close(split.weights[-1], whole.weights[-1], rtol=0, atol=1e-6)
+    for split_step, whole_step in zip(split.steps, whole.steps, strict=True):
+        assert split_step.loss == pytest.approx(whole_step.loss, abs=1e-6)
+        assert split_step.grad_norm == pytest.approx(whole_step.grad_norm, abs=1e-6)
+    assert [step.number for step in whole.steps] == [1, 2, 3]
 
 
 def test_clipping_limits_the_update_and_reports_the_norm_before_it():
-    (step,), (weights,) = train(steps=1)
-    (clipped_step,), (clipped_weights,) = train(steps=1, max_grad_norm=step.grad_norm / 2)
-    torch.testing.assert_close(clipped_weights, weights / 2)
-    assert clipped_step.grad_norm == step.grad_norm
+    free = train(steps=1)
+    clipped = train(steps=1, max_grad_norm=free.steps[0].grad_norm / 2)
+    torch.testing.assert_close(clipped.weights[0], free.weights[0] / 2)
+    assert clipped.steps[0].grad_norm == free.steps[0].grad_norm
 
 
 def test_moving_average_has_a_short_memory_at_first():
-    average = [torch.zeros(3)]
-    _, (weights,) = train(steps=1, average=average, decay=0.99)
+    result = train(steps=1, decay=0.99)
     # The decay of the first step is min(0.99, 2 / 11).
-    torch.testing.assert_close(average[0], weights * 9 / 11)
+    torch.testing.assert_close(result.averages[0], result.weights[0] * 9 / 11)
 
 
 def test_nonfinite_loss_in_one_micro_batch_updates_nothing():
-    steps, weights = train([[0, 1], [2, 3], [4]], steps=3, nan_samples=[4])
-    torch.testing.assert_close(weights[-1], torch.zeros(3), rtol=0, atol=0)
-    assert [step.finite for step in steps] == [False, False, False]
-    steps, _ = train([[0, 1], [2, 3], [4]], steps=3)
-    assert [step.finite for step in steps] == [True, True, True]
+    result = train([[0, 1], [2, 3], [4]], steps=3, nan_samples=[4])
+    torch.testing.assert_close(result.weights[-1], torch.zeros(3), rtol=0, atol=0)
+    assert [step.finite for step in result.steps] == [False, False, False]
+    assert all(step.finite for step in train([[0, 1], [2, 3], [4]], steps=3).steps)
