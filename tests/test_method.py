@@ -269,8 +269,8 @@ def test_adapter_that_does_not_fit_is_refused_with_what_to_type(family: Family, 
     remedy = r"Type method.targets=\[to_out.0,to_q\]"
     for method, message in (
         (Lora(rank=4, alpha=4.0, targets=two_targets), f"has rank 2.*{layer}.*type method.rank=2"),
-        (Lora(rank=2, alpha=2.0, targets=three_targets), rf"only of method.targets \(.*to_k.*{remedy}"),
-        (Lora(rank=2, alpha=2.0, targets=["to_q"]), rf"only of init_from \(.*to_out.*{remedy}"),
+        (Lora(rank=2, alpha=2.0, targets=three_targets), rf"only in method.targets \(.*to_k.*{remedy}"),
+        (Lora(rank=2, alpha=2.0, targets=["to_q"]), rf"only in init_from \(.*to_out.*{remedy}"),
         (Dora(rank=2, alpha=2.0, targets=two_targets), "holds lora; type method=lora"),
         (Lokr(rank=2, alpha=2.0, targets=two_targets), "holds lora; type method=lora"),
     ):
@@ -335,8 +335,8 @@ def test_export_refuses_bfloat16_weights_that_did_not_train(family: Family, tmp_
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> program.Lab:
-    return program.Lab(tmp_path_factory.mktemp("lab"), "flux_kontext")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> program.Harness:
+    return program.Harness(tmp_path_factory.mktemp("harness"), "flux_kontext")
 
 
 BF16_FULL = "method=full method.master_weights=none precision=bf16 optimizer.lr=1e-3"
@@ -353,9 +353,9 @@ BF16_FULL = "method=full method.master_weights=none precision=bf16 optimizer.lr=
         pytest.param(f"{BF16_FULL} optimizer=adamw8bit export.formats=[pipeline]", marks=pytest.mark.slow),
     ],
 )
-def test_killed_run_resumes_bit_for_bit_with_every_method_and_storage(lab: program.Lab, settings: str):
-    out = lab.place()
+def test_killed_run_resumes_bit_for_bit_with_every_method_and_storage(harness: program.Harness, settings: str):
+    out = harness.new_folder()
     # Killed while the checkpoint of step 4 is saved, after that of step 2.
-    death = program.at("trainer.training.checkpoint:Checkpoints.save", 2, program.to_itself(signal.SIGKILL))
-    assert lab.run(out, *settings.split(), before=death).code == -signal.SIGKILL
-    lab.assert_as_if_never_stopped(lab.finish(out, *settings.split()), *settings.split())
+    death = program.at_call("trainer.training.checkpoint:Checkpoints.save", 2, program.raise_signal(signal.SIGKILL))
+    assert harness.run(out, *settings.split(), setup=death).code == -signal.SIGKILL
+    harness.assert_equals_reference(harness.finish(out, *settings.split()), *settings.split())

@@ -39,7 +39,7 @@ def _check_layers(
     missing, extra = sorted(own.keys() - adapters.keys()), sorted(adapters.keys() - own.keys())
     differences = [
         f"{len(names)} {what} ({', '.join(names[:3])})"
-        for names, what in ((missing, "only of method.targets"), (extra, "only of init_from"))
+        for names, what in ((missing, "only in method.targets"), (extra, "only in init_from"))
         if names
     ]
     if differences:

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Dora(Lora):
-    """DoRA (Liu et al.
-
-    2024): m V / |V| for each row, with V = W + alpha / rank * B A. The magnitude m starts at |W|.
-    """
+    """DoRA (Liu et al. 2024): rows m V / |V| with V = W + alpha / rank * B A. The magnitude m starts at |W|."""
 
     # ComfyUI divides by |W| in place of |V|, so its images would be those of other weights.
     formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "pipeline")

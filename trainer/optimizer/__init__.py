@@ -45,7 +45,7 @@ class Optimizer:
         raise NotImplementedError
 
     def build(self, parameters: Iterable[torch.nn.Parameter], seed: int) -> torch.optim.Optimizer | StochasticRounding:
-        """Returns the optimizer to train with. It updates bfloat16 parameters with stochastic rounding, seeded by `seed`."""
+        """Returns the optimizer to train with, which rounds bfloat16 parameters stochastically, seeded by `seed`."""
         import torch
 
         parameters = list(parameters)

@@ -13,9 +13,9 @@ from trainer.precision.checkpoint_types import FLOAT8, UNQUANTIZED, quantized_la
 from trainer.precision.loss_scale import LossScale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
+
+    from trainer.precision.quantized_linear import QuantizeLayer
 
 
 class Storage(Enum):
@@ -89,7 +89,7 @@ class Precision:
 
     def quantizer(
         self, unquantized_modules: tuple[str, ...], device: torch.device, tensor_dtypes: dict[str, str] | None = None
-    ) -> Callable[[str, torch.nn.Module, Callable[[str], torch.Tensor]], torch.nn.Module | None] | None:
+    ) -> QuantizeLayer | None:
         """Returns the function that quantizes linear layers on `device` while a network is loaded; None if none are.
 
         It is the `quantize` argument of `trainer.model.weights.load_weights`. `tensor_dtypes` are the types of the

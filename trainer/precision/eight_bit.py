@@ -48,6 +48,7 @@ def float8_values(float8: torch.dtype) -> torch.Tensor:
 
 
 def fp8_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    """Quantizes weights (out, in) to float8 on a device."""
     codes, scale = quantize_fp8(weight.to("cpu" if device.type == "mps" else device))
     return dequantize_fp8, {"codes": codes.to(device), "scale": scale.to(device)}
 
@@ -67,5 +68,6 @@ def dequantize_int8(dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor
 
 
 def int8_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    """Quantizes weights (out, in) to int8 on a device."""
     codes, scale = quantize_int8(weight.to(device))
     return dequantize_int8, {"codes": codes, "scale": scale}

@@ -1,5 +1,4 @@
-"""4-bit weights of bitsandbytes, nf4 (Dettmers et al. 2023) and fp4: 16 values, and a scale for each block of
-64 weights.
+"""4-bit weights of bitsandbytes: nf4 (Dettmers et al. 2023) and fp4, with a scale for each block of 64 weights.
 
 The layers of bitsandbytes are not used: on some CPUs, their forward pass in evaluation repacks the weights, and
 the layer cannot train afterwards.
@@ -20,15 +19,17 @@ BLOCK_SIZE = 64
 
 
 def nf4_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    """Quantizes weights (out, in) to nf4 on a device."""
     return _quantize(weight, device, "nf4")
 
 
 def fp4_weight(weight: torch.Tensor, device: torch.device) -> QuantizedWeight:
+    """Quantizes weights (out, in) to fp4 on a device."""
     return _quantize(weight, device, "fp4")
 
 
 def _quantize(weight: torch.Tensor, device: torch.device, kind: str) -> QuantizedWeight:
-    """The scales are quantized too (double quantization, QLoRA): 4.13 bits per weight."""
+    # The scales are quantized too (double quantization, QLoRA): 4.13 bits per weight.
     codes, quant_state = import_bitsandbytes().functional.quantize_4bit(
         weight.to(device).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=kind
     )
@@ -36,7 +37,7 @@ def _quantize(weight: torch.Tensor, device: torch.device, kind: str) -> Quantize
 
 
 def from_quant_state(codes: torch.Tensor, quant_state: Any) -> QuantizedWeight:
-    """Converts the QuantState of bitsandbytes."""
+    """Converts a quantized weight of bitsandbytes, whose scales are in a `QuantState`."""
     tensors = {"codes": codes, "scale": quant_state.absmax, "values": quant_state.code}
     scale_block_size = 0
     if quant_state.nested:
