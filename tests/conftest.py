@@ -1,4 +1,7 @@
-"""What all tests share. One thread: CPU results are bit-equal for a fixed number of threads only."""
+"""Fixtures for all tests.
+
+Tests use one thread, because results on a CPU are bit-equal only for the same number of threads.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,33 @@ from trainer.config.groups import GROUPS
 from trainer.core.digests import Digests
 from trainer.model import Family
 
+pytest.register_assert_rewrite(
+    "program", "fault_table", "faults_checkpoints", "faults_environment", "faults_interruptions", "faults_training"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A family's tiny checkpoint, and the settings (key=value) that load it."""
+    """A tiny checkpoint of a model family."""
 
     name: str
+    """Name of the family in the config group `model`."""
     settings: list[str]
+    """Overrides (key=value) that select the checkpoint."""
 
     def family(self) -> Family:
-        """The family with those of its settings that are its own."""
+        """Returns the family with its own settings; those of other groups are left out."""
         values = dict(
             setting.removeprefix("model.").split("=", 1) for setting in self.settings if setting.startswith("model.")
         )
-        kind = GROUPS["model"][self.name]
-        types = {field.name: field.type for field in dataclasses.fields(kind)}
-        return kind(**{name: int(value) if types[name] == "int" else value for name, value in values.items()})
+        settings_class = GROUPS["model"][self.name]
+        types = {field.name: field.type for field in dataclasses.fields(settings_class)}
+        return settings_class(**{name: int(value) if types[name] == "int" else value for name, value in values.items()})
 
 
 @pytest.fixture(scope="session", params=sorted(GROUPS["model"]))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Each family in turn."""
+    """A tiny checkpoint of each family in turn."""
     import torch
 
     torch.set_num_threads(1)

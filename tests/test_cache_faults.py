@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from images import random_image, save_image
 from layouts import write_pairs
-from program import Action, Lab, at, start
+from program import Action, Harness, at_call, start
 
 SHORT = ["steps=2", "batch=4", "evaluation.every=2", "evaluation.samples=2", "save.every=2"]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness(tmp_path_factory.mktemp("harness"))
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def pairs_settings(folder: Path, cache: Path, validation_fraction: float = 0) ->
     return ["dataset=pairs", f"dataset.path={folder}", fraction, f"cache.path={cache}"]
 
 
-def fill(lab: Lab, folder: Path, cache: Path, *settings: str, before: Action | None = None) -> dict[str, int]:
+def fill(harness: Harness, folder: Path, cache: Path, *settings: str, setup: Action | None = None) -> dict[str, int]:
     """Runs stage=cache, and returns how many entries of each name it makes."""
-    ended = lab.run(lab.place(), *pairs_settings(folder, cache), "stage=cache", *settings, before=before)
-    assert ended.code == 0, ended
-    line = next(line for line in ended.text.splitlines() if line.startswith("cache "))
+    result = harness.run(harness.new_folder(), *pairs_settings(folder, cache), "stage=cache", *settings, setup=setup)
+    assert result.code == 0, result
+    line = next(line for line in result.output.splitlines() if line.startswith("cache "))
     return {name: int(count) for count, name in re.findall(r"(\d+) (\w+) made", line)}
 
 
@@ -57,7 +57,7 @@ def read_entries(cache: Path) -> dict[str, bytes]:
 def encode_nan(name: str, sample_id: str) -> Callable[[], None]:
     """Makes the encoder return NaN for one tensor of one sample."""
 
-    def before() -> None:
+    def setup() -> None:
         from trainer.config.groups import GROUPS
 
         family = next(iter(GROUPS["model"].values()))
@@ -76,46 +76,50 @@ def encode_nan(name: str, sample_id: str) -> Callable[[], None]:
 
         family.build_encoder = build
 
-    return before
+    return setup
 
 
-def test_nan_from_the_encoder_is_refused_and_not_stored(lab: Lab, folder: Path, cache: Path):
+def test_nan_from_the_encoder_is_refused_and_not_stored(harness: Harness, folder: Path, cache: Path):
     write_pairs(folder, 4)
-    ended = lab.run(lab.place(), *pairs_settings(folder, cache), "stage=cache", before=encode_nan("latents", "1"))
-    assert ended.code == 65
-    assert f"{folder}/training_images/1.png: its latents came out of the encoder as NaN or infinity" in ended.text
+    result = harness.run(
+        harness.new_folder(), *pairs_settings(folder, cache), "stage=cache", setup=encode_nan("latents", "1")
+    )
+    assert result.code == 65
+    assert f"{folder}/training_images/1.png: its latents came out of the encoder as NaN or infinity" in result.output
     # The other entries are stored.
-    assert fill(lab, folder, cache) == made(latents=1)
+    assert fill(harness, folder, cache) == made(latents=1)
 
 
-def test_nan_in_a_cache_entry_is_refused_with_the_file(lab: Lab, folder: Path, cache: Path):
+def test_nan_in_a_cache_entry_is_refused_with_the_file(harness: Harness, folder: Path, cache: Path):
     from safetensors.torch import load, save
 
     write_pairs(folder, 6)
     settings = [*pairs_settings(folder, cache, validation_fraction=0.3), *SHORT]
-    fill(lab, folder, cache, "dataset.validation_fraction=0.3")
+    fill(harness, folder, cache, "dataset.validation_fraction=0.3")
     for entry in (cache / "latents").rglob("*.safetensors"):
         data = entry.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         value = load(data)["value"]
         value[0] = float("nan")
         entry.write_bytes(save({"value": value}, header["__metadata__"]))
-    ended = lab.run(lab.place(), *settings)
-    assert ended.code == 65
-    assert re.search(rf"The cache entry {re.escape(str(cache))}/latents/\w\w/\w+\.safetensors is damaged", ended.text)
-    assert lab.run(lab.place(), *settings, "cache.verify=full").code == 0
+    result = harness.run(harness.new_folder(), *settings)
+    assert result.code == 65
+    assert re.search(
+        rf"The cache entry {re.escape(str(cache))}/latents/\w\w/\w+\.safetensors is damaged", result.output
+    )
+    assert harness.run(harness.new_folder(), *settings, "cache.verify=full").code == 0
 
 
 # F19: only what changed is made again
 
 
-def test_changed_captions_and_images_are_encoded_again(lab: Lab, folder: Path, cache: Path):
+def test_changed_captions_and_images_are_encoded_again(harness: Harness, folder: Path, cache: Path):
     write_pairs(folder, 5)
     targets = folder / "training_images"
-    assert fill(lab, folder, cache) == made(5, 5, 5, 5)
-    assert fill(lab, folder, cache) == made()
+    assert fill(harness, folder, cache) == made(5, 5, 5, 5)
+    assert fill(harness, folder, cache) == made()
     (targets / "2.txt").write_text("another instruction")
-    assert fill(lab, folder, cache) == made(prompt=1, pooled=1)
+    assert fill(harness, folder, cache) == made(prompt=1, pooled=1)
 
     # Other bytes with the same name, size and time.
     path = targets / "3.png"
@@ -123,7 +127,7 @@ def test_changed_captions_and_images_are_encoded_again(lab: Lab, folder: Path, c
     random_image(77).save(other, "PNG")
     length = max(path.stat().st_size, len(other.getvalue())) + 8
     path.write_bytes(path.read_bytes().ljust(length, b"\0"))
-    assert fill(lab, folder, cache) == made(latents=1)
+    assert fill(harness, folder, cache) == made(latents=1)
     status = path.stat()
     for data, expected in ((other.getvalue(), made(latents=1)), (path.read_bytes(), made())):
         with open(path, "r+b") as file:
@@ -131,12 +135,12 @@ def test_changed_captions_and_images_are_encoded_again(lab: Lab, folder: Path, c
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         now = path.stat()
         assert (now.st_size, now.st_mtime_ns, now.st_ino) == (length, status.st_mtime_ns, status.st_ino)
-        assert fill(lab, folder, cache) == expected
+        assert fill(harness, folder, cache) == expected
 
 
-def test_changed_settings_make_the_entries_that_depend_on_them(lab: Lab, folder: Path, cache: Path):
+def test_changed_settings_make_the_entries_that_depend_on_them(harness: Harness, folder: Path, cache: Path):
     write_pairs(folder, 5)
-    assert fill(lab, folder, cache) == made(5, 5, 5, 5)
+    assert fill(harness, folder, cache) == made(5, 5, 5, 5)
     for setting, expected in (
         ("dataset.resolution=48", made(latents=5, control=5)),
         ("dataset.control_resolution=16", made(control=5)),
@@ -145,17 +149,19 @@ def test_changed_settings_make_the_entries_that_depend_on_them(lab: Lab, folder:
         ("model.text_length=6", made(prompt=5)),
         ("model.encoder_dtype=float32", made(5, 5, 5, 5)),
     ):
-        assert fill(lab, folder, cache, setting) == expected, setting
-    assert fill(lab, folder, cache) == made()
-    other_schema = at("trainer.run:execute", 1, lambda: setattr(sys.modules["trainer.cache.entry"], "SCHEMA", 999))
-    assert fill(lab, folder, cache, before=other_schema) == made(5, 5, 5, 5)
+        assert fill(harness, folder, cache, setting) == expected, setting
+    assert fill(harness, folder, cache) == made()
+    other_schema = at_call("trainer.run:execute", 1, lambda: setattr(sys.modules["trainer.cache.entry"], "SCHEMA", 999))
+    assert fill(harness, folder, cache, setup=other_schema) == made(5, 5, 5, 5)
 
 
-def test_changed_components_of_the_model_make_their_entries_again(lab: Lab, folder: Path, cache: Path, tmp_path: Path):
+def test_changed_components_of_the_model_make_their_entries_again(
+    harness: Harness, folder: Path, cache: Path, tmp_path: Path
+):
     write_pairs(folder, 3)
     prefix = "model.path="
-    model = next(Path(s.removeprefix(prefix)) for s in lab.settings if s.startswith(prefix))
-    assert fill(lab, folder, cache) == made(3, 3, 3, 3)
+    model = next(Path(s.removeprefix(prefix)) for s in harness.settings if s.startswith(prefix))
+    assert fill(harness, folder, cache) == made(3, 3, 3, 3)
     for component, expected in (
         ("vae", made(latents=3, control=3)),
         ("text_encoder", made(pooled=3)),
@@ -167,21 +173,21 @@ def test_changed_components_of_the_model_make_their_entries_again(lab: Lab, fold
         copy = Path(shutil.copytree(model, tmp_path / component))
         config = next(path for path in sorted((copy / component).glob("*.json")) if "config" in path.name)
         config.write_text(config.read_text() + " ")
-        assert fill(lab, folder, cache, f"model.path={copy}") == expected, component
+        assert fill(harness, folder, cache, f"model.path={copy}") == expected, component
 
 
 # F20: killed and concurrent writers
 
 
 def test_killed_and_concurrent_writers_leave_the_entries_of_one_writer(
-    lab: Lab, folder: Path, cache: Path, tmp_path: Path
+    harness: Harness, folder: Path, cache: Path, tmp_path: Path
 ):
     write_pairs(folder, 4)
-    fill(lab, folder, tmp_path / "serial")
+    fill(harness, folder, tmp_path / "serial")
     serial = read_entries(tmp_path / "serial")
     assert len(serial) == 16
-    settings = [*lab.settings, *pairs_settings(folder, cache), f"out={tmp_path / 'out'}", "stage=cache"]
-    kill = at("trainer.cache.store:os.replace", 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    settings = [*harness.settings, *pairs_settings(folder, cache), f"out={tmp_path / 'out'}", "stage=cache"]
+    kill = at_call("trainer.cache.store:os.replace", 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert start(settings, tmp_path / "text", kill).wait().code == -signal.SIGKILL
     entries = read_entries(cache)
     assert 0 < len(entries) < 16 and entries.items() <= serial.items()
@@ -191,12 +197,12 @@ def test_killed_and_concurrent_writers_leave_the_entries_of_one_writer(
 
 
 @pytest.mark.slow  # the worker processes import everything again
-def test_several_workers_make_the_entries_of_one(lab: Lab, folder: Path, tmp_path: Path):
+def test_several_workers_make_the_entries_of_one(harness: Harness, folder: Path, tmp_path: Path):
     write_pairs(folder, 4)
     save_image(folder / "masks" / "1.png", 5)
     one, two = tmp_path / "one", tmp_path / "two"
-    counts = fill(lab, folder, one)
-    assert fill(lab, folder, two, "cache.workers=2") == counts
+    counts = fill(harness, folder, one)
+    assert fill(harness, folder, two, "cache.workers=2") == counts
     trees = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*.safetensors")} for root in (one, two)]
     assert trees[0] == trees[1] and len(trees[0]) == sum(counts.values()) > 16
 
@@ -204,23 +210,25 @@ def test_several_workers_make_the_entries_of_one(lab: Lab, folder: Path, tmp_pat
 # Space on the disk and memory
 
 
-def test_unused_entries_are_deleted_on_request_only(lab: Lab, folder: Path, cache: Path):
+def test_unused_entries_are_deleted_on_request_only(harness: Harness, folder: Path, cache: Path):
     write_pairs(folder, 6)
-    out, settings = lab.place(), pairs_settings(folder, cache, validation_fraction=0.3)
-    run = lab.finish(out, *settings, *SHORT)
+    out, settings = harness.new_folder(), pairs_settings(folder, cache, validation_fraction=0.3)
+    run = harness.finish(out, *settings, *SHORT)
     used = set(cache.rglob("*.safetensors"))
-    fill(lab, folder, cache, "dataset.resolution=16")
+    fill(harness, folder, cache, "dataset.resolution=16")
     unused = set(cache.rglob("*.safetensors")) - used
     assert unused
 
     def drop_unused() -> str:
-        ended = lab.run(lab.place(), *settings, "dataset.resolution=48", "stage=cache", "cache.drop_unused=true")
-        assert ended.code == 0, ended
-        return ended.text
+        result = harness.run(
+            harness.new_folder(), *settings, "dataset.resolution=48", "stage=cache", "cache.drop_unused=true"
+        )
+        assert result.code == 0, result
+        return result.output
 
     assert f"dropped {len(unused)} entries that no run uses" in drop_unused()
     assert set(cache.rglob("*.safetensors")) >= used
-    assert lab.run(out, *settings, *SHORT).code == 0
+    assert harness.run(out, *settings, *SHORT).code == 0
     shutil.rmtree(run)
     text = drop_unused()
     assert "dropped 0 entries" not in text
@@ -229,7 +237,7 @@ def test_unused_entries_are_deleted_on_request_only(lab: Lab, folder: Path, cach
     assert f"total       {len(remaining)} entries" in text
 
 
-def test_encoders_are_freed_before_the_denoiser_is_loaded(lab: Lab, folder: Path, cache: Path, tmp_path: Path):
+def test_encoders_are_freed_before_the_denoiser_is_loaded(harness: Harness, folder: Path, cache: Path, tmp_path: Path):
     def record_modules() -> None:
         import gc
 
@@ -240,7 +248,7 @@ def test_encoders_are_freed_before_the_denoiser_is_loaded(lab: Lab, folder: Path
         (tmp_path / "modules").write_text(" ".join(sorted(names)))
 
     write_pairs(folder, 3)
-    before = at("trainer.training.session:build_network", 1, record_modules)
-    lab.finish(lab.place(), *pairs_settings(folder, cache), "evaluation.images=0", "steps=1", before=before)
+    setup = at_call("trainer.training.session:build_network", 1, record_modules)
+    harness.finish(harness.new_folder(), *pairs_settings(folder, cache), "evaluation.images=0", "steps=1", setup=setup)
     assert read_entries(cache)
     assert (tmp_path / "modules").read_text() == ""

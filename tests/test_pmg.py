@@ -207,9 +207,9 @@ def test_run_trains_on_histories_resumes_and_samples_for_test_users(tmp_path: Pa
     ]
 
     def trainer(*arguments: str) -> str:
-        ended = start(list(arguments), tmp_path / "output.txt").wait()
-        assert ended.code == 0, ended.text
-        return ended.text
+        result = start(list(arguments), tmp_path / "output.txt").wait()
+        assert result.code == 0, result.output
+        return result.output
 
     assert "12 samples, 3 held out, 720 trainable parameters" in trainer(*settings)
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
