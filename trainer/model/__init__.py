@@ -94,7 +94,7 @@ class Family:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Subfolders of the checkpoint that training needs."""
+        """Components of the checkpoint that training needs; each has a folder of its own."""
         raise NotImplementedError
 
     def folder(self) -> Path:
@@ -167,16 +167,19 @@ class Family:
     ) -> torch.nn.Module:
         """Returns `meta_model` with its weights; see `weights.load_weights`."""
         quiet_libraries()
-        return load_weights(self.meta_model(), self.weights(), dtype, device, quantize)
+        return load_weights(self.meta_model(), self.weights().read, dtype, device, quantize)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Modules that adapters apply to by default."""
+        """Modules that adapters apply to by default, by the ends of their dotted names."""
         raise NotImplementedError
 
     @property
     def unquantized_modules(self) -> tuple[str, ...]:
-        """Dotted names (`*` matches one part) of modules whose linear layers keep at least 16 bits."""
+        """Modules whose linear layers, nested ones included, keep at least 16 bits.
+
+        Dotted names of the whole network, in which `*` matches any characters.
+        """
         raise NotImplementedError
 
     # Training and sampling

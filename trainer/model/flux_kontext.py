@@ -45,7 +45,7 @@ class FluxKontext(Family):
     components = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     control_counts = range(10)
     target_modules = ("to_q", "to_k", "to_v", "to_out.0")
-    # Names of the whole network: each single block has a layer named `proj_out` too, which may be quantized.
+    # `proj_out` is the last layer. The layers of this name in the single blocks may be quantized.
     unquantized_modules = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ def on_meta_device() -> Iterator[None]:
 
 def load_weights(
     meta_model: torch.nn.Module,
-    weights: WeightReader,
+    read: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantize: Quantize | None = None,
@@ -129,14 +129,14 @@ def load_weights(
 
     for name, layer in list(meta_model.named_modules()):
         if quantize is not None and any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
-            quantized = quantize(name, layer, weights.read)
+            quantized = quantize(name, layer, read)
             if quantized is not None:
                 meta_model.set_submodule(name, quantized)
                 continue
         for own_name, parameter in list(layer.named_parameters(recurse=False)):
             if parameter.is_meta:
                 full_name = f"{name}.{own_name}" if name else own_name
-                tensor = weights.read(full_name)
+                tensor = read(full_name)
                 if tensor.shape != parameter.shape:
                     raise DataError(
                         f"the weights' {full_name} has shape {tuple(tensor.shape)}, and the config says "

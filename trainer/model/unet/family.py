@@ -70,11 +70,9 @@ class UNetFamily(Family):
 
     @property
     def components(self) -> tuple[str, ...]:
+        encoders = [f"text_encoder{suffix}" for suffix in self.text_suffixes]
         tokenizers = [f"tokenizer{suffix}" for suffix in self.text_suffixes]
-        return ("vae", *self._text_encoder_names(), *tokenizers, "unet", "scheduler")
-
-    def _text_encoder_names(self) -> list[str]:
-        return [f"text_encoder{suffix}" for suffix in self.text_suffixes]
+        return ("vae", *encoders, *tokenizers, "unet", "scheduler")
 
     @property
     def size_multiple(self) -> int:
@@ -92,7 +90,7 @@ class UNetFamily(Family):
         prefix = "unet." if self.train_text_encoder else ""
         return tuple(f"{prefix}{name}" for name in ("time_embedding", "add_embedding", "*.time_emb_proj"))
 
-    # What each family answers
+    # Answered by each family
 
     @classmethod
     def text_encoder_class(cls, suffix: str) -> Any:
