@@ -1,4 +1,4 @@
-"""The whole program as a user has it: the default run, and what can be done with it afterwards."""
+"""The whole program as users run it: the default training, and the stages after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 pytestmark = pytest.mark.xdist_group("end to end")
 
 
-def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m trainer` in the folder `cwd`."""
     return subprocess.run(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=cwd,
@@ -27,37 +28,36 @@ def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the default run has been run: `python -m trainer`, nothing else."""
-    place = tmp_path_factory.mktemp("user")
-    done = program(cwd=place)
-    assert done.returncode == 0, done.stderr
-    return place
+def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the default training has run."""
+    working_folder = tmp_path_factory.mktemp("user")
+    trained = run_program(cwd=working_folder)
+    assert trained.returncode == 0, trained.stderr
+    return working_folder
 
 
 @pytest.fixture(scope="module")
-def folder(place: Path) -> Path:
-    (found,) = [path.parent for path in (place / "runs").glob("*/run.json")]
-    return found
+def folder(working_folder: Path) -> Path:
+    """The run folder of the default training."""
+    (path,) = (working_folder / "runs").glob("*/run.json")
+    return path.parent
 
 
-def journal(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+def metric(folder: Path, name: str) -> dict[int, float]:
+    """Returns step -> value of a metric in the journal."""
+    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return {record["step"]: record["values"][name] for record in records if name in record.get("values", {})}
 
 
-def values(folder: Path, name: str) -> dict[int, float]:
-    return {record["step"]: record["values"][name] for record in journal(folder) if name in record.get("values", {})}
-
-
-def test_the_default_run_goes_from_wrong_to_right(folder: Path):
-    psnr, loss = values(folder, "val/psnr"), values(folder, "val/loss")
+def test_default_training_learns_the_edit(folder: Path):
+    psnr, loss = metric(folder, "val/psnr"), metric(folder, "val/loss")
     assert json.loads((folder / "run.json").read_text())["settings"]["dataset"]["held_out"] >= 32
-    assert psnr[0] < 15, "the base must not know the edit already"
+    assert psnr[0] < 15, "the base model must not know the edit"
     assert psnr[200] > 27
     assert loss[200] < loss[0] / 10
 
 
-def test_everything_a_run_promises_lies_in_its_folder(folder: Path):
+def test_run_folder_contains_all_files(folder: Path):
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 200)
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
@@ -70,22 +70,20 @@ def test_everything_a_run_promises_lies_in_its_folder(folder: Path):
     assert not list(folder.rglob(".partial-*"))
 
 
-def test_mlflow_has_the_run_with_its_curves_settings_and_pictures(place: Path, folder: Path):
-    # In a process of its own: importing mlflow starts threads, and tests beside this one fork.
+def test_mlflow_shows_curves_settings_and_images(working_folder: Path, folder: Path):
+    # In a new process: importing mlflow starts threads, and other tests fork this process.
     script = f"""
 import json, mlflow
-client = mlflow.MlflowClient("sqlite:///{place}/runs/mlflow.db")
+client = mlflow.MlflowClient("sqlite:///{working_folder}/runs/mlflow.db")
 (experiment,) = [e for e in client.search_experiments() if e.name == "trainer"]
 (run,) = client.search_runs([experiment.experiment_id])
 history = {{k: len(client.get_metric_history(run.info.run_id, k)) for k in run.data.metrics}}
 images = [f.path for f in client.list_artifacts(run.info.run_id, "images")]
-print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.tags, run.data.metrics, history, images]))
+info, data = run.info, run.data
+print(json.dumps([info.status, info.run_name, data.params, data.tags, data.metrics, history, images]))
 """
-    status, name, params, tags, metrics, history, images = json.loads(
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[
-            -1
-        ]
-    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    status, name, params, tags, metrics, history, images = json.loads(output.splitlines()[-1])
     assert status == "FINISHED"
     assert name.startswith("defaults")
     assert params["method.rank"] == "16" and float(params["optimizer.lr"]) > 0 and params["steps"] == "200"
@@ -93,38 +91,37 @@ print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.
     assert "hardware.device=auto" in tags["attempt.1.settings"] and "torch " in tags["attempt.1.versions"]
     assert tags["identity"] == folder.name
     assert history["train/loss"] == 200 and history["val/loss"] == 5
-    assert metrics["val/psnr"] == pytest.approx(values(folder, "val/psnr")[200])
+    assert metrics["val/psnr"] == pytest.approx(metric(folder, "val/psnr")[200])
     assert {"train/grad_norm", "train/lr", "perf/steps_per_second", "system/memory_gib"} <= set(metrics)
     assert len([path for path in images if path.endswith(".png")]) == 20
 
 
-def test_the_same_command_says_that_the_run_is_finished(place: Path, folder: Path):
+def test_same_command_reports_that_the_run_is_finished(working_folder: Path, folder: Path):
     before = {
         path: path.stat().st_mtime_ns
         for path in folder.rglob("*")
         if path.is_file() and path.name not in ("lock", "log.txt")
     }
-    again = program(cwd=place)
-    assert again.returncode == 0
-    assert "is finished" in again.stdout and "fresh=true" in again.stdout
+    repeated = run_program(cwd=working_folder)
+    assert repeated.returncode == 0
+    assert "is finished" in repeated.stdout and "fresh=true" in repeated.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_finished_run_can_be_evaluated_sampled_and_exported(place: Path, folder: Path):
-    evaluated = program("stage=evaluate", f"run={folder.name}", cwd=place)
+def test_finished_run_can_be_evaluated_and_sampled(working_folder: Path, folder: Path):
+    evaluated = run_program("stage=evaluate", f"run={folder.name}", cwd=working_folder)
     assert evaluated.returncode == 0, evaluated.stderr
     psnr = float(re.search(r"val/psnr ([\d.]+) at step", evaluated.stdout)[1])
-    assert psnr == pytest.approx(max(values(folder, "val/psnr").values()), abs=0.5)
+    assert psnr == pytest.approx(max(metric(folder, "val/psnr").values()), abs=0.5)
     control = next(folder.glob("pictures/step-00000000/1.png"))
-    drawn = program(
-        "stage=sample", f"run={folder.name}", "sample.prompts=[make it night]", f"sample.images=[{control}]", cwd=place
-    )
-    assert drawn.returncode == 0, drawn.stderr
+    request = ["sample.prompts=[make it night]", f"sample.images=[{control}]"]
+    sampled = run_program("stage=sample", f"run={folder.name}", *request, cwd=working_folder)
+    assert sampled.returncode == 0, sampled.stderr
     assert len(list(folder.glob("samples/*/*.png"))) == 1
 
 
-def test_check_prints_what_would_be_trained_and_makes_no_folder(tmp_path: Path):
-    checked = program("stage=check", "method.rank=4", cwd=tmp_path)
+def test_check_describes_the_run_and_creates_no_run_folder(tmp_path: Path):
+    checked = run_program("stage=check", "method.rank=4", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
     assert re.search(r"identity +[0-9a-f]{12}", checked.stdout)
     assert re.search(r"20,480 of them trainable", checked.stdout)

@@ -125,9 +125,6 @@ class Batches:
         example = self.example(*self.visits(step)[0])
         return collate([example | {"loss_mask": torch.tensor(0.0)}])
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, step: int) -> tuple[int, list[Batch]]:
         """Returns the step, and its micro-batches of this process."""
         examples = [self.example(*visit) for visit in self.local_visits(step)]

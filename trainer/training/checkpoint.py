@@ -56,11 +56,12 @@ class Checkpoints:
         ema: dict[str, Tensor] | None,
         state: dict[str, Any],
     ) -> Path:
-        """Save the state after `step` steps and return its folder; then delete checkpoints that are neither recent
-        nor the best.
+        """Saves the state after `step` steps, and deletes checkpoints that are neither recent nor the best.
 
-        `optimizer` is a `state_dict()`; for `state` see `Checkpoint`. Raises errors.NonFiniteError if a tensor is not
-        finite, and errors.StorageError if the disk is full or fails; existing checkpoints are then unchanged.
+        Returns the folder of the new checkpoint. `optimizer` is a `state_dict()`; for `state` see `Checkpoint`.
+
+        Raises errors.NonFiniteError if a tensor is not finite, and errors.StorageError if the disk is full or fails.
+        Existing checkpoints are then unchanged.
         """
         folder = self.folder / folder_name(step)
         temporary = files.temporary_path(folder)
@@ -112,8 +113,10 @@ class Checkpoints:
         return None
 
     def best(self) -> Checkpoint | None:
-        """Returns the undamaged checkpoint with the lowest finite `val_loss`, the earliest of equal ones; None if
-        none has a loss."""
+        """Returns the undamaged checkpoint with the lowest finite `val_loss`, the earliest of equal ones.
+
+        Returns None if no checkpoint has a finite loss.
+        """
         for folder in self._folders_by_loss():
             try:
                 return read_checkpoint(folder)
@@ -125,8 +128,10 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Returns the checkpoint of a step. Raises errors.UsageError if there is none, errors.DataError if it is
-        damaged."""
+        """Returns the checkpoint of a step.
+
+        Raises errors.UsageError if there is none, and errors.DataError if it is damaged.
+        """
         reason = None
         for folder in reversed(self._folders()):
             if step_of(folder) == step:
@@ -144,7 +149,7 @@ class Checkpoints:
         return sorted({step_of(folder) for folder in self._folders()})
 
     def clean(self) -> None:
-        """Delete the unfinished files of dead processes. Call it before the first save."""
+        """Deletes the unfinished files of dead processes. Call it before the first save."""
         if self.folder.is_dir():
             with files.storage_errors("clean", self.folder):
                 for path in self.folder.iterdir():
@@ -152,10 +157,10 @@ class Checkpoints:
                         files.remove(path)
 
     def _folders(self) -> list[Path]:
-        """All checkpoints in the order of their steps, damaged ones included. Of one step, the folder that replaces
-        the other comes last.
+        """Returns all checkpoints in the order of their steps, including damaged ones.
 
-        The order follows from names alone: times of files change when a folder is copied.
+        If there are two of one step, the new one comes last. The order follows from names alone, since copying a folder
+        changes the times of its files.
         """
         try:
             found = [path for path in self.folder.iterdir() if is_checkpoint(path)]
@@ -164,13 +169,15 @@ class Checkpoints:
         return sorted(found, key=lambda path: (step_of(path), REPLACED not in path.name, path.name))
 
     def _folders_by_loss(self) -> list[Path]:
-        """The checkpoints with a finite `val_loss`, lowest first."""
+        """Returns the checkpoints with a finite `val_loss`, lowest first."""
         losses = {folder: loss for folder in self._folders() if (loss := read_val_loss(folder)) is not None}
         return sorted(losses, key=losses.__getitem__)
 
     def _retain(self, saved_step: int) -> None:
-        """Delete all but the last `keep`, the best, and the one just saved, which may be older: a run can restart
-        from an earlier step."""
+        """Deletes all checkpoints but the last `keep`, the best, and the one just saved.
+
+        The one just saved may be older than others: a run can restart from an earlier step.
+        """
         retained = {saved_step, *self.steps()[-self.keep :], *map(step_of, self._folders_by_loss()[:1])}
         for folder in self._folders():
             replaced = REPLACED in folder.name and (self.folder / folder_name(step_of(folder))).is_dir()
@@ -185,14 +192,14 @@ class Checkpoints:
                     self._try_remove(discarded)
 
     def _try_remove(self, path: Path) -> None:
-        """Delete a folder that is no longer a checkpoint. If this fails, `clean` tries again."""
+        """Deletes a folder that is no longer a checkpoint. If this fails, `clean` tries again."""
         try:
             files.remove(path)
         except OSError as error:
             self.report(f"{path} could not be deleted: {error.strerror}. The next start tries again.")
 
     def _set_aside(self, folder: Path) -> Path:
-        """Move a damaged checkpoint to `<run>/quarantine`; returns its new path."""
+        """Moves a damaged checkpoint to `<run>/quarantine`; returns its new path."""
         quarantine = self.folder.parent / "quarantine"
         with files.storage_errors("set aside the damaged checkpoint", folder):
             quarantine.mkdir(exist_ok=True)

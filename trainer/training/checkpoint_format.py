@@ -36,8 +36,10 @@ REPLACED = ".replaced-"
 """Marks the folder name of a checkpoint that is being replaced by another one of the same step."""
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(\.replaced-\w+)?")
 _DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP}
-"""Errors caused by a damaged disk or a half-copied folder. Others, such as missing permissions, do not mean that the
-checkpoint is damaged."""
+"""Error numbers that mean that a checkpoint is damaged: by the disk, or because it was copied incompletely.
+
+Others do not, such as missing permissions.
+"""
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ def step_of(folder: Path) -> int:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write all files into an existing folder and wait until they are on the disk.
+    """Writes all files into an existing folder and waits until they are on the disk.
 
     Raises errors.NonFiniteError if a tensor is not finite, and OSError.
     """
@@ -97,7 +99,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises errors.DataError if it is damaged; the message is the reason alone."""
+    """Reads and verifies a checkpoint. Raises errors.DataError if it is damaged; the message is the reason alone."""
     manifest = _read_manifest(folder)
     names = [WEIGHTS, OPTIMIZER, STATE] + ([EMA] if EMA in manifest["files"] else [])
     contents = {name: _read_content(folder, manifest, name) for name in names}
@@ -156,7 +158,7 @@ def _read_content(folder: Path, manifest: dict[str, Any], name: str) -> dict[str
 
 
 def _read_verified(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
-    """Read a file once, so that the bytes that are used are the bytes that were hashed."""
+    """Reads a file once, so that the bytes that are used are the bytes that were hashed."""
     entry = manifest["files"].get(name)
     if not isinstance(entry, dict):
         raise DataError(f"{MANIFEST} does not list {name}")
@@ -167,7 +169,7 @@ def _read_verified(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
 
 
 def _read(path: Path, expected_size: int | None = None) -> bytes:
-    """Read a file. Raises errors.DataError if it is missing or has another size."""
+    """Reads a file. Raises errors.DataError if it is missing or has another size."""
     with files.storage_errors("read", path):
         try:
             status = path.stat()
@@ -195,8 +197,10 @@ def _check_finite(step: int, file_name: str, tensors: dict[str, Tensor]) -> None
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Convert `value` to JSON and move its tensors to `tensors`, under their dotted path. `_unpack` restores types of
-    containers and keys."""
+    """Converts `value` to JSON, and moves its tensors to `tensors` under their dotted paths.
+
+    `_unpack` restores everything, including the types of containers and keys.
+    """
     from torch import Tensor
 
     def child_name(key: object) -> str:

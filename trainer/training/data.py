@@ -42,7 +42,7 @@ class TrainingData:
 
     @property
     def epoch_samples(self) -> list[Sample]:
-        """The training samples of one epoch. A sample occurs as often as its `repeats`."""
+        """The training samples of one epoch. Each occurs `repeats` times."""
         return [sample for sample in self.split.train for _ in range(sample.repeats)]
 
     @property
@@ -52,11 +52,11 @@ class TrainingData:
 
     @property
     def control_count(self) -> int:
-        """Control images of each sample."""
+        """Number of control images of each sample."""
         return len(self.split.train[0].controls)
 
     def total_steps(self, run: Run) -> int:
-        """Steps of the whole run: `steps`, or as many as `epochs` need, rounded up."""
+        """Returns the number of steps of the run: `steps`, or `epochs` x samples / batch size, rounded up."""
         if run.steps:
             return run.steps
         assert run.epochs is not None and run.batch is not None
@@ -71,7 +71,7 @@ def prepare(run: Run) -> TrainingData:
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
     transform = build_transform(run.dataset, run.model.size_multiple)
-    listing = survey_dataset(run.dataset, digests, transform, _progress)
+    listing = survey_dataset(run.dataset, digests, transform, _progress, ignored=(Path(run.out), root))
     name = run.dataset.describe()
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
         listing.raise_on_faults(name)
@@ -112,7 +112,7 @@ def _split(run: Run, listing: Listing) -> Split:
 
 
 def _digest(split: Split) -> str:
-    """Hash of the content of all samples and of the side of the split they are on."""
+    """Returns a hash of the content of all samples and of their side of the split."""
     content = []
     for side, samples in (("train", split.train), ("validation", split.validation)):
         for sample in samples:
@@ -127,7 +127,7 @@ def _digest(split: Split) -> str:
 
 
 def pixels_per_latent(run: Run) -> int:
-    """Side length of an image in pixels, divided by that of its latents."""
+    """Returns the side length of images in pixels, divided by that of their latents."""
     size = run.dataset.size()
     assert size is not None
     width, height = size
@@ -135,7 +135,7 @@ def pixels_per_latent(run: Run) -> int:
 
 
 def held_out_samples(data: TrainingData, count: int) -> list[TransformedSample]:
-    """The first validation samples in the order of the hashes of their ids.
+    """Returns the first validation samples in the order of the hashes of their ids.
 
     If the dataset grows, most of these samples stay the same.
     """
@@ -144,10 +144,10 @@ def held_out_samples(data: TrainingData, count: int) -> list[TransformedSample]:
 
 
 def samples_to_generate(run: Run, data: TrainingData) -> list[tuple[TransformedSample, bool]]:
-    """The samples for which each evaluation generates an image, and whether the image can be compared with a target.
+    """Returns the samples for which each evaluation generates an image, and whether the image has a target.
 
-    These are held-out samples, or the prompts of `evaluation.prompts`. A prompt uses the control images of a held-out
-    sample. If no samples are held out, training samples take their place.
+    These are held-out samples, or the prompts of `evaluation.prompts` with the control images of held-out samples. If
+    no samples are held out, training samples take their place.
     """
     settings = run.evaluation
     assert settings.images is not None
@@ -164,7 +164,7 @@ def samples_to_generate(run: Run, data: TrainingData) -> list[tuple[TransformedS
 
 
 def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
-    """All transformed samples whose cache entries training and evaluation can request."""
+    """Returns all transformed samples that training and evaluation can request from the cache."""
     settings = run.dataset
     options = (settings.flip, settings.caption_dropout, settings.control_dropout)
     variants = list(product(*((False, True) if option else (False,) for option in options)))
@@ -175,7 +175,6 @@ def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
 
 
 def unconditional_samples(run: Run, samples: list[TransformedSample]) -> list[TransformedSample]:
-    """The same samples without captions if classifier-free guidance needs them to generate images, else an empty
-    list."""
+    """Returns the samples without captions, for classifier-free guidance; an empty list if it is not used."""
     needed = run.model.classifier_free_guidance and run.sample.guidance != 1
     return [replace(sample, drop_caption=True) for sample in samples] if needed else []

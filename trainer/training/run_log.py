@@ -48,8 +48,7 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_errors(run: Run) -> Iterator[None]:
-    """Turns any error about insufficient memory inside the block into errors.OutOfMemoryError, which says what to
-    type."""
+    """Turns errors about insufficient memory, of any kind, into errors.OutOfMemoryError, which says what to type."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:

@@ -29,6 +29,7 @@ from trainer.training.progress import Progress
 from trainer.training.provenance import describe_environment
 from trainer.training.recorder import Recorder
 from trainer.training.state import TrainingState
+from trainer.training.tracked_run import print_pages
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,9 @@ class Session:
                 if self.recorder:
                     self.recorder.stop_attempt(stop, self.step, self.total_steps, self.state)
                 raise
+        if self.recorder:
+            # Not earlier: the tracker has everything only when it is closed.
+            print_pages(self.run, self.recorder.folder)
         return self.state.val_loss
 
     # Start
@@ -116,7 +120,7 @@ class Session:
         return checkpoint
 
     def _initial_average(self, checkpoint: Checkpoint | None) -> dict[str, torch.Tensor] | None:
-        """Returns the moving average of the parameters in float32; None if this process does not keep one."""
+        """Returns the moving average of the parameters, in float32; None if this process does not keep one."""
         if not self.run.ema or not (self.processes.is_main or self.processes.sharded):
             return None
         source = checkpoint.ema if checkpoint and checkpoint.ema else self.parameters
@@ -188,8 +192,7 @@ class Session:
     def _pad_micro_batches(
         self, batches: Batches, loaded: Iterator[tuple[int, list[Batch]]]
     ) -> Iterator[tuple[int, list[Batch]]]:
-        """Pads with micro-batches that do not count: under FSDP every rank must run the same number of forward
-        passes."""
+        """Pads with micro-batches that do not count: under FSDP all ranks must run equally many forward passes."""
         for step, micro_batches in loaded:
             if self.processes.sharded:
                 missing = self.processes.max_over_ranks(len(micro_batches)) - len(micro_batches)
@@ -198,7 +201,10 @@ class Session:
             yield step, micro_batches
 
     def _monitor(self, steps: Iterator[Step], batches: Batches) -> Iterator[Step]:
-        """Warns if memory was exhausted. Raises errors.NonFiniteError if too many consecutive steps are not finite."""
+        """Yields the steps, and warns if memory was exhausted.
+
+        Raises errors.NonFiniteError if too many consecutive steps are not finite.
+        """
         for step in steps:
             if step.new_micro_batch_size is not None:
                 self._warn(
@@ -214,7 +220,7 @@ class Session:
             yield step
 
     def _handle_nonfinite_step(self, step: Step, sample_ids: list[str]) -> None:
-        """Records a step that was not finite. Raises errors.NonFiniteError if `skip_nonfinite` are exceeded."""
+        """Records a step that was not finite. Raises errors.NonFiniteError if there are more than `skip_nonfinite`."""
         if self.recorder:
             self.recorder.log_nonfinite(step, sample_ids)
         others = f" and {len(sample_ids) - 16} more" if len(sample_ids) > 16 else ""
@@ -292,12 +298,10 @@ class Session:
                         self.step, tensors["weights"], tensors["optimizer"], tensors["average"], state
                     )
             except StorageError as error:
-                # The other processes have gathered their shards once and would not take part in a second attempt.
+                # A sharded network cannot try again: gathering its shards is a collective call.
                 if required or self.processes.sharded:
                     raise
-                self._warn(
-                    f"{error} Training continues; until the next save, the last checkpoint is {self.saved_step}."
-                )
+                self._warn(f"{error} Training continues, and the next save tries again.")
                 return
             self.saved_step = self.step
             if self.recorder:

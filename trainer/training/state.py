@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TrainingState:
-    """Progress of a run. Checkpoints store it under the names of these fields, so renaming one breaks old
-    checkpoints."""
+    """Progress of a run.
+
+    Checkpoints store it under the names of these fields, so renaming one breaks old checkpoints.
+    """
 
     evaluated: int | None = None
     """Step of the last evaluation."""
@@ -42,7 +44,7 @@ class TrainingState:
         return values if loss_scale is None else values | {"loss_scale": asdict(loss_scale)}
 
     def record_evaluation(self, step: int, loss: float | None) -> bool:
-        """Returns whether the held-out loss is the lowest so far."""
+        """Records a held-out loss. Returns whether it is the lowest so far."""
         is_best = loss is not None and math.isfinite(loss) and (self.best is None or loss < self.best)
         self.evaluated, self.val_loss = step, loss
         if is_best:
