@@ -30,6 +30,7 @@ LAYERS = (
     {"sweep"},
     {"stages"},
     {"run"},
+    {"api"},
     {"__main__"},
 )
 """From bottom to top. A package imports from the layers below its own."""
@@ -114,10 +115,10 @@ def imported_names(path: Path) -> tuple[str, ...]:
 
 def may_import(importer: str, imported: str) -> bool:
     """Whether package `importer` may import package `imported`."""
-    if importer == imported or imported == "__version__":
+    if importer == imported:
         return True
     if importer == "__init__":
-        return imported == "core"
+        return imported in {"core", "api"}
     level = {package: number for number, layer in enumerate(LAYERS) for package in layer}
     if level[importer] == level[imported]:
         return imported in GROUPS_MAY_IMPORT.get(importer, set())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -13,11 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING
 
-from trainer import __version__
 from trainer.core import redaction
-from trainer.core.errors import FollowerExit, Interrupted, StorageError, TrainerError, UsageError
+from trainer.core.errors import FollowerExit, Interrupted, TrainerError, UsageError
+from trainer.core.files import full_disk_errors
 from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
+from trainer.core.version import __version__
 from trainer.distributed.processes import owns_stderr
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     Job = Callable[[DictConfig], float | None]
 
-STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-"""Errors of a disk that is full, read-only or faulty."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of this process.
@@ -38,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with Signals() as signals, ExitStack() as deferral:
+        with full_disk_errors(), Signals() as signals, ExitStack() as deferral:
             # Hydra and OmegaConf may lose or change an exception that a signal raises inside them.
             deferral.enter_context(signals.deferred())
             code = run_command(arguments, signals, deliver_signals=deferral.close)
@@ -53,18 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return 128 + signal.SIGPIPE
-        if error.errno in STORAGE_ERRNOS:
-            print_error(
-                f"{error}: free some space or choose another folder with out=FOLDER, and type the same command again"
-            )
-            return StorageError.code
         return report_bug(error)
     except Exception as error:
         return report_bug(error)
 
 
 def run_command(arguments: list[str], signals: Signals, deliver_signals: Callable[[], None]) -> int:
-    """Parses the command line and lets Hydra run the job, or the jobs of a sweep.
+    """Parses the command line, and executes a run or lets Hydra do what else it asks for: a sweep, --cfg, completion.
 
     `deliver_signals` ends the deferral of signals. It is called once Hydra has composed the configuration.
     """
@@ -74,20 +66,16 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
     from trainer.config.compose import register
     from trainer.config.help import help_text
     from trainer.config.hydra_errors import usage_errors
+    from trainer.config.request import requested_run
+    from trainer.training.run_folder import find_run_folder
 
     if "--version" in arguments:
         print(f"trainer {__version__} (Hydra {hydra.__version__})")
         return 0
     register()
-    # Makes Hydra raise errors. By default it prints them and exits.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     # If a log cannot be written, `logging` would print a traceback for each message.
     logging.raiseExceptions = False
     args = command_line.parse(arguments)
-    if args.multirun and rank_and_world_size()[1] > 1:
-        raise UsageError(
-            "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
-        )
     failures: list[Exception] = []
     with usage_errors(args):
         if args.help:
@@ -95,6 +83,18 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
             return 0
         if args.shell_completion and not command_line.is_safe_to_complete(os.environ.get("COMP_LINE", "")):
             return 0
+    if not (args.cfg or args.info or args.hydra_help or args.shell_completion):
+        if request := requested_run(args, find_run_folder):
+            deliver_signals()
+            from trainer.run import execute
+
+            execute(request.run, signals, request.overrides)
+            return 0
+        if rank_and_world_size()[1] > 1:
+            raise UsageError(
+                "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
+            )
+    with usage_errors(args):
         code = run_hydra(make_job(args, signals, deliver_signals, failures), args)
     if failures:
         raise failures[0]
@@ -102,25 +102,21 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
 
 
 def make_job(args: Namespace, signals: Signals, deliver_signals: Callable[[], None], failures: list[Exception]) -> Job:
-    """Returns the function that Hydra calls with each composed configuration. It appends its errors to `failures`."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+    """Returns the function for a sweep whose launcher runs the members in this process, such as Hydra's basic one.
 
-    from trainer.config.compose import to_run
-    from trainer.config.hydra_errors import usage_errors
+    It appends its errors to `failures`.
+    """
+    from trainer.config.request import to_request
+    from trainer.training.run_folder import find_run_folder
 
     def job(config: DictConfig) -> float | None:
         from trainer.run import execute
-        from trainer.training.run_folder import find_run_folder
+        from trainer.stages.results import held_out_loss
 
-        # Not resolved, because an interpolation such as ${seed} has no meaning outside the configuration.
-        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        assert isinstance(overrides, list)
         try:
-            with usage_errors(args):
-                run = to_run(config, overrides, find_run_folder)
+            request = to_request(config, args, find_run_folder)
             deliver_signals()
-            return execute(run, signals, overrides)
+            return held_out_loss(execute(request.run, signals, request.overrides))
         except Exception as error:
             # Hydra would print a message of its own for other exceptions than SystemExit.
             failures.append(error)
@@ -137,6 +133,8 @@ def run_hydra(job: Job, args: Namespace) -> int:
 
     from trainer.config.groups import CONF
 
+    # Makes Hydra raise errors. By default it prints them and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra parses sys.argv.
     argv, sys.argv = sys.argv, ["trainer", *args.flags, *args.overrides]
     # Error messages would clutter the terminal during tab completion.

@@ -7,11 +7,12 @@ from trainer.config.sections import Stage
 from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.stages import cache, check, evaluate, export, sample, train
+from trainer.stages.results import StageResult
 from trainer.training.run_log import out_of_memory_errors
 
 
-def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
-    """Executes the stage of the run. Returns the held-out loss if the stage measures one.
+def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | None:
+    """Executes the stage of the run. Returns what it has made; None on processes other than the main process.
 
     `overrides` are the `key=value` arguments of the command line.
     """
@@ -29,7 +30,7 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
             case Stage.evaluate:
                 return evaluate.execute(run)
             case Stage.sample:
-                sample.execute(run)
+                return sample.execute(run)
             case Stage.export:
                 export.execute(run)
         return None

@@ -102,7 +102,10 @@ def check_override(text: str, sweep: bool) -> str:
         raise UsageError(f"{text}: settings cannot be removed; leave it out, or type {key}=null.")
     text, override = _parse_override(text, key, value)
     if override.is_sweep_override() and not sweep:
-        raise UsageError(f"{text}: several values are a sweep; type --multirun as well, or {key}=[{value}] for a list.")
+        raise UsageError(
+            f"{text}: several values are a sweep; type --multirun as well (on the command line only), or "
+            f"{key}=[{value}] for a list."
+        )
     return text
 
 
@@ -144,6 +147,17 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
                 f"{text}: this cannot be parsed; type group=option or key=value. A value with commas, quotes or "
                 """brackets needs two pairs of quotes: 'name="a, b"'."""
             ) from None
+
+
+def to_override(key: str, value: str | Sequence[str]) -> str:
+    """Returns the override that sets a text, or a list of texts, to exactly these characters."""
+    return f"{key}={_quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(_quote, value))}]"
+
+
+def _quote(text: str) -> str:
+    # In Hydra's grammar, a backslash is special only before a quote. In OmegaConf's, ${ starts an interpolation.
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
+    return '"' + escaped.replace("${", "\\${") + '"'
 
 
 def is_safe_to_complete(line: str) -> bool:

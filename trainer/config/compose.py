@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.command_line import to_override
 from trainer.config.groups import CONF, GROUPS, option_name, saved_settings_class
 from trainer.config.rules import check, check_which_run
 from trainer.config.schema import FREE_IN_POST_TRAINING_STAGES, Run, is_group
@@ -43,18 +44,28 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=option, node=schema)
 
 
-def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """Returns the configuration that Hydra composes; `config_dir` is the folder given by --config-dir."""
+def compose_config(overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:
+    """Returns the configuration that Hydra composes; `config_dir` is the folder given by --config-dir.
+
+    `with_hydra`: with the settings of Hydra itself.
+    """
     register()
-    # `hydra.main` may have initialized Hydra already.
+    # `hydra.main`, or a notebook that uses Hydra itself, may have initialized Hydra already.
+    previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=[*overrides, *search_path(config_dir)])
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            overrides = [*overrides, *search_path(config_dir)]
+            return hydra.compose("config", overrides=overrides, return_hydra_config=with_hydra)
+    finally:
+        GlobalHydra.instance().hydra = previous
 
 
 def search_path(config_dir: str | None) -> list[str]:
     """Returns the override that makes Hydra search `config_dir`, too."""
-    return [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
+    if config_dir is None:
+        return []
+    return [to_override("hydra.searchpath", [f"file://{Path(config_dir).absolute()}"])]
 
 
 def to_run(

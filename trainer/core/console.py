@@ -29,4 +29,6 @@ def format_bytes(count: float) -> str:
 
 def refresh_interval() -> float:
     """Returns the seconds between two updates of a progress bar: long if stderr is a file, to keep the file short."""
-    return 0.2 if sys.stderr.isatty() else 10.0
+    # The kernel of a notebook replaces stderr. Each update overwrites the one before, as on a terminal.
+    in_notebook = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
+    return 0.2 if in_notebook or sys.stderr.isatty() else 10.0

@@ -72,6 +72,8 @@ class Interrupted(BaseException):
     imports and while they read files.
     """
 
+    CTRL_C = 130
+
     def __init__(self, signal: int):
         super().__init__(f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'}")
         self.code = 128 + signal

@@ -145,6 +145,22 @@ def storage_errors(verb: str, path: Path) -> Iterator[None]:
         raise errors.StorageError(f"Could not {verb} {path}: {error.strerror or error}.{remedy}") from error
 
 
+@contextlib.contextmanager
+def full_disk_errors() -> Iterator[None]:
+    """Turns an OSError of a full, read-only or faulty disk inside the block into errors.StorageError with a remedy.
+
+    For a whole program. Where the file is known, `storage_errors` names it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        raise errors.StorageError(
+            f"{error}: free some space or choose another folder with out=FOLDER, and type the same command again"
+        ) from error
+
+
 _CHOOSE = "choose another folder with out=<folder>."
 _REMEDIES = {
     errno.ENOSPC: f" Free some disk space, or {_CHOOSE}",

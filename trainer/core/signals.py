@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from trainer.core.errors import Interrupted
 
 
 class Signals:
-    """Context manager that handles SIGINT and SIGTERM. Open one per process, in the main thread.
+    """Context manager that handles SIGINT and SIGTERM. Open one at a time.
 
     The first signal raises `errors.Interrupted`, at once or later:
 
@@ -21,10 +22,15 @@ class Signals:
     - inside `recorded`, after `record_only`, and from the start of `deferred_until_release` until `release`: never. The
       signal is only stored in `seen`, and the caller decides when to stop.
 
-    A second signal ends the process immediately in all states.
+    A second signal ends the process immediately in all states. If the process is not the program's own, such as the
+    kernel of a notebook, `exits` is false: then a second signal raises `errors.Interrupted` at once in all states. The
+    files on disk survive both.
+
+    Python delivers signals to the main thread only. In another thread, signals are left to those who handle them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exits: bool = True) -> None:
+        self._exits = exits
         self._deferrals = 0
         self._awaits_release = False
         self._seen = 0
@@ -32,12 +38,12 @@ class Signals:
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ():
             self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._deferrals:
+        if self._deferrals and self._exits:
             # After `record_only` the process is about to end; keep the handlers so that it can still print why.
             return
         for number, handler in self._previous_handlers.items():
@@ -89,11 +95,18 @@ class Signals:
             reset_worker_signals()
             os.kill(os.getpid(), number)
             return
-        if self._seen:
+        if self._seen and self._exits:
             os._exit(128 + number)
+        if self._seen:
+            raise Interrupted(number)
         self._seen = number
         if not self._deferrals and not self._awaits_release:
             raise Interrupted(number)
+
+
+def in_main_thread() -> bool:
+    """Returns whether this is the main thread, the only one that can set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def reset_worker_signals() -> None:

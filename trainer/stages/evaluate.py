@@ -8,14 +8,15 @@ from typing import Any
 from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import print_line
+from trainer.stages.results import EvaluationResult, strips
 from trainer.tracking.journal import Journal, read_records
 from trainer.training.data import held_out_samples, prepare, samples_to_generate, unconditional_samples
 from trainer.training.encoding import encode_missing
 from trainer.training.trained_run import load_trained_run
 
 
-def execute(run: Run) -> float | None:
-    """Writes measurements and images to `<run>/evaluation/step-...`. Returns the held-out loss."""
+def execute(run: Run) -> EvaluationResult:
+    """Writes measurements and images to `<run>/evaluation/step-...`."""
     trained = load_trained_run(run)
     data = prepare(run)
     generated = [sample for sample, _ in samples_to_generate(run, data)]
@@ -39,7 +40,8 @@ def execute(run: Run) -> float | None:
             comparison = f", before training {before[name]:.4f}" if name in before else ""
             print_line(f"{name} {now[name]:.4f} at step {trained.step}{comparison}")
     print_line(f"images and evaluation.json in {folder}")
-    return loss
+    images = strips(folder / "pictures" / folder.name)
+    return EvaluationResult(trained.folder.name, folder, trained.step, loss, now, before, images)
 
 
 def _metrics(records: Iterable[dict[str, Any]]) -> dict[str, float]:

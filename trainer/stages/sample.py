@@ -16,12 +16,13 @@ from trainer.core.errors import UsageError
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import FileSource, Source
 from trainer.dataset.transform import TransformedSample
+from trainer.stages.results import SamplingResult
 from trainer.training.data import TrainingData, held_out_samples, prepare, unconditional_samples
 from trainer.training.encoding import encode_missing
 from trainer.training.trained_run import load_trained_run
 
 
-def execute(run: Run) -> None:
+def execute(run: Run) -> SamplingResult:
     """Writes images for `sample.prompts`, or for samples of the dataset if there are none, to `<run>/samples/...`.
 
     The name of the folder is a hash of the request, so that different requests do not overwrite each other. Images that
@@ -38,7 +39,8 @@ def execute(run: Run) -> None:
     name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     folder = trained.folder / "samples" / name
     paths = [folder / f"{i:05d}.png" for i in range(len(samples))]
-    files.write_json(folder / "request.json", request | {"captions": [sample.caption for sample in samples]})
+    captions = [sample.caption for sample in samples]
+    files.write_json(folder / "request.json", request | {"captions": captions})
 
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     missing_samples = [samples[i] for i in missing]
@@ -49,6 +51,7 @@ def execute(run: Run) -> None:
         print_line(f"{path}: {missing_samples[index].caption}")
     if not missing:
         print_line(f"all {len(paths)} images are in {folder} already")
+    return SamplingResult(trained.folder.name, folder, trained.step, paths, captions)
 
 
 def _samples_of_split(run: Run, data: TrainingData) -> list[TransformedSample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import yaml
 
@@ -16,6 +17,7 @@ from trainer.core.errors import UsageError
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
 from trainer.stages.data_report import describe_long_captions, describe_upscaling
+from trainer.stages.results import TrainingResult
 from trainer.sweep.members import parent_run_id, report_folder
 from trainer.tracking.journal import Journal
 from trainer.training.build import check_buildable
@@ -29,8 +31,8 @@ from trainer.training.session import Session
 from trainer.training.tracked_run import open_tracker, send_missing_records
 
 
-def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
-    """Trains in all processes of the run. Returns the last held-out loss; None if no samples are held out."""
+def execute(run: Run, signals: Signals, overrides: list[str]) -> TrainingResult | None:
+    """Trains in all processes of the run. Returns the result on the main process, None on the others."""
     processes = Processes(signals, lambda: open_device(run))
     if processes.sharded:
         check_sharded(run)
@@ -39,20 +41,25 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> float | None:
         return train(run, data, signals, processes, overrides)
 
 
-def train(run: Run, data: TrainingData, signals: Signals, processes: Processes, overrides: list[str]) -> float | None:
+def train(
+    run: Run, data: TrainingData, signals: Signals, processes: Processes, overrides: list[str]
+) -> TrainingResult | None:
     """Like `execute`, after the data has been read."""
     if processes.run_on_main(lambda: data.digests) != data.digests:
         raise UsageError("the processes see different data or weights; give all of them the same files")
     with ExitStack() as stack:
         recorder: Recorder | None = None
+        folder: Path | None = None
 
-        def start() -> tuple[bool, float | None]:
-            """Runs on the main process. Returns whether the run is finished already, and its held-out loss."""
-            nonlocal recorder
+        def start() -> bool:
+            """Runs on the main process. Returns whether the run is finished already."""
+            nonlocal recorder, folder
             run_folder = stack.enter_context(acquire_run_folder(run, data.digests))
-            report_folder(run_folder.path)
+            folder = run_folder.path
+            report_folder(folder)
             if run_folder.finished:
-                return True, _show_finished(run, run_folder, overrides)
+                _show_finished(run, run_folder, overrides)
+                return True
             check_buildable(run, is_new=not (run_folder.path / CHECKPOINTS).exists())
             journal = stack.enter_context(Journal(run_folder.path))
             stack.enter_context(log_to_folder(run_folder.path, journal))
@@ -63,23 +70,21 @@ def train(run: Run, data: TrainingData, signals: Signals, processes: Processes, 
             _show_data(run, data, journal)
             tracker = partial(open_tracker, run, run_folder, journal, overrides, parent_run_id())
             recorder = Recorder(run, run_folder, journal, tracker)
-            return False, None
+            return False
 
-        finished, loss = processes.run_on_main(start)
-        if finished:
-            return loss
-        return Session(run, data, recorder, signals, processes).train()
+        if not processes.run_on_main(start):
+            Session(run, data, recorder, signals, processes).train()
+        return TrainingResult.read(folder) if folder else None
 
 
-def _show_finished(run: Run, run_folder: RunFolder, overrides: list[str]) -> float | None:
-    """Says that there is nothing to do. Returns the last held-out loss of the run."""
+def _show_finished(run: Run, run_folder: RunFolder, overrides: list[str]) -> None:
+    """Says that there is nothing to do."""
     summary = run_folder.summary()
     print_line(
         f"{run_folder.path} is finished ({summary['steps']} steps); nothing to do. "
         "Type fresh=true to run it again in a new folder."
     )
     send_missing_records(run, run_folder, overrides, parent_run_id())
-    return summary["last_val_loss"]
 
 
 def _fill_cache(run: Run, data: TrainingData, run_folder: RunFolder) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import StorageError, TrainerError
-from trainer.core.signals import reset_worker_signals
+from trainer.core.signals import in_main_thread, reset_worker_signals
 
 if TYPE_CHECKING:
     from trainer.core.batch import Batch
@@ -41,7 +41,7 @@ def load_batches(batches: Batches, start: int, stop: int, workers: int) -> Itera
         collate_fn=_identity,
     )
     items = iter(loader)
-    if workers:
+    if workers and in_main_thread():
         # When a worker dies, torch's handler raises wherever this process is, even in the middle of an update.
         # Without it, the death is noticed when the next item is requested.
         signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import __version__
+from trainer.core.version import __version__
 
 if TYPE_CHECKING:
     import torch

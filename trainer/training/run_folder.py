@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import __version__
 from trainer.config.identity import differences, identity_settings, run_id
 from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import timestamp
 from trainer.core.errors import UsageError
 from trainer.core.lock import Lock
+from trainer.core.version import __version__
 
 MANIFEST = "run.json"
 SUMMARY = "summary.json"
