@@ -33,6 +33,12 @@ class WeightsError(TrainerError):
     code = 69
 
 
+class InstallationError(TrainerError):
+    """A Python package is not installed, or the interpreter is too old."""
+
+    code = 69
+
+
 class NonFiniteError(TrainerError):
     """A loss or gradient is NaN or infinite."""
 
