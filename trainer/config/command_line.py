@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hydra._internal.utils import get_args_parser  # Hydra offers no public access to its parser.
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
 from hydra.errors import HydraException
 
-from trainer.config.groups import GROUPS, option_names
+from trainer.config.groups import CONF, GROUPS, option_names
 from trainer.config.schema import is_group
+from trainer.config.sections import Stage
 from trainer.core import redaction
 from trainer.core.errors import UsageError
 
@@ -29,6 +31,8 @@ ALLOWED_HYDRA_OVERRIDE = re.compile(
     r"hydra/(launcher|sweeper)=\w+|hydra\.(launcher|sweeper|sweep)\.[\w.]+=[^{$]*|hydra\.mode=\w+"
 )
 """The settings of Hydra itself that may be typed: those of sweeps."""
+HYDRA_COUNTS = ("hydra.launcher.slots", "hydra.sweeper.max_batch_size")
+"""Those of them that are whole numbers above 0, which Hydra does not check."""
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -85,6 +89,9 @@ def check_override(text: str, sweep: bool) -> str:
     Raises errors.UsageError if the override cannot be parsed, changes settings of Hydra itself, or refers to a file.
     """
     key, _, value = text.lstrip("+~").partition("=")
+    if text == "ui" or text in Stage.__members__:
+        command = "ui ..." if text == "ui" else f"stage={text} ..."
+        raise UsageError(f"{text}: type python -m trainer {command}")
     if "_target_" in text:
         raise UsageError(f"{key}: the command line cannot load objects by name; leave out the part with _target_.")
     if "hydra" in key and not ALLOWED_HYDRA_OVERRIDE.fullmatch(text.lstrip("+")):
@@ -92,6 +99,8 @@ def check_override(text: str, sweep: bool) -> str:
             f"{key}: settings of Hydra itself cannot be changed; results go to out=FOLDER, and your own yaml files to "
             "--config-dir."
         )
+    if key.startswith("hydra."):
+        _check_hydra_setting(text, key, value)
     if "@" in key:
         raise UsageError(f"{text}: a group cannot be moved; type {key.partition('@')[0]}={value}.")
     if key == "schema" or ("/" in key and "hydra" not in key):
@@ -101,12 +110,32 @@ def check_override(text: str, sweep: bool) -> str:
     if text.startswith("~"):
         raise UsageError(f"{text}: settings cannot be removed; leave it out, or type {key}=null.")
     text, override = _parse_override(text, key, value)
+    if is_group(key) and (CONF / key).is_dir():
+        _check_option_names(text, key, override.value())
     if override.is_sweep_override() and not sweep:
         raise UsageError(
             f"{text}: several values are a sweep; type --multirun as well (on the command line only), or "
             f"{key}=[{value}] for a list."
         )
     return text
+
+
+def _check_hydra_setting(text: str, key: str, value: str) -> None:
+    """Checks a setting of Hydra itself that may be typed."""
+    if key.startswith("hydra.sweeper.params."):
+        raise UsageError(
+            f"{text}: type the values of a sweep as settings of their own, such as --multirun optimizer.lr=1e-4,1e-3."
+        )
+    if key in HYDRA_COUNTS and not re.fullmatch(r"0*[1-9]\d*", value):
+        raise UsageError(f"{text}: type a whole number above 0, such as {key}=2.")
+
+
+def check_is_sweep(overrides: Sequence[str]) -> None:
+    """Refuses overrides that have no effect on a single run. Raises errors.UsageError."""
+    for text in overrides:
+        key = text.lstrip("+").partition("=")[0]
+        if re.match(r"hydra[./](launcher|sweeper|sweep)\b", key):
+            raise UsageError(f"{text}: this is a setting of a sweep; type --multirun as well, or leave it out.")
 
 
 def _check_option(text: str, group: str, value: str) -> None:
@@ -124,8 +153,21 @@ def _check_option(text: str, group: str, value: str) -> None:
             else "for your own yaml files see --config-dir in --help"
         )
         raise UsageError(f"{text}: an option is a name, not a path; {remedy}.")
-    if text.startswith("+") and (group in GROUPS or group == "experiment"):
+    if text.startswith("+") and (CONF / group).is_dir():
         raise UsageError(f"{text}: type it without +.")
+
+
+def _check_option_names(text: str, group: str, value: object) -> None:
+    """Refuses numbers, null and mappings in place of names, for which Hydra has no message. `value` is parsed."""
+    if value is None or isinstance(value, Glob) or (group in GROUPS and isinstance(value, dict)):
+        # Hydra merges a dictionary into the settings of the group.
+        return
+    takes_list = group not in GROUPS and "/" not in group
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        names = choice if takes_list and isinstance(choice, list) else [choice]
+        if not all(isinstance(name, str | QuotedString) for name in names):
+            several = f", {group}=[A,B] for several, or {group}=[] for none" if takes_list else ""
+            raise UsageError(f"{text}: an option is a name, see --help; type {group}=NAME{several}.")
 
 
 def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
@@ -133,7 +175,7 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
     parser = OverridesParser.create()
     try:
         return text, parser.parse_override(text if key else "")
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         # Hydra's grammar needs quotes around ~, umlauts and a second =, even if the value has only one meaning.
         prefix = "+" * (len(text) - len(text.lstrip("+")))
         quoted = f"{prefix}{key}='{value}'"
@@ -142,22 +184,24 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
                 raise error
             text.encode()
             return quoted, parser.parse_override(quoted)
-        except (HydraException, UnicodeEncodeError):
+        except (HydraException, RecursionError, UnicodeEncodeError):
             raise UsageError(
-                f"{text}: this cannot be parsed; type group=option or key=value. A value with commas, quotes or "
+                f"{text:.200}: this cannot be parsed; type group=option or key=value. A value with commas, quotes or "
                 """brackets needs two pairs of quotes: 'name="a, b"'."""
             ) from None
 
 
 def to_override(key: str, value: str | Sequence[str]) -> str:
     """Returns the override that sets a text, or a list of texts, to exactly these characters."""
-    return f"{key}={_quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(_quote, value))}]"
+    # In OmegaConf's grammar, ${ starts an interpolation.
+    texts = [quote(text.replace("${", "\\${")) for text in ([value] if isinstance(value, str) else value)]
+    return f"{key}={texts[0]}" if isinstance(value, str) else f"{key}=[{','.join(texts)}]"
 
 
-def _quote(text: str) -> str:
-    # In Hydra's grammar, a backslash is special only before a quote. In OmegaConf's, ${ starts an interpolation.
+def quote(text: str) -> str:
+    """Returns text as a quoted string of Hydra's grammar, in which a backslash is special only before a quote."""
     escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
-    return '"' + escaped.replace("${", "\\${") + '"'
+    return f'"{escaped}"'
 
 
 def is_safe_to_complete(line: str) -> bool:

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.command_line import to_override
+from trainer.config.command_line import quote
 from trainer.config.groups import CONF, GROUPS, option_name, saved_settings_class
 from trainer.config.rules import check, check_which_run
 from trainer.config.schema import FREE_IN_POST_TRAINING_STAGES, Run, is_group
@@ -65,7 +65,7 @@ def search_path(config_dir: str | None) -> list[str]:
     """Returns the override that makes Hydra search `config_dir`, too."""
     if config_dir is None:
         return []
-    return [to_override("hydra.searchpath", [f"file://{Path(config_dir).absolute()}"])]
+    return [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).absolute()}')}]"]
 
 
 def to_run(
