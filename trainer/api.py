@@ -25,14 +25,14 @@ Result = TypeVar("Result", bound=StageResult)
 
 
 def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> TrainingResult:
-    """Trains a run, or continues it from its last checkpoint. A finished run is returned at once.
+    """Trains a run, or continues it from its last checkpoint. If the run is finished, returns its result at once.
 
-    `overrides` are the arguments of the command line, such as `["method.rank=4", "steps=20"]`. `config_dir` is the
-    folder of --config-dir, with your own yaml files.
+    `overrides` are the arguments of the command line, such as `["method.rank=4", "steps=20"]`. `config_dir` is a
+    folder with your own yaml files, like --config-dir.
 
-    An interruption of the kernel (Ctrl-C) raises KeyboardInterrupt, and SIGTERM raises errors.Interrupted, after the
-    last step has been saved; the same call continues from there. A second interruption raises at once. Other errors are
-    those of trainer.core.errors: UsageError, DataError, OutOfMemoryError and so on.
+    Ctrl-C or an interruption of the kernel raises KeyboardInterrupt, and SIGTERM raises errors.Interrupted, both after
+    the last step has been saved; the same call continues from there. A second interruption raises at once. Other errors
+    are those of trainer.core.errors: UsageError, DataError, OutOfMemoryError and so on.
     """
     return _execute("train", TrainingResult, overrides, config_dir)
 
@@ -117,12 +117,12 @@ def _check_overrides(stage: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _folder(run: RunName | None) -> str | None:
-    """Returns the folder or id of a run as text."""
+    """Returns the folder or id of a run as a string."""
     return None if run is None else str(run.folder if isinstance(run, TrainingResult) else run)
 
 
 def _texts(values: str | Path | Sequence[str | Path] | None) -> list[str] | None:
-    """Returns one or several values as a list of texts."""
+    """Returns one or several values as a list of strings."""
     if values is None:
         return None
     return [str(value) for value in ([values] if isinstance(values, str | Path) else values)]

@@ -12,7 +12,7 @@ from trainer.training.run_log import out_of_memory_errors
 
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | None:
-    """Executes the stage of the run. Returns what it has made; None on processes other than the main process.
+    """Executes the stage of the run. Returns its result; None on processes other than the main process.
 
     `overrides` are the `key=value` arguments of the command line.
     """

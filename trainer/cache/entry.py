@@ -1,4 +1,4 @@
-"""What a cache entry is named after, and the safetensors file it is stored in."""
+"""The key that names a cache entry, and the safetensors file that stores it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from trainer.model import Recipe
 
 SCHEMA = 1
-"""Increase this if images are decoded or resized differently, or if the file format changes: all entries are then made
-again."""
+"""Increase this if images are decoded or resized differently, or if the file format changes: then all entries are
+encoded again."""
 
 
 def entry_key(name: str, recipe: Recipe, sample: TransformedSample) -> str:
@@ -43,7 +43,7 @@ def serialize(name: str, key: str, source: str, tensor: Tensor) -> bytes:
         raise DataError(f"{source}: its {name} came out of the encoder as NaN or infinity")
     header = {"part": name, "key": key, "source": source}
     header["sha256"] = _digest(header, value)
-    # One metadata value only: safetensors writes several in random order, and equal entries should be equal files.
+    # Only one metadata value: safetensors writes several in random order, but equal entries should give equal files.
     return save({"value": value}, {"entry": json.dumps(header, sort_keys=True)})
 
 

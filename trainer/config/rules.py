@@ -141,7 +141,7 @@ def _check_stochastic_rounding(run: Run) -> None:
 
 
 def check_card(run: Run, card: Card) -> None:
-    """Checks what a card can do. Facts that are None are unknown and refuse nothing."""
+    """Checks what a card can do. Capabilities that are None are unknown and rule nothing out."""
     supported = {"bfloat16": card.bfloat16, "float16": card.float16}
     storage, compute = run.precision.storage, run.precision.compute
     unsupported = [dtype for dtype in (storage.value, compute.value) if supported.get(dtype) is False]

@@ -116,7 +116,7 @@ class Export:
     """In which formats the trained weights are exported."""
 
     formats: list[Format] | None = None
-    """Null: the first format that the method supports. Pipelines are large, and written by `stage=export` only."""
+    """Null: the first format that the method supports. Pipelines are large, and are written only by `stage=export`."""
     dtype: Dtype | None = None
     """Null: float32 for adapters; for a pipeline the dtype of the weights in training, or the compute dtype if they are
     quantized."""

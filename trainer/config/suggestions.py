@@ -86,7 +86,7 @@ EXPECTED = {
 
 
 def expected_type(error: str) -> str | None:
-    """Returns which values a setting takes, given OmegaConf's error message; None if it cannot be told from it."""
+    """Returns which values a setting takes, given OmegaConf's error message; None if the message does not say."""
     if found := re.search(r"expected one of \[(.*)\]", error):
         return f"one of {found[1]}"
     return next((values for part, values in EXPECTED.items() if part in error), None)

@@ -10,7 +10,7 @@ from trainer.core.ranks import rank_and_world_size
 
 
 def print_line(text: str) -> None:
-    """Print a line and add it to the run's log. Only the main process prints."""
+    """Prints a line and adds it to the run's log. Only the main process prints."""
     if rank_and_world_size()[0] > 0:
         return
     print(text, flush=True)

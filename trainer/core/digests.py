@@ -31,7 +31,7 @@ class Digests:
     __slots__ = ("_known", "_unsaved", "path", "verify")
 
     _RACY = 2 * 10**9
-    """Nanoseconds. The coarsest clock of a common file system (FAT) ticks every 2 s."""
+    """A file that changed less than this many nanoseconds ago is not remembered. The clock of FAT ticks every 2 s."""
     _FLUSH_EVERY = 1000
 
     def __init__(self, path: Path, verify: bool = False):
@@ -53,7 +53,7 @@ class Digests:
         """
         now = time.time_ns()
         with storage_errors("read", path):
-            # Before the first byte is read, so that a later change results in another ctime.
+            # Before the first byte is read, so that a later change gives the file a new ctime.
             status = os.stat(path)
         name, state = _row_of(status, key)
         known = self._known.get(name)

@@ -1,8 +1,8 @@
 """Random numbers as a function of what they are for, never of what was drawn before.
 
 Every draw names its purpose: `normal(shape, seed, "noise", step, sample_id)`. The names are hashed into the 128-bit key
-of a counter-based generator (Philox 4x64; Salmon et al., SC 2011). So a resumed run, another number of workers and
-another machine all see the same stream, and drawing for one purpose cannot disturb another.
+of a counter-based generator (Philox 4x64; Salmon et al., SC 2011). So a resumed run, a different number of workers
+and a different machine all draw the same numbers, and drawing for one purpose cannot disturb another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def normal(shape: tuple[int, ...], *names: int | float | str) -> torch.Tensor:
 
 
 def seed_for(*names: int | float | str) -> int:
-    """Returns a 63-bit integer for these names, for generators that only accept a seed."""
+    """Returns a 63-bit integer derived from these names, for generators that only accept a seed."""
     return _key(names, 8) >> 1
 
 

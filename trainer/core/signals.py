@@ -13,7 +13,7 @@ from trainer.core.errors import Interrupted
 
 
 class Signals:
-    """Context manager that handles SIGINT and SIGTERM. Open one at a time.
+    """Context manager that handles SIGINT and SIGTERM. Only one may be open at a time.
 
     The first signal raises `errors.Interrupted`, at once or later:
 
@@ -22,11 +22,11 @@ class Signals:
     - inside `recorded`, after `record_only`, and from the start of `deferred_until_release` until `release`: never. The
       signal is only stored in `seen`, and the caller decides when to stop.
 
-    A second signal ends the process immediately in all states. If the process is not the program's own, such as the
-    kernel of a notebook, `exits` is false: then a second signal raises `errors.Interrupted` at once in all states. The
-    files on disk survive both.
+    A second signal ends the process immediately in all states. With `exits=False`, for a process that is not the
+    program's own, such as the kernel of a notebook, a second signal raises `errors.Interrupted` at once in all states.
+    The files on disk survive both.
 
-    Python delivers signals to the main thread only. In another thread, signals are left to those who handle them.
+    Python delivers signals only to the main thread. In any other thread, this changes no signal handlers.
     """
 
     def __init__(self, exits: bool = True) -> None:

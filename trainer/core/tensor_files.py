@@ -48,9 +48,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def writing_safetensors(path: Path) -> Iterator[None]:
-    """Wraps a call of safetensors that writes `path`:
+    """Wraps a call of safetensors that writes `path`.
 
-    I/O errors become OSError, and the file gets usual permissions.
+    I/O errors become OSError, and the file gets the permissions of its folder.
     """
     import safetensors
 

@@ -151,9 +151,10 @@ def _sketch(image: Image.Image) -> Image.Image:
 
 
 def _night(image: Image.Image) -> Image.Image:
-    """Dark and bluish, without a moon.
+    """Makes the image dark and bluish, without a moon.
 
-    A moon has a fixed place. A model that only places objects relative to each other cannot learn that by an adapter.
+    A moon would have a fixed position, which an adapter cannot teach to a model that places objects only relative to
+    each other.
     """
     dark = np.asarray(image, np.float32) * np.array([0.22, 0.28, 0.5], np.float32) + np.array([4, 6, 22], np.float32)
     return Image.fromarray(dark.round().astype(np.uint8))

@@ -16,7 +16,7 @@ from trainer.core.errors import DataError
 from trainer.dataset.buckets import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-"""Without this list, Pillow would pass a file to Ghostscript (EPS) or HDF5 if its first bytes ask for that."""
+"""Without this list, Pillow would pass a file to Ghostscript (EPS) or HDF5 if its first bytes say so."""
 MAX_PIXELS = 178_956_970
 """Half a GiB as RGB. A larger image is a decompression bomb, or a scan that should be made smaller first."""
 MIN_SIDE = 8
@@ -24,7 +24,7 @@ MIN_SIDE = 8
 MAX_ASPECT_RATIO = 8
 """Longer side divided by shorter. A crop of a longer image shows next to nothing of it."""
 
-# Pillow warns from half of MAX_PIXELS on; here an image is either refused or accepted.
+# Pillow warns above half of MAX_PIXELS; here, an image is either refused or accepted.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def open_image(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
     """Opens an image and checks its header.
 
-    Every error, also one that is raised in the block, becomes an errors.DataError that names the image `name`.
+    Every error, including one raised in the block, becomes an errors.DataError that names the image `name`.
     """
     try:
         if not (os.path.getsize(file) if isinstance(file, Path) else file.getbuffer().nbytes):
@@ -105,7 +105,7 @@ def fit(image: Image.Image, width: int, height: int, flip: bool = False) -> np.n
 
 
 def _describe_non_image(file: Path | BytesIO) -> str:
-    """What a file is that Pillow does not recognize."""
+    """Returns a description of a file that Pillow does not recognize."""
     if isinstance(file, Path):
         with open(file, "rb") as stream:
             start = stream.read(512)
@@ -130,7 +130,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Converts from an ICC profile to sRGB.
 
-    Ignores a profile that is broken or for other channels, as image viewers do.
+    Ignores a profile that is broken or made for different channels, as image viewers do.
     """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))

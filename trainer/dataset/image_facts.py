@@ -16,10 +16,10 @@ from trainer.dataset.sample import Sample
 from trainer.dataset.source import Source
 
 VERSION = 1
-"""Increase it when images are decoded or fingerprinted in another way: all images are then inspected again."""
+"""Increase this when images are decoded or fingerprinted differently: then all images are inspected again."""
 BANDS = 4
 """Number of bands of the 64 edge bits. Fingerprints that differ in fewer bits than there are bands agree in at least
-one band (pigeonhole principle), so only these are compared.
+one band (pigeonhole principle), so only such pairs are compared.
 """
 MAX_COLOR_DIFFERENCE = 12
 """Of 255. Largest mean difference between the 4 x 4 mean colors of near duplicates."""
@@ -32,8 +32,8 @@ Progress = Callable[[Sequence[Source]], Iterable[Source]]
 class ImageFacts:
     """What is known about the pixels of an image.
 
-    `fault` is why the image cannot be used, if it cannot. `edges` has 64 bits (dHash): whether each of 8 x 8 cells is
-    darker than the next. `colors` are the mean colors of 4 x 4 cells, RGB in hex.
+    `fault` is the reason why the image cannot be used, if there is one. `edges` has 64 bits (dHash): whether each of
+    8 x 8 cells is darker than the next. `colors` are the mean colors of 4 x 4 cells, RGB in hex.
     """
 
     fault: str | None = None
@@ -54,17 +54,17 @@ def inspect_images(samples: Iterable[Sample], progress: Progress) -> dict[Source
 
 
 def sample_sources(sample: Sample) -> list[Source]:
-    """All images of a sample."""
+    """Returns all images of a sample."""
     return [sample.image, *sample.controls, *([sample.mask] if sample.mask else [])]
 
 
 def inspect_image(source: Source) -> ImageFacts:
-    """Decodes an image, unless the facts about it are known already."""
+    """Returns the facts about an image, which is decoded only if they are not known yet."""
     return ImageFacts(*json.loads(source.memoize(f"facts {VERSION}", lambda: json.dumps(_compute_facts(source)))))
 
 
 def _compute_facts(source: Source) -> list:
-    """The fields of `ImageFacts`."""
+    """Returns the fields of `ImageFacts`."""
     from PIL import Image
 
     try:

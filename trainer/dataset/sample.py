@@ -1,4 +1,4 @@
-"""Samples: what every layout is read as."""
+"""Samples, which the readers of all layouts return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import PurePath
 from trainer.dataset.source import Source
 
 MAX_CAPTION_LENGTH = 10_000
-"""In characters. Text encoders read some hundred tokens; a longer text belongs to something else."""
+"""In characters. Text encoders read a few hundred tokens; a text this long is not a caption."""
 
 
 @dataclass(slots=True, frozen=True)

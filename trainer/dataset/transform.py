@@ -86,10 +86,10 @@ class TransformedSample:
         return height, width, top, left, self.height, self.width
 
     def content_key(self, field: str) -> object:
-        """Returns what identifies a field in a cache key: its content and its transform, but no file name.
+        """Returns what identifies a field in a cache key: its content and its transform, but not its file name.
 
         `field` is an image by its name, `controls` for all control images, `caption` or `geometry`. Raises ValueError
-        for another.
+        for any other name.
         """
         if field == "caption":
             return self.caption
@@ -126,7 +126,7 @@ class Transform:
     sizes: tuple[Size, ...]
     control_sizes: tuple[Size, ...] = ()
     _source_sizes: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
-    """So that a header is read once, not at each visit."""
+    """Sizes of images, so that each header is read once instead of at each visit."""
 
     def apply(
         self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False

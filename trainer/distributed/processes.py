@@ -2,8 +2,8 @@
 
 `accelerate launch` (or torchrun) starts the program once per device. Each process trains on its share of every batch
 and the gradients are summed, so that all processes hold the same weights. Rank 0 is the main process: only it writes to
-the run folder, evaluates, saves and prints. The other processes are followers. With a single process nothing here does
-anything, and torch.distributed is not initialized.
+the run folder, evaluates, saves and prints. The other processes are followers. With a single process, nothing here has
+any effect, and torch.distributed is not initialized.
 """
 
 from __future__ import annotations
@@ -220,14 +220,14 @@ class Processes:
     def stop_if_signaled(self) -> None:
         """Raises errors.Interrupted, on all processes after the same step, if a signal arrived during the last step.
 
-        Call this after the results of the step have been written down: until then signals are deferred.
+        Call this after the results of the step have been recorded: until then, signals are deferred.
         """
         self.signals.release()
         if number := self.signals.seen if self.world_size == 1 else self._agreed_signal:
             raise Interrupted(number)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], loss: float) -> float:
-        """Sums gradients (in place) and loss over all processes, and agrees whether to stop. Returns the summed loss.
+        """Sums gradients (in place) and loss over all processes, and agrees on whether to stop. Returns the loss.
 
         This is one flat all-reduce after the last micro-batch instead of DistributedDataParallel, whose buckets overlap
         communication with the backward pass. Adapters of a few megabytes gain nothing from that, and its wrapper would

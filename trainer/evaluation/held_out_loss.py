@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 QUANTILES = tuple(i / 10 for i in range(1, 10))
 """Quantiles of the training times.
 
-They are fixed, and so is the noise: the losses of two runs differ by their weights alone.
+They are fixed, and so is the noise, so the losses of two runs differ only because their weights do.
 """
 
 
@@ -29,10 +29,10 @@ def held_out_loss(
     device: torch.device,
     batch_size: int,
 ) -> dict[str, float]:
-    """Mean loss of (sample id, example) pairs over nine fixed quantiles of the training times.
+    """Measures the loss of (sample id, example) pairs at nine fixed quantiles of the training times.
 
-    The noise is a function of sample id and quantile. Returns the mean as `val/loss`, and the mean at each
-    quantile as `val/loss_q10` .. `val/loss_q90`.
+    Returns the mean as `val/loss`, and the mean at each quantile as `val/loss_q10` .. `val/loss_q90`. The noise is a
+    function of sample id and quantile.
     """
     import torch
 

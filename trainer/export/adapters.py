@@ -1,7 +1,7 @@
 """Export formats of adapters.
 
-diffusers and peft read their files back themselves. Files are read into a network without weights, so that the check
-needs no memory for a second model.
+Files are read back with the loaders of diffusers and peft, into a network without weights, so that the check needs no
+memory for a second model.
 """
 
 from __future__ import annotations

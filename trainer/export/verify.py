@@ -13,10 +13,10 @@ from trainer.core.errors import DataError
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest error of a layer's probe outputs that rounding explains, relative to their norm."""
 MIN_PRESERVED = {torch.float32: 0.99, torch.bfloat16: 0.9, torch.float16: 0.9}
-"""Smallest part of the trained change that a checkpoint must preserve.
+"""Smallest fraction of the trained change that a checkpoint must preserve.
 
-The part is <written - before, after - before> / |after - before|^2. bfloat16 rounds away a change smaller than 1/512 of
-a weight.
+The fraction is <written - before, after - before> / |after - before|^2. bfloat16 rounds away a change smaller
+than 1/512 of a weight.
 """
 
 
@@ -63,10 +63,10 @@ def check_checkpoint(
 ) -> float:
     """Compares the tensors of a written checkpoint, which `read` returns by name, with the trained ones.
 
-    Returns the part of the trained change that rounding to `dtype` preserves, see MIN_PRESERVED. `path` is the name of
-    the export.
+    Returns the fraction of the trained change that rounding to `dtype` preserves, see MIN_PRESERVED. `path` is the
+    name of the export.
 
-    Raises errors.DataError if that part is too small, if nothing was trained, or if a tensor differs.
+    Raises errors.DataError if that fraction is too small, if nothing was trained, or if a tensor differs.
     """
     limits = torch.finfo(dtype)
     wrong: list[str] = []

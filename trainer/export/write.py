@@ -29,13 +29,13 @@ FORMATS: dict[Format, ExportFormat] = {
     Format.soft_prompt: SoftPromptFormat(),
 }
 UNFINISHED_SECONDS = 24 * 3600
-"""Age from which an unfinished file or folder must be that of a process that has died."""
+"""An unfinished file or folder that is older than this was left by a process that has died."""
 
 
 def export_after_training(
     run: Run, network: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path
 ) -> list[Path]:
-    """Exports at the end of training, but not a complete checkpoint, which is large, unless `export.formats` is set."""
+    """Exports at the end of training; a complete checkpoint, which is large, only if `export.formats` is set."""
     if run.export.formats is None and not run.method.freezes:
         return []
     return write_exports(run, network, weights, folder)
@@ -68,7 +68,7 @@ def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.T
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what processes that have died left unfinished."""
+    """Removes the unfinished files and folders of processes that have died."""
     with files.storage_errors("clean", folder):
         for path in folder.glob(f"{files.PARTIAL_PREFIX}*"):
             if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:

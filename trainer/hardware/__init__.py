@@ -27,7 +27,7 @@ class Card:
 
     name: str | None = None
     memory_gib: float | None = None
-    """On a Mac all memory, which CPU and GPU share."""
+    """On a Mac, all of its memory, which CPU and GPU share."""
     compute_capability: float | None = None
     """NVIDIA's compute capability, for example 8.9; null for other devices."""
     bfloat16: bool | None = None
@@ -79,7 +79,7 @@ class Hardware:
         return torch.device(name)
 
     def micro_batch_for(self, batch: int, parameters: int) -> int:
-        """Number of samples in a forward pass of a network with this many parameters.
+        """Returns the number of samples in a forward pass of a network with this many parameters.
 
         Without `micro_batch` it is the whole batch for networks of up to ten million parameters, and 1 for larger ones.
         """

@@ -1,4 +1,4 @@
-"""Capabilities and memory use of an open device."""
+"""Capabilities and memory use of the device that a run has opened."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ GIB = 1024**3
 
 
 def detect_card(device: torch.device) -> Card:
-    """Returns the capabilities of an open device."""
+    """Returns the capabilities of a device that `Hardware.open` has returned."""
     import psutil
     import torch
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = properties.major + properties.minor / 10
-        # developer.nvidia.com/cuda-gpus; TransformerEngine's support matrix: bfloat16 from 8.0, float8 from 8.9
+        # developer.nvidia.com/cuda-gpus; TransformerEngine's support matrix: bfloat16 needs 8.0, float8 8.9
         return Card(
             properties.name,
             properties.total_memory / GIB,
@@ -31,7 +31,7 @@ def detect_card(device: torch.device) -> Card:
             bitsandbytes=True,
         )
     if device.type == "mps":
-        # float16 trained to NaN; bfloat16 needs macOS 14 and is no faster than float32; see conf/hardware/m2_max.yaml.
+        # float16 gave NaN in training; bfloat16 needs macOS 14 and is no faster than float32: conf/hardware/m2_max.yaml.
         return Card(
             "Apple GPU",
             torch.mps.recommended_max_memory() / GIB,

@@ -1,4 +1,4 @@
-"""Learning rate schedules. They are functions of the step alone, so a resumed run needs no schedule state."""
+"""Learning-rate schedules. They are functions of the step alone, so a resumed run needs no schedule state."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class LRScheduler:
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """Factor of the learning rate at optimizer step `step` (1 .. steps).
+        """Returns the factor of the learning rate at optimizer step `step` (1 .. steps).
 
-        The first step of a warm-up has a positive rate, where that of diffusers and transformers has the rate 0. After
-        the warm-up all three are equal.
+        The first step of a warm-up has a positive rate; in diffusers and transformers its rate is 0. After the warm-up,
+        all three are equal.
         """
         if step <= self.warmup:
             return step / self.warmup
@@ -41,5 +41,5 @@ class LRScheduler:
         return self.min_ratio + (1 - self.min_ratio) * self.decay(progress)
 
     def decay(self, progress: float) -> float:
-        """Decay from 1 at progress 0 towards 0 at progress 1."""
+        """Returns the decay, which falls from 1 at progress 0 towards 0 at progress 1."""
         raise NotImplementedError

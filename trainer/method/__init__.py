@@ -39,5 +39,5 @@ class Method:
         raise NotImplementedError
 
     def dtype(self, precision: torch.dtype) -> torch.dtype:
-        """Type in which the network is loaded, given the type of frozen weights."""
+        """Returns the dtype in which the network is loaded, given the dtype of frozen weights."""
         return precision

@@ -18,14 +18,14 @@ PEFT_NAMES = {
     "lora_up.weight": "lora_B.weight",
     "dora_scale": "lora_magnitude_vector.weight",
 }
-"""Names of tensors in kohya's scripts -> in peft."""
+"""Name of a tensor in kohya's scripts -> its name in peft."""
 
 
 def to_peft(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Returns the weights of the attached adapter by peft's names, and its configuration."""
     configs: Any = network.peft_config
     config = configs["default"].to_dict()
-    # The order of a set differs between processes, and with it the bytes of the file would.
+    # The order of a set differs between processes, and so would the bytes of the file.
     config["target_modules"] = sorted(config["target_modules"])
     return get_peft_model_state_dict(network), config
 

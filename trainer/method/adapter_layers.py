@@ -39,7 +39,7 @@ class LayerAdapter:
         return ranks[0] if ranks else None
 
     def rescaled(self, scale: float) -> dict[str, torch.Tensor]:
-        """Returns the tensors that make the same update with another `scale`."""
+        """Returns the tensors that give the same update with a different `scale`."""
         factor = self.scale / scale
         return {name: tensor * factor if name in SCALABLE else tensor for name, tensor in self.tensors.items()}
 

@@ -9,10 +9,10 @@ from trainer.method.adapter_layers import LayerAdapter, layer_adapters
 
 
 def load_into(adapters: dict[str, LayerAdapter], network: torch.nn.Module, source: object) -> None:
-    """Copies `adapters` (by the name of the layer) into the attached adapter, whatever alpha either of them has.
+    """Copies `adapters` (by the name of the layer) into the attached adapter, even if their alphas differ.
 
-    Raises errors.UsageError, with what to type, if they are of another method or rank, or for other layers. `source`
-    names them in the message.
+    Raises errors.UsageError, which says what to type, if the methods, ranks or layers differ. `source` names `adapters`
+    in the message.
     """
     own = layer_adapters(network)
     _check_method(adapters, own, source)

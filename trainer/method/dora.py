@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Dora(Lora):
     """DoRA (Liu et al. 2024): rows m V / |V| with V = W + alpha / rank * B A. The magnitude m starts at |W|."""
 
-    # ComfyUI divides by |W| in place of |V|, so its images would be those of other weights.
+    # ComfyUI divides by |W| instead of |V|, so it would generate images with different weights.
     formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "pipeline")
 
     def peft_config(self, targets: list[str]) -> LoraConfig:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SoftPrompt(Method):
-    """Trains what a frozen language model reads beside its text."""
+    """Trains what a frozen language model reads in addition to its text."""
 
     num_image_prompt: int = 2
     """Number of learned embeddings after the text."""

@@ -28,7 +28,7 @@ def cast_trainable_to_float32(network: torch.nn.Module) -> None:
 
 @contextmanager
 def swap_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """Replaces the trainable parameters inside the block, with their moving average for example; None: does nothing."""
+    """Replaces the trainable parameters inside the block, for example by their moving average; None: does nothing."""
     if weights is None:
         yield
         return

@@ -2,7 +2,7 @@
 
 A family is a dataclass of the settings in its yaml file, with behavior and without state. It knows nothing of
 optimizers, batches, logging, noise or losses. To add a family, write one module in this package and one yaml file in
-`conf/model`; see `Family` for the questions to answer.
+`conf/model`; see `Family` for what to implement.
 
 Shapes: B samples, C latent channels, latents of h x w, images of H x W pixels.
 """
@@ -247,7 +247,7 @@ class Family:
     # Checks
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but may be mistakes, in one sentence each."""
+        """Returns a sentence about each setting that is allowed but may be a mistake."""
         return []
 
     @classmethod

@@ -23,7 +23,7 @@ def save_lora(
         config: peft's configuration of the LoRA.
         path: the safetensors file to write.
     """
-    # Without metadata a loader takes alpha for the rank. With dropout in it a pipeline would sample with dropout.
+    # Without metadata, a loader assumes that alpha equals the rank. Dropout in it would apply to sampling, too.
     metadata = config | {"lora_dropout": 0.0, "inference_mode": True}
     arguments: dict[str, Any] = {}
     for component, tensors in weights.items():
@@ -34,7 +34,7 @@ def save_lora(
 
 def load_lora(pipeline: Any, models: Mapping[str, Any], path: Path) -> None:
     """Loads a LoRA file into the models, by component, with the pipeline class's own loader."""
-    # Each pipeline ignores the options that it does not know.
+    # Pipelines ignore options that they do not know.
     options = {"return_alphas": True} | ({"unet_config": models["unet"].config} if "unet" in models else {})
     # Some pipelines return no alphas.
     weights, *alphas, metadata = pipeline.lora_state_dict(

@@ -1,4 +1,4 @@
-"""PMG (Shen et al. 2024, arXiv 2404.08677): images for the taste of a user.
+"""PMG (Shen et al. 2024, arXiv 2404.08677): images to the taste of a user.
 
 A frozen language model reads what a user liked and conditions a frozen Stable Diffusion UNet through a soft prompt,
 which is all that is trained.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class PMG(UNetFamily):
     """`path` is the denoiser's checkpoint, `llm` a folder or hub id of any causal language model of transformers.
 
-    Of a history longer than `max_sequence_length` tokens, only the end is read.
+    If a history is longer than `max_sequence_length` tokens, only its end is read.
     """
 
     llm: str | None = None

@@ -19,7 +19,7 @@ DIFFUSERS_VERSION = "0.42.1"
 def build_vae(widths: Sequence[int], latent_channels: int = 4, **options: Any) -> Any:
     """Returns an AutoencoderKL with one layer per width; each width after the first halves the size.
 
-    GroupNorm has a single group: with two channels a group, it removes color at this size.
+    GroupNorm has a single group: with two channels per group, it removes color at this size.
     """
     from diffusers import AutoencoderKL
 

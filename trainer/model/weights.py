@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SHARD_BYTES = 5 * 2**30
-"""Largest size of a file of weights, and with it the memory that writing a checkpoint takes."""
+"""Largest size of a file of weights. It also bounds the memory that writing a checkpoint takes."""
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 """Name of diffusers' weight files, without the suffix."""
 TRANSFORMERS_WEIGHTS = "model"
@@ -122,7 +122,7 @@ def load_weights(
 ) -> torch.nn.Module:
     """Gives a network on the meta device its weights and returns it, on `device` in `dtype` and in eval mode.
 
-    Each tensor is moved to the device before the next is read, so memory holds the network and one tensor more.
+    Each tensor is moved to the device before the next is read, so memory holds the network and one more tensor.
     `quantize`, if given, may replace each layer that has weights. Raises errors.DataError if a shape is wrong.
     """
     import torch

@@ -23,7 +23,7 @@ class Objective(Protocol):
         """Raises errors.UsageError if the objective cannot sample with this number of steps."""
 
     def quantile_to_time(self, quantile: float, shift: float) -> float:
-        """Quantile function of the distribution of training times.
+        """Returns a quantile of the distribution of training times.
 
         A uniform random quantile in (0, 1) gives a random training time; fixed quantiles give the times of the
         held-out loss. `shift` is the resolution shift of the model family (`Family.time_shift`), 1 for none.

@@ -83,7 +83,7 @@ class Diffusion:
             )
 
     def quantile_to_time(self, quantile: float, shift: float) -> float:
-        """Quantile function of the training timesteps, which are all equally likely; `shift` is not used."""
+        """Returns a quantile of the training timesteps, which are all equally likely; `shift` is not used."""
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
 
     def unweighted(self) -> Diffusion:
@@ -107,8 +107,8 @@ class Diffusion:
         if self.min_snr is None:
             return losses
         a = self._alphas_cumprod_at(t, losses)
-        # Errors in x0 get equal weights up to the cap. An error in v is SNR + 1 times, an error in the noise SNR times
-        # that in x0.
+        # The squared error of x0 has the weight min(SNR, gamma). The squared error of the noise is SNR times, that of v
+        # SNR + 1 times as large.
         snr = a / (1 - a)
         return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
@@ -140,7 +140,7 @@ class Diffusion:
         return latents
 
     def _alphas_cumprod_at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Returns a_t for timesteps (B,), which broadcasts with `like` (B, ...) and has its type."""
+        """Returns a_t for timesteps (B,), which broadcasts with `like` (B, ...) and has its dtype."""
         import torch
 
         values = alphas_cumprod(self.schedule, self.beta_start, self.beta_end, self.timesteps)
@@ -150,7 +150,7 @@ class Diffusion:
 
 @cache
 def alphas_cumprod(schedule: Schedule, start: float, end: float, timesteps: int) -> tuple[float, ...]:
-    """a_t of every timestep: the share of the variance of x_t that comes from the clean latents."""
+    """Returns a_t of every timestep: the share of the variance of x_t that comes from the clean latents."""
 
     def cosine(progress: float) -> float:
         return math.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2

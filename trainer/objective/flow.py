@@ -54,7 +54,7 @@ class Flow:
         """Accepts any number of steps."""
 
     def quantile_to_time(self, quantile: float, shift: float) -> float:
-        """Quantile function of the training times, which are in (0, 1)."""
+        """Returns a quantile of the training times, which are in (0, 1)."""
         if self.times is TimeDistribution.uniform:
             return shift_time(quantile, shift)
         return shift_time(1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile))), shift)
@@ -69,7 +69,7 @@ class Flow:
         return (1 - t) * latents + t * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Returns noise - latents, the derivative of x_t by t."""
+        """Returns noise - latents, the derivative of x_t with respect to t."""
         return noise - latents
 
     def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

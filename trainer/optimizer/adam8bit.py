@@ -9,7 +9,7 @@ from trainer.optimizer.adamw8bit import AdamW8bit
 
 @dataclass(slots=True)
 class Adam8bit(AdamW8bit):
-    """Adam8bit of bitsandbytes. Its weight decay is decoupled too: it differs from AdamW8bit only in the default."""
+    """Adam8bit of bitsandbytes. Its weight decay is decoupled too: only the default differs from AdamW8bit."""
 
     weight_decay: float = 0.0
 

@@ -26,7 +26,7 @@ class Prodigy(Adam):
     d0: float = 1e-6
     """Initial value of `d`, which never falls below it."""
     d_coef: float = 1.0
-    """Factor of the estimate."""
+    """Factor by which the estimate is multiplied."""
     growth_rate: float | None = None
     """Largest factor by which `d` grows in one step; null: unlimited."""
     use_bias_correction: bool = True

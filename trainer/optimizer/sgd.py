@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum.
 
-    The length of a step follows the gradient, where Adam normalizes it: hence the large learning rate.
+    A step is as long as the gradient, which Adam normalizes: hence the large learning rate.
     """
 
     weight_decay: float = 0.0
@@ -34,7 +34,7 @@ class SGD(Optimizer):
             raise UsageError("optimizer.nesterov=true needs momentum; type optimizer.momentum=0.9")
 
     def default_lr(self) -> float:
-        # A constant gradient moves weights by lr / (1 - momentum) times its norm a step. With this rate the
+        # A constant gradient moves weights by lr / (1 - momentum) times its norm per step. With this rate, the
         # factor is 1.
         return round(1 - self.momentum, 6)
 

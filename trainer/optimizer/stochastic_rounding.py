@@ -10,7 +10,7 @@ import torch
 from trainer.core.rng import seed_for
 
 MAX_FLOAT32_ENTRIES = 2**26
-"""Largest number of entries that are in float32 at a time; with their gradients they take half a GiB."""
+"""Largest number of entries that are float32 at the same time; with their gradients they take half a GiB."""
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -29,7 +29,7 @@ class StochasticRounding:
 
     bfloat16 has 8 significant bits. Rounded to nearest, an update below 1/512 of a weight would always be lost;
     rounded stochastically, it is kept on average. The random numbers are a function of (seed, step, tensor), so
-    a resumed run and every process of several use the same ones.
+    a resumed run and all processes use the same ones.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Storage(Enum):
-    """Type of frozen weights, by the names of torch and bitsandbytes.
+    """How frozen weights are stored, by the names of torch and bitsandbytes.
 
     Types below 16 bits are only for linear layers, except those in the `unquantized_modules` of the model.
     """
@@ -49,18 +49,18 @@ class Precision:
     """Settings of the numeric precision."""
 
     storage: Storage = Storage.fp32
-    """Type of frozen weights."""
+    """How frozen weights are stored."""
     compute: Dtype = Dtype.float32
-    """Type of matrix products."""
+    """Dtype of matrix products."""
 
     def dtype(self) -> torch.dtype:
-        """Type of the weights that are not quantized."""
+        """Dtype of the weights that are not quantized."""
         import torch
 
         return self.compute.torch if self.storage.is_quantized else getattr(torch, self.storage.value)
 
     def check_checkpoint(self, tensor_dtypes: dict[str, str]) -> None:
-        """Raises errors.UsageError, with what to type, if a checkpoint cannot be stored in this precision.
+        """Raises errors.UsageError, which says what to type, if a checkpoint cannot be stored in this precision.
 
         `tensor_dtypes` are the types of its tensors by safetensors' names for them.
         """

@@ -47,7 +47,7 @@ class QuantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """Frozen linear layer with quantized weights. It computes in the type of autocast, or else in that of its input."""
+    """Frozen linear layer with quantized weights. It computes in the dtype of autocast, or in that of its input."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""What `stage=` can be: one file each."""
+"""The stages: one file for each value of `stage=`."""

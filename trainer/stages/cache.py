@@ -9,7 +9,7 @@ from trainer.training.encoding import encode_missing
 
 
 def execute(run: Run) -> None:
-    """Makes the entries that the run needs. With `cache.drop_unused`, deletes those that no run uses."""
+    """Creates the cache entries that the run needs. With `cache.drop_unused`, deletes those that no run uses."""
     data = prepare(run)
     cache, samples = data.cache, required_samples(run, data)
     made = encode_missing(run, data, samples)

@@ -1,4 +1,4 @@
-"""What the stages return: names, measurements and files of what they have made."""
+"""What the stages return: names, measurements and paths of files."""
 
 from __future__ import annotations
 

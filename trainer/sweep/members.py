@@ -35,7 +35,7 @@ class Member:
     number: int
     overrides: list[str]
     varied: dict[str, str] = field(default_factory=dict)
-    """Those settings of the member that differ between members."""
+    """This member's values of the settings that differ between members."""
     status: State = State.WAITING
     code: int | None = None
     """Exit code, or -N if signal N killed the process."""

@@ -31,7 +31,7 @@ from trainer.tracking.tracker import Tracker
 from trainer.training.tracked_run import shorten_overrides
 
 IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "save", "cache", "hydra")
-"""Settings that may differ when the same sweep continues."""
+"""Settings that may change when a sweep is continued."""
 POLL_SECONDS = 0.05
 
 

@@ -228,7 +228,7 @@ def _draw_losses(axes: Axes, metrics: dict[str, Series]) -> None:
     if not losses:
         _mark_empty(axes)
         return
-    # A logarithmic scale shows losses that fall by decades; otherwise a linear scale shows small gaps better.
+    # A logarithmic scale suits losses that fall by orders of magnitude; otherwise, a linear one shows small gaps.
     if min(losses) > 0 and max(losses) / min(losses) > 20:
         axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=9, color=GRAY)

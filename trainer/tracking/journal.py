@@ -1,10 +1,10 @@
-"""The journal of a run: an append-only file with one JSON object per line, readable whenever its writer dies.
+"""The journal of a run: an append-only file with one JSON object per line, readable even if its writer dies.
 
     {"time": 1763646000.1, "kind": "metrics", "step": 7, "values": {"train/loss": 0.25, "train/grad_norm": "Infinity"}}
     {"time": 1763646001.4, "kind": "picture", "step": 7, "key": "samples/0", "path": "pictures/0.png", "caption": "..."}
     {"time": 1763646002.7, "kind": "checkpoint", ...}
 
-Times are for people, since a clock may be set back. The order of events is that of the lines and steps.
+Times are for human readers only, since a clock may be set back. The order of events is that of the lines and steps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Journal:
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
         self.counts: Counter[str] = Counter()
-        # Steps only grow, so the last step of each key tells what is known, without a set of all steps.
+        # Steps only grow, so the last step of each key tells which values the journal has.
         self._metric_steps: dict[str, int] = {}
         self._image_steps: dict[str, int] = {}
         self._unwritten = bytearray()

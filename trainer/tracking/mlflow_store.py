@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
-"""Host on which `trainer.tracking.ui` serves a database."""
+"""Host on which `python -m trainer ui` serves a database."""
 PORT = 5000
-"""Port of `trainer.tracking.ui`, unless it is taken."""
+"""Port of `python -m trainer ui`, unless it is taken."""
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def resolve_uri(uri: str | None, out: Path) -> str:
 
 
 def page_address(uri: str) -> str:
-    """Returns where the pages of a store are served: the server itself, or `trainer.tracking.ui` for a database."""
+    """Returns where the pages of a store are served: the server itself, or `python -m trainer ui` for a database."""
     return uri if uri.startswith("http") else f"http://{HOST}:{PORT}"
 
 

@@ -79,7 +79,7 @@ class Batches:
         return [self.samples[index].id for _, index in self.local_visits(step)]
 
     def transformed(self, visit: int, index: int) -> TransformedSample:
-        """Returns the sample of a visit, flipped and without caption or controls at random."""
+        """Returns the sample of a visit, which is flipped or loses its caption or controls at random."""
         sample, settings = self.samples[index], self.settings
         return self.transform.apply(
             sample,
@@ -126,7 +126,7 @@ class Batches:
         return collate([example | {"loss_mask": torch.tensor(0.0)}])
 
     def __getitem__(self, step: int) -> tuple[int, list[Batch]]:
-        """Returns the step, and its micro-batches of this process."""
+        """Returns the step, and the micro-batches of this process."""
         examples = [self.example(*visit) for visit in self.local_visits(step)]
         groups = group_by_shape(examples, self.micro_batch_size)
         return step, [collate([examples[i] for i in group]) for group in groups]

@@ -117,7 +117,7 @@ def copy_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
 
 
 def describe_precision(run: Run) -> str:
-    """Returns the types of the weights and of the matrix products, for people."""
+    """Returns a sentence about the types of the weights and of the matrix products."""
     products = f"matrix products in {run.precision.compute.value}"
     if run.method.is_adapter:
         return f"frozen weights {run.precision.storage.name}, trainable parameters float32, {products}"

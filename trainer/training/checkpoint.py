@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINTS = "checkpoints"
-"""Name of the folder with the checkpoints in a run folder."""
+"""Name of the folder of checkpoints in a run folder."""
 _DISCARDED = ".discarded-"
 
 
@@ -113,7 +113,7 @@ class Checkpoints:
         return None
 
     def best(self) -> Checkpoint | None:
-        """Returns the undamaged checkpoint with the lowest finite `val_loss`, the earliest of equal ones.
+        """Returns the undamaged checkpoint with the lowest finite `val_loss`, the earliest if several are equal.
 
         Returns None if no checkpoint has a finite loss.
         """

@@ -169,7 +169,7 @@ def _read_verified(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
 
 
 def _read(path: Path, expected_size: int | None = None) -> bytes:
-    """Reads a file. Raises errors.DataError if it is missing or has another size."""
+    """Reads a file. Raises errors.DataError if it is missing or its size is not the expected one."""
     with files.storage_errors("read", path):
         try:
             status = path.stat()

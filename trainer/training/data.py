@@ -64,9 +64,9 @@ class TrainingData:
 
 
 def prepare(run: Run) -> TrainingData:
-    """Reads the dataset, looks at every image once, and computes the digests of everything that the run depends on.
+    """Reads the dataset, decodes every image once, and computes the digests of everything that the run depends on.
 
-    Raises errors.DataError with the list of faults; for `stage=check` only if no sample is left without them.
+    Raises errors.DataError with the list of faults; for `stage=check` only if every sample has a fault.
     """
     root = Path(run.cache.path) if run.cache.path else Path(run.out) / "cache"
     digests = Digests(root / "digests.sqlite", verify=run.cache.verify == "full")
@@ -112,14 +112,14 @@ def _split(run: Run, listing: Listing) -> Split:
 
 
 def _digest(split: Split) -> str:
-    """Returns a hash of the content of all samples and of their side of the split."""
+    """Returns a hash of the content of all samples and of the part of the split that each belongs to."""
     content = []
     for side, samples in (("train", split.train), ("validation", split.validation)):
         for sample in samples:
             controls = [control.digest() for control in sample.controls]
             values: list[Any] = [sample.id, side, sample.caption, sample.image.digest(), controls]
             extras = [sample.mask and sample.mask.digest(), sample.weight, sample.repeats]
-            # Left out if they have their default values, so that such datasets keep the digest they had before.
+            # Left out if they have their default values, so that older datasets keep their digests.
             if extras != [None, 1.0, 1]:
                 values += extras
             content.append(values)

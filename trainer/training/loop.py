@@ -139,8 +139,8 @@ class TrainingLoop:
             # Dropout uses torch's global generators. Seeded here, it does not depend on what ran before.
             for generator in generators:
                 generator.manual_seed(seed_for(self.seed, "dropout", step, index))
-            # Micro-batches may differ in size, so the sum is divided by the global batch size; a mean of means is
-            # wrong.
+            # Micro-batches may differ in size, so the sum is divided by the global batch size; a mean of means
+            # would be wrong.
             loss = self.losses(micro_batch).sum() / self.batch_size
             (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
             micro_losses.append(loss.detach())

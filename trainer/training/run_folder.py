@@ -44,8 +44,8 @@ class RunFolder:
 def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]:
     """Finds or creates the folder of a run and locks it.
 
-    Raises errors.UsageError if the run started with other data, weights or program version, and errors.LockedError if
-    another process works on the run.
+    Raises errors.UsageError if the data, weights or program version are not those that the run started with, and
+    errors.LockedError if another process works on the run.
     """
     settings, parent = identity_settings(run), None
     if run.resume is not None:

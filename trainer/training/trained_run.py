@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TrainedRun:
-    """The best weights of a run and the network they belong to, which has other trainable weights still."""
+    """The best weights of a run, and the network that they belong to but have not been loaded into."""
 
     run: Run
     folder: Path

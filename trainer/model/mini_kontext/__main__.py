@@ -6,8 +6,9 @@ transformer with random weights. A full fine-tune with this program then trains 
 
 Findings behind the choices:
 
-- The VAE reduces sides by f = 4; f = 8 at this size gives 25 dB and wrong colors. GroupNorm has one group: two channels
-  a group remove color. A KL weight of 1e-5 kept the images at 27 dB after 1,800 steps; 1e-6 gave 30 dB after 2,000.
+- The VAE reduces sides by f = 4; f = 8 at this size gives 25 dB and wrong colors. GroupNorm has one group: with two
+  channels per group, it removes color. A KL weight of 1e-5 kept the images at 27 dB after 1,800 steps; 1e-6 gave
+  30 dB after 2,000.
 - With one group, the norms discard how dark a whole image is. A decoder that had seen no dark images decoded them at
   24 dB, although the latents held the brightness. Training only the decoder on all kinds of images fixed that, and
   kept the latents as they are.

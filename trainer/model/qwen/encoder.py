@@ -37,7 +37,7 @@ class QwenEncoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._latent_statistics()
-        # The VAE is one for videos: an image is a video of one frame.
+        # The VAE encodes videos: an image is a video of one frame.
         frames = latents[:, :, None].to(self.device, self.dtype) * std + mean
         return vae_to_images(self._vae.decode(frames).sample[:, :, 0])
 
@@ -62,7 +62,7 @@ class QwenEncoder:
                 f"{self.family.text_length} are read; shorten it, or type model.text_length={length}"
             )
         # The model was trained with token types. diffusers 0.42's pipelines leave them out, and transformers 5 then
-        # takes positions in an image for positions in the text (github.com/huggingface/diffusers/issues/14194).
+        # mistakes positions in an image for positions in the text (github.com/huggingface/diffusers/issues/14194).
         token_types = (tokens.input_ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
         return {**tokens, **images, "mm_token_type_ids": token_types}
 

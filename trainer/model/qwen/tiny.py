@@ -87,7 +87,7 @@ def _build_language_model(tokenizer: Any) -> Any:
 
 
 def _train_tokenizer() -> Any:
-    """Returns a tokenizer trained on the template and a few words, so that SYSTEM has as many tokens as published."""
+    """Returns a tokenizer trained on the template and a few words; SYSTEM is as long as in the published one."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 

@@ -19,7 +19,7 @@ VISION_MULTIPLE = 32
 def vision_size(height: int, width: int, area: int) -> tuple[int, int]:
     """Returns (width, height) of about `area` pixels and the same aspect ratio.
 
-    The Plus pipeline's `calculate_dimensions`.
+    Equal to the Plus pipeline's `calculate_dimensions`.
     """
     ratio = width / height
     exact_width = math.sqrt(area * ratio)
@@ -33,7 +33,7 @@ def vision_size(height: int, width: int, area: int) -> tuple[int, int]:
 def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """Returns the processor that makes patches of images. Raises errors.DataError.
 
-    Always the variant without torchvision, so that cache entries do not depend on whether torchvision is installed.
+    It is always the variant without torchvision, so that cache entries do not depend on what is installed.
     """
     from transformers import Qwen2VLImageProcessorPil
 

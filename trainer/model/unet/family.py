@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Posterior(Enum):
-    """Which latents to train on, of the distribution that the VAE gives for an image.
+    """Which latents of the distribution that the VAE gives for an image are trained on.
 
     `mean` is its mean; `sample` draws new latents each time a sample is used.
     """
@@ -90,7 +90,7 @@ class UNetFamily(Family):
         prefix = "unet." if self.train_text_encoder else ""
         return tuple(f"{prefix}{name}" for name in ("time_embedding", "add_embedding", "*.time_emb_proj"))
 
-    # Answered by each family
+    # Implemented by each family
 
     @classmethod
     def text_encoder_class(cls, suffix: str) -> Any:

@@ -21,8 +21,8 @@ def split_adapter_key(key: str) -> tuple[str, str]:
 def kohya_key(key: str, text_encoders: int) -> str:
     """An adapter key that starts with its component -> kohya's key, which ComfyUI and diffusers both read.
 
-    The UNet's layers keep diffusers' numbering, which both understand too. `text_encoders` is their number in the
-    model: kohya's `te` has no number if there is only one.
+    The UNet's layers keep diffusers' numbering, which both understand too. `text_encoders` is the number of
+    text encoders in the model: kohya's `te` is numbered only if there are several.
     """
     layer, tensor = split_adapter_key(key)
     component, _, layer = layer.partition(".")
