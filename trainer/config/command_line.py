@@ -176,7 +176,7 @@ def _parse_override(text: str, key: str, value: str) -> tuple[str, Override]:
     try:
         return text, parser.parse_override(text if key else "")
     except (HydraException, RecursionError) as error:
-        # Hydra's grammar needs quotes around ~, umlauts and a second =, even if the value has only one meaning.
+        # Hydra's grammar needs quotes around ~, umlauts and a second =, even if the value is unambiguous.
         prefix = "+" * (len(text) - len(text.lstrip("+")))
         quoted = f"{prefix}{key}='{value}'"
         try:

@@ -1,4 +1,4 @@
-"""From a command line to a checked `Run`: composing with Hydra, settings of existing runs, and resolving nulls."""
+"""Turns a command line into a checked `Run`: composing with Hydra, settings of existing runs, resolving nulls."""
 
 from __future__ import annotations
 

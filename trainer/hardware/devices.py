@@ -31,7 +31,7 @@ def detect_card(device: torch.device) -> Card:
             bitsandbytes=True,
         )
     if device.type == "mps":
-        # float16 gave NaN in training; bfloat16 needs macOS 14 and is no faster than float32: conf/hardware/m2_max.yaml.
+        # float16 gave NaN in training; bfloat16 needs macOS 14 and is no faster than float32, see m2_max.yaml.
         return Card(
             "Apple GPU",
             torch.mps.recommended_max_memory() / GIB,

@@ -113,7 +113,7 @@ def _create_database(path: Path, artifacts: Path) -> None:
 
 
 def _update_artifact_location(path: Path, recorded: str, artifacts: Path) -> None:
-    """Records the new place of the artifacts if the folder of the database has been moved or renamed."""
+    """Records the new location of the artifacts if the folder of the database has been moved or renamed."""
     old = Path(recorded)
     if old != artifacts and old.is_absolute() and old.name == artifacts.name and not old.exists():
         mlflow_internals.move_artifacts(path, recorded, str(artifacts))
