@@ -173,6 +173,17 @@ def test_errors_contain_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "of-no-known-form" not in str(caught.value)
 
 
+def test_missing_package_is_an_installation_error():
+    """`-S` leaves out the packages of this environment."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import trainer\n"
+        "try: trainer.train()\n"
+        "except trainer.errors.InstallationError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    assert re.match(r"The Python package \w+, which trainer needs, is not installed", done.stdout), done.stderr
+
+
 # Composition
 
 

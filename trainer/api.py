@@ -16,6 +16,7 @@ from typing import TypeVar
 from trainer.core import redaction
 from trainer.core.errors import Interrupted, TrainerError, UsageError
 from trainer.core.files import full_disk_errors
+from trainer.core.installation import missing_package
 from trainer.core.signals import Signals
 from trainer.stages.results import EvaluationResult, SamplingResult, StageResult, TrainingResult
 
@@ -130,12 +131,19 @@ def _texts(values: str | Path | Sequence[str | Path] | None) -> list[str] | None
 
 @contextmanager
 def _public_errors() -> Iterator[None]:
-    """Turns Ctrl-C into KeyboardInterrupt, and removes secrets from messages: notebooks are saved with their output."""
+    """Raises Ctrl-C as KeyboardInterrupt and a missing package as errors.InstallationError.
+
+    Removes secrets from messages, because notebooks are saved with their output.
+    """
     try:
         yield
     except Interrupted as stop:
         if stop.code == Interrupted.CTRL_C:
             raise KeyboardInterrupt(str(stop)) from None
+        raise
+    except ModuleNotFoundError as error:
+        if reason := missing_package(error):
+            raise reason from error
         raise
     except TrainerError as error:
         error.args = tuple(redaction.redact(str(value)) for value in error.args)
