@@ -43,7 +43,13 @@ QUIET = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("storages", nargs="*", choices=[[], *STORAGES], help="what to measure; default: all")
+    parser.add_argument(
+        "storages",
+        nargs="*",
+        choices=[[], *STORAGES],
+        metavar="STORAGE",
+        help=f"what to measure: {', '.join(STORAGES)}; default: all",
+    )
     parser.add_argument(
         "--blocks",
         nargs=2,

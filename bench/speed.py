@@ -299,7 +299,11 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "parts", nargs="*", choices=[[], *PARTS], help="what to measure; default: everything, to update the README"
+        "parts",
+        nargs="*",
+        choices=[[], *PARTS],
+        metavar="PART",
+        help=f"what to measure: {', '.join(PARTS)}; default: everything, to update the README",
     )
     selected = parser.parse_args().parts
     table = [describe_machine(), "", HEADER]

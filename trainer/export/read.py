@@ -19,7 +19,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 
 def is_adapter_path(path: Path) -> bool:
-    """Whether `path` is a file, or a folder written by peft. Otherwise it can only name a run."""
+    """Returns whether `path` is a file, or a folder written by peft. Otherwise, it can only name a run."""
     return path.is_file() or (path / PEFT_CONFIG).is_file()
 
 
@@ -56,5 +56,5 @@ def read_adapter(path: Path, family: Family, scale: float = 1.0) -> dict[str, La
 
 
 def _is_lycoris(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether all tensors belong to a LoHa or LoKr."""
+    """Returns whether all tensors belong to a LoHa or LoKr."""
     return all(".lokr_" in name or ".hada_" in name or name.endswith(".alpha") for name in tensors)

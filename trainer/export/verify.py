@@ -29,7 +29,7 @@ class WeightChange(NamedTuple):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> "float32"."""
+    """Returns "float32" for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -25,7 +25,7 @@ class HeatMap(NamedTuple):
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number."""
+    """Returns whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

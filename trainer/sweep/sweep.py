@@ -103,7 +103,7 @@ class Sweep:
         return new
 
     def verdict(self) -> str:
-        """Returns one line about all members so far."""
+        """Returns one line on how all members so far have ended."""
         counts = Counter(member.status for member in self.members)
         states = (State.FINISHED, State.FAILED, State.STOPPED, State.WAITING)
         text = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
