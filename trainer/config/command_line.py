@@ -205,7 +205,7 @@ def quote(text: str) -> str:
 
 
 def is_safe_to_complete(line: str) -> bool:
-    """Whether Hydra may compose this unfinished command line in order to complete it."""
+    """Returns whether Hydra may compose this unfinished command line in order to complete it."""
     try:
         for text in line.split(" ")[1:-1]:
             if text and not text.startswith("-"):

@@ -91,5 +91,5 @@ FREE_IN_POST_TRAINING_STAGES = (
 
 
 def is_group(key: str) -> bool:
-    """Whether an override `key=...` selects an option of a config group instead of setting a value."""
+    """Returns whether an override `key=...` selects an option of a config group instead of setting a value."""
     return "." not in key and (key in GROUPS or key not in {f.name for f in fields(Run)})

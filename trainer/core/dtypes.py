@@ -18,7 +18,7 @@ class Dtype(Enum):
 
     @property
     def torch(self) -> dtype:
-        """The `torch.dtype` of this name."""
+        """Returns the `torch.dtype` of this name."""
         import torch
 
         return getattr(torch, self.value)

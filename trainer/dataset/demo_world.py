@@ -194,7 +194,7 @@ DESCRIBE = "describe"
 
 
 def describe_scene(scene: Scene) -> str:
-    """`a red circle and a blue house, beach`"""
+    """Returns a caption: `a red circle and a blue house, beach`."""
     return " and ".join(f"a {item.color} {item.shape}" for item in scene.objects) + f", {scene.background}"
 
 

@@ -32,12 +32,12 @@ class Sample:
 
 
 def control_names(count: int) -> tuple[str, ...]:
-    """Names of the control images of a sample, and of their cached tensors: `control`, `control_2`, `control_3`, ..."""
+    """Returns the names of a sample's control images and of their cached tensors: `control`, `control_2`, ..."""
     return tuple("control" if number == 1 else f"control_{number}" for number in range(1, count + 1))
 
 
 def sample_id(path: PurePath) -> str:
-    """Id of the sample whose image is at this relative path: the path without its suffix."""
+    """Returns the id of the sample whose image is at this relative path: the path without its suffix."""
     # macOS decomposes file names. One Unicode form gives the same ids, and so the same split, on every machine.
     return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 images (H, W, 3) in dB; 99 if they are equal."""
+    """Returns the peak signal-to-noise ratio of two uint8 images (H, W, 3) in dB; 99 if they are equal."""
     import numpy as np
 
     error = float(np.mean((image.astype(np.float64) - target) ** 2))

@@ -30,7 +30,7 @@ def generate_images(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Generates one image for each example and its seed, and yields (index of the example, image).
 
-    Images are uint8 (H, W, 3); those of one size come one after another.
+    Images are uint8 (H, W, 3); images of equal size are yielded in succession.
 
     `examples` give the conditions and, by the shape of their `latents`, the size. `unconditional` are the
     examples of the same samples without captions, for classifier-free guidance (Ho & Salimans 2022); None

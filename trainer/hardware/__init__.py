@@ -35,9 +35,9 @@ class Card:
     float16: bool | None = None
     """Whether training in float16 works and is not slow."""
     float8: bool | None = None
-    """Whether it multiplies float8 numbers. Every device can store them."""
+    """Whether the device can multiply float8 numbers. Every device can store them."""
     bitsandbytes: bool | None = None
-    """Whether the 8-bit optimizers and 4-bit weights of bitsandbytes run on it."""
+    """Whether the 8-bit optimizers and 4-bit weights of bitsandbytes run on the device."""
 
 
 @dataclass(slots=True)

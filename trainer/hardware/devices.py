@@ -51,7 +51,7 @@ def detect_card(device: torch.device) -> Card:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Memory in use in GiB: the resident set of this process, and on a GPU what torch has allocated, with its peak."""
+    """Returns the memory in use in GiB: the resident set of this process and, on a GPU, torch's memory and its peak."""
     import psutil
     import torch
 

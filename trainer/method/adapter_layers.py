@@ -26,7 +26,7 @@ class LayerAdapter:
     """alpha / rank, the factor of the update."""
 
     def method(self) -> str:
-        """Name of the method that trained this adapter."""
+        """Returns the name of the method that trained this adapter."""
         return next(
             method
             for prefix, method in METHOD_OF_PREFIX.items()
@@ -34,7 +34,7 @@ class LayerAdapter:
         )
 
     def rank(self) -> int | None:
-        """Rank; None if no factor is a product of low rank."""
+        """Returns the rank; None if no factor is a product of low rank."""
         ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if name.endswith(("lora_A.weight", "_b"))]
         return ranks[0] if ranks else None
 
@@ -77,7 +77,7 @@ def low_rank_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
-    """|W| of each row (for a convolution: of each kernel), (out,) float32."""
+    """Returns |W| of each row (for a convolution: of each kernel), (out,) float32."""
     return torch.linalg.norm(weight.float().flatten(1), dim=1)
 
 

@@ -35,12 +35,12 @@ def probe_outputs(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _probe_input(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Input (4, in) for a layer with weights (..., in)."""
+    """Returns an input (4, in) for a layer with weights (..., in)."""
     return normal((4, weight.shape[1]), "probe", name).to(weight.device)
 
 
 def is_noop(network: torch.nn.Module) -> bool:
-    """Whether the adapter changes nothing."""
+    """Returns whether the adapter changes nothing."""
     for name, output in probe_outputs(network).items():
         expected = output.new_zeros(())
         if name.endswith(MAGNITUDES):

@@ -112,7 +112,7 @@ class Family:
         return checkpoint_files.read_config(self.component_folder(component))
 
     def component_digests(self, digests: Digests) -> dict[str, str]:
-        """Component -> digest of the names and contents of its files."""
+        """Returns component -> digest of the names and contents of its files."""
         return {name: checkpoint_files.folder_digest(self.component_folder(name), digests) for name in self.components}
 
     # Data
@@ -128,7 +128,7 @@ class Family:
         return range(1)
 
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
-        """Name -> recipe of every tensor that is cached for a sample with this many control images.
+        """Returns name -> recipe of every tensor that is cached for a sample with this many control images.
 
         One of them is `latents`; `digests` are those of the components.
         """
@@ -137,7 +137,7 @@ class Family:
     def shapes(
         self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
     ) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every cached tensor of a sample of `height` x `width` pixels.
+        """Returns name -> shape of every cached tensor of a sample of `height` x `width` pixels.
 
         `control_sizes` are the (height, width) of its control images. Tensors that are padded in a batch have the
         longest possible length.
@@ -149,7 +149,10 @@ class Family:
         raise NotImplementedError
 
     def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int] | None:
-        """Number of tokens of each caption, and how many the model reads; None if unknown. Loads only tokenizers."""
+        """Returns the number of tokens of each caption, and how many the model reads; None if unknown.
+
+        Loads only tokenizers.
+        """
         return None
 
     # The network
@@ -190,7 +193,7 @@ class Family:
         raise NotImplementedError
 
     def time_shift(self, height: int, width: int) -> float:
-        """Shift of the times towards noise for latents of this size; 1 for none."""
+        """Returns the shift of the times towards noise for latents of this size; 1 for none."""
         return 1.0
 
     def predict(
@@ -203,7 +206,7 @@ class Family:
         raise NotImplementedError
 
     def apply_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022) on predictions (B, C, h, w) with and without the caption."""
+        """Combines predictions (B, C, h, w) with and without caption: classifier-free guidance (Ho & Salimans 2022)."""
         return unconditional + guidance * (conditional - unconditional)
 
     # Exports
@@ -228,7 +231,7 @@ class Family:
         return network
 
     def comfyui_key(self, key: str) -> str:
-        """A LoRA key (`<layer>.lora_A.weight`, `<layer>.alpha`) -> the key that ComfyUI and diffusers both read."""
+        """Converts a LoRA key (`<layer>.lora_A.weight`, `<layer>.alpha`) to one that ComfyUI and diffusers read."""
         raise NotImplementedError
 
     def save_pipeline(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:

@@ -44,12 +44,12 @@ def load_vae(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) 
 
 
 def pixels_to_vae(pixels: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) in [-1, 1]."""
+    """Converts (H, W, 3) uint8 to (1, 3, H, W) in [-1, 1]."""
     import torch
 
     return torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].to(dtype) / 127.5 - 1
 
 
 def vae_to_images(output: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in about [-1, 1] -> float32 in [0, 1]."""
+    """Converts (B, 3, H, W) in about [-1, 1] to float32 in [0, 1]."""
     return (output.float() / 2 + 0.5).clamp(0, 1)

@@ -97,7 +97,7 @@ class QwenImageEdit(Family):
         }
 
     def _image_tokens(self, height: int, width: int) -> int:
-        """Number of tokens of a control image in the prompt."""
+        """Returns the number of tokens of a control image in the prompt."""
         if self.vision_area:
             width, height = vision_size(height, width, self.vision_area)
         processor = load_image_processor(self.component_folder("processor"))
@@ -141,7 +141,7 @@ class QwenImageEdit(Family):
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[2:])
 
     def apply_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-        """As in the pipeline, tokens keep the norm that they have with the caption."""
+        """Like `Family.apply_guidance`, but tokens keep the norm they have with the caption, as in the pipeline."""
         with_caption = pack(conditional)
         guided = pack(Family.apply_guidance(self, conditional, unconditional, guidance))
         rescaled = guided * (with_caption.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

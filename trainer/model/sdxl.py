@@ -81,7 +81,7 @@ class SDXL(UNetFamily):
         return UNetFamily._caption_shapes(self) | {"pooled": pooled}
 
     def _zeros_for_empty_caption(self) -> bool:
-        """Whether the checkpoint was trained with zeros in place of the encoded empty caption."""
+        """Returns whether the checkpoint was trained with zeros in place of the encoded empty caption."""
         path = self.folder() / "model_index.json"
         index = files.read_json(path) if path.exists() else {}
         return index.get("force_zeros_for_empty_prompt", True)

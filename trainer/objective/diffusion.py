@@ -107,8 +107,8 @@ class Diffusion:
         if self.min_snr is None:
             return losses
         a = self._alphas_cumprod_at(t, losses)
-        # The squared error of x0 has the weight min(SNR, gamma). The squared error of the noise is SNR times, that of v
-        # SNR + 1 times as large.
+        # The squared error of x0 has the weight min(SNR, gamma). The squared error of the noise is SNR times as large,
+        # and that of v SNR + 1 times.
         snr = a / (1 - a)
         return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
@@ -119,7 +119,7 @@ class Diffusion:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Deterministic DDIM (Song et al. 2021, eq. 12); `shift` is not used.
+        """Samples with deterministic DDIM (Song et al. 2021, eq. 12); `shift` is not used.
 
         The timesteps are those of diffusers' DDIMScheduler with `leading` spacing.
         """

@@ -83,7 +83,7 @@ class Flow:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Euler's method from t = 1 to 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler."""
+        """Samples with Euler's method from t = 1 to 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler."""
         times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])
@@ -97,5 +97,5 @@ class Flow:
 
 
 def shift_time(t: float, shift: float) -> float:
-    """Resolution shift (Esser et al. 2024, eq. 23): moves times towards noise for larger images."""
+    """Moves times towards noise for larger images: the resolution shift (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)

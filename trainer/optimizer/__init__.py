@@ -37,7 +37,7 @@ class Optimizer:
             )
 
     def default_lr(self) -> float | None:
-        """Default learning rate for every model and method; None if it depends on them."""
+        """Returns the default learning rate for every model and method; None if it depends on them."""
         return None
 
     def create(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -56,5 +56,5 @@ class Optimizer:
         return StochasticRounding(self.create, parameters, seed)
 
     def effective_lr(self, optimizer: torch.optim.Optimizer | StochasticRounding) -> float | None:
-        """Learning rate that the optimizer has estimated; None if it uses `lr` as it is."""
+        """Returns the learning rate that the optimizer has estimated; None if it uses `lr` as it is."""
         return None

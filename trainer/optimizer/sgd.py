@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum.
 
-    A step is as long as the gradient, which Adam normalizes: hence the large learning rate.
+    The length of a step is proportional to that of the gradient, which Adam normalizes: hence the large learning rate.
     """
 
     weight_decay: float = 0.0

@@ -93,5 +93,5 @@ class StochasticRounding:
 
 
 def _empty_like(parameter: torch.Tensor) -> torch.Tensor:
-    """Float32 tensor of the parameter's shape that takes no memory."""
+    """Returns a float32 tensor of the parameter's shape that takes no memory."""
     return torch.zeros((), device=parameter.device).expand(parameter.shape)

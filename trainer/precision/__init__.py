@@ -54,7 +54,7 @@ class Precision:
     """Dtype of matrix products."""
 
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights that are not quantized."""
+        """Returns the dtype of the weights that are not quantized."""
         import torch
 
         return self.compute.torch if self.storage.is_quantized else getattr(torch, self.storage.value)

@@ -96,7 +96,7 @@ class Journal:
             self._write({"time": _now(), "kind": METRICS, "step": int(step), "values": new})
 
     def log_image(self, step: int, key: str, path: str | Path, caption: str = "") -> None:
-        """Writes the `path` (relative to the folder) of the image `key` of `step`, unless the journal has it."""
+        """Records that the image `key` of `step` is at `path` (relative to the folder), unless the journal has it."""
         if step > self._image_steps.get(key, -1):
             image = {"key": key, "path": Path(path).as_posix(), "caption": caption}
             self._write({"time": _now(), "kind": IMAGE, "step": int(step), **image})

@@ -61,12 +61,12 @@ def folder_name(step: int) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path is a folder with the name of a checkpoint. Its contents are not verified."""
+    """Returns whether the path is a folder with the name of a checkpoint. Its contents are not verified."""
     return _FOLDER_NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
 def step_of(folder: Path) -> int:
-    """Step in the name of a checkpoint folder."""
+    """Returns the step in the name of a checkpoint folder."""
     match = _FOLDER_NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
@@ -116,7 +116,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_val_loss(folder: Path) -> float | None:
-    """Held-out loss in a checkpoint; None if there is none, if it is not finite, or if the file is damaged."""
+    """Returns the held-out loss in a checkpoint; None if there is none, it is not finite, or the file is damaged."""
     try:
         loss = json.loads(_read_verified(folder, _read_manifest(folder), STATE))["state"].get("val_loss")
     except (DataError, ValueError, KeyError, TypeError, AttributeError):
@@ -125,7 +125,7 @@ def read_val_loss(folder: Path) -> float | None:
 
 
 def _with_digest(body: bytes) -> bytes:
-    """The manifest file for a body: a second line holds the sha256 of the first."""
+    """Returns the manifest file for a body: a second line holds the sha256 of the first."""
     return body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 

@@ -41,7 +41,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside the block does not count toward the speed."""
+        """Leaves the time inside the block out of the measured speed."""
         start = time.perf_counter()
         yield
         self.last_time += time.perf_counter() - start

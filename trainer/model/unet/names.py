@@ -7,19 +7,19 @@ TEXT_MODEL = "text_model."
 
 
 def published_name(name: str) -> str:
-    """A text encoder's tensor name -> its name in published files."""
+    """Converts a text encoder's tensor name to its name in published files."""
     return name if name.startswith((TEXT_MODEL, "text_projection")) else TEXT_MODEL + name
 
 
 def split_adapter_key(key: str) -> tuple[str, str]:
-    """`<layer>.lora_A.weight` -> (`<layer>`, `lora_A.weight`), for the keys of any adapter."""
+    """Splits `<layer>.lora_A.weight` into (`<layer>`, `lora_A.weight`), for the keys of any adapter."""
     kinds = (".lora_", ".alpha", ".dora_", ".lokr_", ".hada_", ".magnitude")
     at = next(key.rfind(kind) for kind in kinds if kind in key)
     return key[:at], key[at + 1 :]
 
 
 def kohya_key(key: str, text_encoders: int) -> str:
-    """An adapter key that starts with its component -> kohya's key, which ComfyUI and diffusers both read.
+    """Converts an adapter key that starts with its component to kohya's key, which ComfyUI and diffusers both read.
 
     The UNet's layers keep diffusers' numbering, which both understand too. `text_encoders` is the number of
     text encoders in the model: kohya's `te` is numbered only if there are several.
