@@ -53,6 +53,12 @@ def write_imagefolder(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_captioned(folder: Path, count: int) -> None:
+    """Writes images with a caption file beside each, which the layout imagefolder reads too."""
+    for i in range(count):
+        save_image(folder / f"{i}.jpg", i).with_suffix(".txt").write_text(caption(i))
+
+
 def write_captions_json(folder: Path, count: int) -> None:
     for i in range(count):
         save_image(folder / "images" / f"{i}.png", i)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from layouts import (
     caption,
     read_faults,
     read_samples,
+    write_captioned,
     write_captions_json,
     write_csv,
     write_imagefolder,
+    write_pairs,
 )
 from PIL import Image
 
@@ -49,20 +52,30 @@ def test_every_layout_reads_each_image_with_its_caption(layout: str, folder: Pat
     assert read_samples(settings, digests) == sorted(listing.samples, key=lambda sample: sample.id)
 
 
-@pytest.mark.parametrize("layout", ["imagefolder", "captions_json", "pairs"])
-def test_folders_named_train_and_validation_are_the_split(layout: str, folder: Path, digests: Digests):
+@pytest.mark.parametrize(
+    ("layout", "write"),
+    [
+        ("imagefolder", write_imagefolder),
+        ("imagefolder", write_captioned),
+        ("captions_json", write_captions_json),
+        ("pairs", write_pairs),
+    ],
+)
+def test_folders_named_train_and_validation_are_the_split(
+    layout: str, write: Callable[..., None], folder: Path, digests: Digests
+):
     settings = GROUPS["dataset"][layout](path=str(folder))
 
     def splits() -> list[str | None]:
         return sorted(sample.split for sample in read_samples(settings, digests))
 
-    WRITERS[layout](folder / "train", 3)
+    write(folder / "train", 3)
     assert [sample.split for sample in read_samples(settings, digests)] == [None] * 3
-    WRITERS[layout](folder / "test", 2)
+    write(folder / "test", 2)
     assert splits() == ["train"] * 3 + ["validation"] * 2
-    WRITERS[layout](folder / "val", 1)
+    write(folder / "val", 1)
     assert splits() == ["test"] * 2 + ["train"] * 3 + ["validation"]
-    WRITERS[layout](folder / "validation", 1)
+    write(folder / "validation", 1)
     assert splits() == ["test"] * 2 + ["train"] * 3 + ["validation"]
     notes = settings.read(digests).notes
     assert notes == ["val is ignored, because validation is used for validation"]
@@ -310,7 +323,10 @@ def test_images_without_an_entry_in_captions_json_are_noted(folder: Path, digest
     (folder / "captions.json").write_text('{"0.png": "a"}')
     listing = CaptionsJson(path=str(folder)).read(digests)
     assert listing.faults == []
-    assert "3 images in images/ have no entry in captions.json" in listing.notes[0]
+    unused = [f"images/{i}.png" for i in (1, 2, 3)]
+    assert listing.unused == unused
+    names = ", ".join(unused)
+    assert listing.notes == [f"3 images are not used, because captions.json does not name them (3 .png): {names}"]
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,39 @@ def test_every_fault_of_a_record_is_listed(folder: Path, digests: Digests):
         "train.json record 3: has no user_style, and user_styles.json has none for 'train_user'",
         "train.json record 5: is not a record with history_items_info",
     )
-    (folder / "user_styles.json").write_text(json.dumps([{"user": "train_user", "style": "dark"}]))
-    assert "has no user_style" not in read_faults(settings, digests)
+    for styles in ([{"user": "train_user", "style": "dark"}], {"train_user": "dark"}):
+        (folder / "user_styles.json").write_text(json.dumps(styles))
+        assert "has no user_style" not in read_faults(settings, digests)
+
+
+def test_records_and_styles_of_odd_types_are_faults(folder: Path, digests: Digests):
+    write_personalized(folder, 6)
+    settings = Personalized(path=str(folder))
+    records = json.loads((folder / "train.json").read_text())
+    records[0]["history_items_info"][0]["item_id"] = [1]
+    records[1]["history_item_ids"] = 7
+    records[2]["history_item_ids"] = [["item_2"]]
+    records[3]["user_id"] = {"name": "x"}
+    records[4]["user_style"] = ["bright"]
+    records[5]["target_item_id"] = True
+    (folder / "train.json").write_text(json.dumps(records))
+    (folder / "user_styles.json").write_text(json.dumps([7, {"user": [1], "style": "dark"}, {"user": 1, "style": {}}]))
+    assert_faults(
+        settings,
+        digests,
+        "train.json record 0, item [1]: its item_id is [1], neither text nor a number",
+        "train.json record 0: history item 'item_0' is missing from history_items_info",
+        "train.json record 1: its history_item_ids is 7, not a list",
+        "train.json record 2: history item ['item_2'] is missing from history_items_info",
+        "train.json record 3: its user_id is {'name': 'x'}, neither text nor a number",
+        "train.json record 4: its user_style is ['bright'], neither text nor a number",
+        "train.json record 5: its target_item_id is True, neither text nor a number",
+        "user_styles.json entry 0: is 7, not an object with user and style",
+        "user_styles.json entry 1: its user is [1], neither text nor a number",
+        "user_styles.json entry 2: its style is {}, neither text nor a number",
+    )
+    (folder / "user_styles.json").write_text("7")
+    assert "user_styles.json contains 7, neither an object" in read_faults(settings, digests)
 
 
 # hub

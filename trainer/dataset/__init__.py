@@ -7,6 +7,7 @@ reader, and one file in `conf/dataset/`: `pairs.py` and `pairs.yaml`, for exampl
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -80,7 +81,7 @@ class Dataset:
             )
 
     def size(self) -> Size | None:
-        """`resolution` as (width, height) in pixels; None stands for the model's own. Raises errors.UsageError."""
+        """Returns `resolution` as (width, height) in pixels; None for the model's own. Raises errors.UsageError."""
         return None if self.resolution is None else parse_size("resolution", self.resolution)
 
     def resolve(self, resolution: int, has_controls: bool) -> Self:
@@ -111,8 +112,11 @@ class Dataset:
         """Returns the name of the dataset for messages."""
         return f"dataset.path={self.path}"
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Returns all samples, in any order, and all faults. Reads the headers of images, but decodes none.
+
+        `ignored` are folders that are not part of the dataset, although they may lie in its folder: those that the
+        program itself writes to.
 
         Raises errors.UsageError for settings that do not fit the folder, errors.DataError if the folder does not have
         this layout.

@@ -5,7 +5,9 @@ train_images.npy (N, H, W, 3) uint8 and train_descriptions.npy (N,), and the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
@@ -23,12 +25,12 @@ IMAGES, DESCRIPTIONS = "images", "descriptions"
 class Arrays(Dataset):
     """Images and descriptions as NumPy arrays, which stay on the disk."""
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per entry; see `Dataset.read`.
 
         A test_ (or validation_, val_) array is held out, if there is one.
         """
-        collector = SampleCollector(self.require_folder(), digests)
+        collector = SampleCollector(self.require_folder(), digests, ignored)
         names = [name for name in ("train", *VALIDATION_NAMES) if (collector.root / f"{name}_{IMAGES}.npy").exists()]
         if "train" not in names:
             raise DataError(
@@ -44,6 +46,7 @@ def _collect_part(collector: SampleCollector, name: str, split: str | None) -> N
     from trainer.dataset import array_files
 
     paths = [collector.root / f"{name}_{part}.npy" for part in (IMAGES, DESCRIPTIONS)]
+    collector.mark_used(*paths)
     for path in paths:
         if not is_inside(collector.root, path):
             raise DataError(f"{path}: {LINK_OUTSIDE}")

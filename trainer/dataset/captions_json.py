@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing
-from trainer.dataset.source import IMAGE_SUFFIXES
 from trainer.dataset.splitting import find_split_folders
 from trainer.dataset.table import Row, Table, collect_rows, to_row
 
@@ -24,22 +23,23 @@ TABLE = "captions.json"
 class CaptionsJson(Table):
     """Images in images/, and a captions.json with their captions."""
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per entry, see `Dataset.read`; from FOLDER, or FOLDER/train and FOLDER/validation.
 
         Instead of a caption, an entry may be an object with the caption and other columns. Instead of one object with
         all entries, the file may contain a list of such objects.
         """
-        collector = SampleCollector(self.require_folder(), digests)
+        collector = SampleCollector(self.require_folder(), digests, ignored)
         parts = find_split_folders(collector, lambda folder: (folder / TABLE).is_file())
         if not parts:
             raise DataError(
                 f"dataset.path={self.path}: there is no {TABLE} in it, "
                 'with {"NAME.jpg": "what it shows", ...} for the images in images/.'
             )
+        collector.caption_table = TABLE
         for folder, split in parts:
+            collector.mark_used(folder / TABLE)
             collect_rows(collector, self, _read_rows(self, folder / TABLE), folder, split)
-            _note_unused_images(collector, folder)
         return collector.to_listing()
 
 
@@ -75,18 +75,3 @@ def _read_rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row |
 
 def _is_object(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(item, tuple) for item in value)
-
-
-def _note_unused_images(collector: SampleCollector, folder: Path) -> None:
-    """Adds a note on the images that have no caption, which are not trained on."""
-    images = folder / "images"
-    if not images.is_dir():
-        return
-    used = {sample.image.name for sample in collector.samples}
-    groups = collector.group_files(images, IMAGE_SUFFIXES, str)
-    unused = [path.name for paths in groups.values() for path in paths if str(path) not in used]
-    if unused and not collector.faults:
-        collector.notes.append(
-            f"{len(unused)} images in {collector.relative_name(images)}/ have no entry in {TABLE} "
-            f"({', '.join(unused[:3])} ...)"
-        )

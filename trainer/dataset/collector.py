@@ -5,9 +5,11 @@ It gathers samples, and every fault instead of only the first.
 
 from __future__ import annotations
 
+import codecs
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -15,9 +17,10 @@ from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
 from trainer.dataset.listing import Listing, plural
-from trainer.dataset.paths import LINK_OUTSIDE, is_inside
+from trainer.dataset.paths import LINK_OUTSIDE, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption
 from trainer.dataset.source import IMAGE_SUFFIXES, FileSource, Source
+from trainer.dataset.unused import FileKey, describe_unused, file_key, find_unused
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,14 +30,26 @@ MASK_RATIO_TOLERANCE = 0.02
 
 
 class SampleCollector:
-    """Collects the samples and faults below the folder `root`. A sample with a fault is not collected."""
+    """Collects the samples and faults below the folder `root`. A sample with a fault is not collected.
 
-    def __init__(self, root: Path, digests: Digests):
+    `ignored` are folders that are not part of the dataset, although they may lie below the root. `owns_root` is whether
+    everything else below the root belongs to the dataset, so that unused files are worth a note.
+    """
+
+    def __init__(self, root: Path, digests: Digests, ignored: Iterable[Path] = (), owns_root: bool = True):
         self.root, self.digests = root, digests
+        self.ignored, self.owns_root = [*ignored], owns_root
         self.samples: list[Sample] = []
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.found = 0
+        self.caption_table: str | None = None
+        """Name of the file that has all captions, if there is one."""
+        self.unused: list[str] = []
+        """Unused parts of used files, such as members of an archive. Unused files are added at the end."""
+        self._used: set[FileKey] = set()
+        self._images: dict[Path, dict[str, list[Path]]] = {}
+        """Folder -> name without suffix -> images; see `images_named`."""
         self._ids: dict[str, tuple[str, str]] = {}
         """Case-folded id -> id, location."""
 
@@ -59,6 +74,7 @@ class SampleCollector:
         """
         if not is_inside(self.root, path):
             raise ValueError(f"{self.relative_name(path)} {LINK_OUTSIDE}")
+        self.mark_used(path)
         source = FileSource(path, self.digests)
         source.size()
         return source
@@ -80,14 +96,18 @@ class SampleCollector:
         else:
             self.samples.append(sample)
 
+    def mark_used(self, *paths: Path) -> None:
+        """Remembers that samples or faults refer to these files, so that they do not count as unused."""
+        self._used |= {key for path in paths if (key := file_key(path)) is not None}
+
     def relative_name(self, path: Path) -> str:
-        """Name of a file for messages: its path relative to the root."""
+        """Returns the name of a file for messages: its path relative to the root."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
     def to_listing(self) -> Listing:
         """Returns everything that was collected.
 
-        A sample that has not as many control images as most have is a fault.
+        A sample with a different number of control images than most is a fault. Notes count the unused files.
         """
         counts = Counter(len(sample.controls) for sample in self.samples)
         usual = max(counts, key=lambda count: (counts[count], count), default=0)
@@ -98,7 +118,9 @@ class SampleCollector:
             else:
                 own = plural(len(sample.controls), "control image")
                 self.add_fault(f"{sample.image.name}: has {own}, but most samples have {usual}")
-        return Listing(samples, self.faults, self.notes, self.found)
+        unused = [*self.unused, *(find_unused(self.root, self._used, self.ignored) if self.owns_root else ())]
+        notes = [*self.notes, *describe_unused(unused, self.caption_table)]
+        return Listing(samples, self.faults, notes, self.found, unused=unused)
 
     def group_files(
         self, folder: Path, suffixes: tuple[str, ...], id_of: Callable[[Path], str]
@@ -112,8 +134,9 @@ class SampleCollector:
             names = sorted(os.listdir(folder))
         for name in names:
             path = folder / name
-            if name.startswith(".") or path.suffix.lower() not in suffixes:
+            if is_hidden(name) or path.suffix.lower() not in suffixes:
                 continue
+            self.mark_used(path)
             if not is_inside(self.root, path):
                 self.add_fault(f"{self.relative_name(path)}: {LINK_OUTSIDE}")
             elif not os.path.isfile(path):
@@ -122,23 +145,59 @@ class SampleCollector:
                 groups.setdefault(id_of(path), []).append(path)
         return groups
 
-    def find_mask(self, folder: Path, stem: str) -> FileSource | None:
-        """Returns the image named `stem` in a folder of masks, if there is one. Raises ValueError, errors.DataError."""
-        paths = [path for suffix in IMAGE_SUFFIXES if os.path.isfile(path := folder / f"{stem}{suffix}")]
-        if len(paths) > 1:
-            raise ValueError(f"has several masks: {', '.join(map(self.relative_name, paths))}")
-        return self.image_source(paths[0]) if paths else None
+    def images_named(self, path: Path) -> list[Path]:
+        """Returns the images whose path without suffix is `path`; suffixes may be in capitals."""
+        folder = path.parent
+        if folder not in self._images:
+            groups = self._images[folder] = {}
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                image = folder / name
+                if image.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name) and os.path.isfile(image):
+                    groups.setdefault(_comparable(image.stem), []).append(image)
+        return self._images[folder].get(_comparable(path.name), [])
+
+    def find_mask(self, *paths: Path) -> FileSource | None:
+        """Returns the mask of a sample, if there is one. `paths` are the places where it may be, without suffix.
+
+        Raises ValueError, errors.DataError.
+        """
+        return self.take_mask([image for path in paths for image in self.images_named(path)])
+
+    def take_mask(self, images: list[Path]) -> FileSource | None:
+        """Returns the only mask that was found for a sample; None if there is none.
+
+        Raises ValueError if there are several, and errors.DataError.
+        """
+        if len(images) > 1:
+            self.mark_used(*images)
+            raise ValueError(f"has several masks: {', '.join(map(self.relative_name, images))}")
+        return self.image_source(images[0]) if images else None
 
 
 def read_caption(path: Path) -> str:
     """Returns the caption in a text file. Raises ValueError, errors.StorageError."""
     with storage_errors("read", path):
         data = path.read_bytes()
-    return check_caption(data.decode("utf-8-sig"))
+    return decode_caption(data)
+
+
+def decode_caption(data: bytes) -> str:
+    """Returns the caption that UTF-8 bytes contain, with or without a byte order mark. Raises ValueError."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ValueError("is UTF-16 or not text; save it as UTF-8")
+    try:
+        return check_caption(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{error}; save it as UTF-8") from None
+
+
+def _comparable(name: str) -> str:
+    # macOS decomposes file names.
+    return unicodedata.normalize("NFC", name)
 
 
 def _shape_mismatch(image: Source, mask: Source) -> str | None:
-    """Why a mask does not fit its image; None if it does."""
+    """Returns why a mask does not fit its image; None if it does."""
     (width, height), (mask_width, mask_height) = image.size(), mask.size()
     if abs(width * mask_height - height * mask_width) <= MASK_RATIO_TOLERANCE * height * mask_width:
         return None

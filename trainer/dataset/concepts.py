@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector, read_caption
 from trainer.dataset.listing import Listing
-from trainer.dataset.paths import is_inside
+from trainer.dataset.paths import FOLDER_LINK_OUTSIDE, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption, sample_id
 from trainer.dataset.source import IMAGE_SUFFIXES
+from trainer.dataset.unused import MASKS
 
 
 @dataclass(slots=True)
@@ -43,17 +45,17 @@ class Concepts(Dataset):
             if count < 1:
                 raise UsageError(f"dataset.repeats: {count} for {name} leaves out its samples; type 1 or more")
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per image; see `Dataset.read`.
 
         Raises errors.UsageError for settings of a concept that does not exist.
         """
-        collector = SampleCollector(self.require_folder(), digests)
-        folders = [path for path in sorted(collector.root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        collector = SampleCollector(self.require_folder(), digests, ignored)
+        folders = [path for path in sorted(collector.root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
         concepts = {path.name: path for path in folders if is_inside(collector.root, path)}
         for path in folders:
             if path.name not in concepts:
-                collector.add_fault(f"{path.name}: is a link out of the dataset's folder; put the folder itself there")
+                collector.add_fault(f"{path.name}: {FOLDER_LINK_OUTSIDE}")
         if not concepts:
             raise DataError(
                 f"dataset.path={self.path}: there is no folder in it. "
@@ -98,7 +100,7 @@ def _collect_concept(collector: SampleCollector, settings: Concepts, concept: st
         collector.register_id(id, location)
         image = collector.attempt("", collector.image_source, first)
         caption = collector.attempt(f"{id}.txt", _read_caption, settings, concept, captions, id)
-        mask = collector.attempt(location, collector.find_mask, folder / "masks", first.stem)
+        mask = collector.attempt(location, collector.find_mask, folder / MASKS / first.stem)
         if image is not None and caption is not None and len(collector.faults) == faults_before:
             weight, repeats = settings.weights.get(concept, 1.0), settings.repeats.get(concept, 1)
             collector.add(Sample(id, image, caption, mask=mask, weight=weight, repeats=repeats), location)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Csv(Table):
                 f"dataset.delimiter={self.delimiter!r} is not one character; type for example dataset.delimiter=';'"
             )
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per row; see `Dataset.read`.
 
         `path` is the table, or a folder with one table, or with train.csv, validation.csv (or val.csv) and test.csv.
@@ -44,11 +44,13 @@ class Csv(Table):
         path = Path(self.path or "").expanduser()
         tables: list[tuple[Path, str | None]] = [(path, None)]
         if self.path and path.is_file():
-            collector = SampleCollector(path.parent, digests)
+            collector = SampleCollector(path.parent, digests, owns_root=False)
         else:
-            collector = SampleCollector(self.require_folder(), digests)
+            collector = SampleCollector(self.require_folder(), digests, ignored)
             tables = _find_tables(self, collector)
         for table, split in tables:
+            collector.mark_used(table)
+            collector.caption_table = table.name
             collect_rows(collector, self, _read_rows(self, table, collector), table.parent, split)
         return collector.to_listing()
 

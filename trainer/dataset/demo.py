@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from trainer.core.digests import Digests
@@ -61,7 +62,7 @@ class Demo(Dataset):
     def describe(self) -> str:
         return "the demo world"
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Returns `pairs` training and `held_out` validation samples, with each kind of edit in turn.
 
         Raises errors.UsageError.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class Hub(Table):
     train_split: str = "train"
     validation_split: str | None = None
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per row; see `Dataset.read`.
 
         Raises errors.WeightsError if the hub cannot provide the dataset.
@@ -52,12 +52,13 @@ class Hub(Table):
 
         folder = Path(self.path).expanduser()
         if folder.is_dir():
-            collector = SampleCollector(folder, digests)
-            tables = hub_loading.load_folder(folder, self.subset, digests)
+            collector = SampleCollector(folder, digests, ignored)
+            tables, files = hub_loading.load_folder(folder, self.subset, digests)
+            collector.mark_used(*files)
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) and not self.path.startswith("."):
             tables = hub_loading.load_from_hub(self.path, self.subset, self.revision)
             # Images that are files must lie where the library stores its downloads.
-            collector = SampleCollector(hub_loading.download_folder(), digests)
+            collector = SampleCollector(hub_loading.download_folder(), digests, owns_root=False)
         else:
             raise DataError(
                 f"dataset.path={self.path}: there is no such folder (looked for {folder.absolute()}), "
@@ -101,7 +102,7 @@ class CellSource:
         return self.memoize("", lambda: hashlib.sha256(self._bytes()).hexdigest())
 
     def memoize(self, key: str, compute: Callable[[], str]) -> str:
-        # The library never rewrites the file of a table: other data are in another file.
+        # The library never rewrites the file of a table: different data is in a different file.
         return self.digests.get_or_compute(self.file, f"[{self.column}/{self.index}/{self.position}]{key}", compute)
 
     def size(self) -> Size:

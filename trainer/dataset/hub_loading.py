@@ -13,13 +13,14 @@ import datasets
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, WeightsError
 from trainer.dataset.paths import is_inside
+from trainer.dataset.source import IMAGE_SUFFIXES
 
 BUILDERS = {"arrow", "csv", "imagefolder", "json", "parquet"}
-"""The readers of tables and images among those of the library."""
+"""The builders of the library that read tables and images."""
 
 
-def load_folder(folder: Path, subset: str | None, digests: Digests) -> datasets.DatasetDict:
-    """Loads a folder. Raises errors.DataError.
+def load_folder(folder: Path, subset: str | None, digests: Digests) -> tuple[datasets.DatasetDict, list[Path]]:
+    """Loads a folder. Returns its tables, and the files that they were read from. Raises errors.DataError.
 
     The library's copy of the tables is stored beside the cache under a digest of all files, because the library would
     only compare times.
@@ -33,9 +34,9 @@ def load_folder(folder: Path, subset: str | None, digests: Digests) -> datasets.
             builder = datasets.load_dataset_builder(
                 str(folder), subset, cache_dir=str(digests.path.parent / "tables" / name)
             )
-            _check_builder(builder, folder)
+            tables = _check_builder(builder, folder)
             builder.download_and_prepare()
-            return builder.as_dataset()
+            return builder.as_dataset(), tables
     except (DataError, MemoryError):
         raise
     # The library raises many kinds of errors.
@@ -43,20 +44,27 @@ def load_folder(folder: Path, subset: str | None, digests: Digests) -> datasets.
         raise DataError(f"dataset.path={folder}: cannot be read as a dataset ({_reason(error)})") from error
 
 
-def _check_builder(builder: datasets.DatasetBuilder, folder: Path) -> None:
-    """Raises errors.DataError for formats other than tables and images, and for files outside the folder."""
+def _check_builder(builder: datasets.DatasetBuilder, folder: Path) -> list[Path]:
+    """Returns the files that a builder reads, without images: a table need not refer to all of these.
+
+    Raises errors.DataError for formats other than tables and images, and for files outside the folder.
+    """
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in BUILDERS:
         raise DataError(
             f"dataset.path={folder}: this layout reads {', '.join(sorted(BUILDERS))}, but the folder is {kind}"
         )
+    found = []
     for files in (builder.config.data_files or {}).values():
         for file in files:
+            if Path(file).suffix.lower() not in IMAGE_SUFFIXES:
+                found.append(Path(file))
             if not is_inside(folder, Path(file)):
                 raise DataError(
                     f"dataset.path={folder}: it refers to {file}, which lies outside the folder; "
                     "put the file itself there"
                 )
+    return found
 
 
 def load_from_hub(path: str, subset: str | None, revision: str | None) -> datasets.DatasetDict:
@@ -73,12 +81,12 @@ def load_from_hub(path: str, subset: str | None, revision: str | None) -> datase
 
 
 def download_folder() -> Path:
-    """The folder in which the library stores its downloads."""
+    """Returns the folder in which the library stores its downloads."""
     return Path(datasets.config.HF_CACHE_HOME)
 
 
 def _reason(error: Exception) -> str:
-    """First line of the message of an error or of its cause."""
+    """Returns the first line of the message of an error or of its cause."""
     cause = error.__cause__ or error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 

@@ -21,7 +21,8 @@ class Listing:
     """Samples without faults, and everything else that was found.
 
     `faults` and `notes` (on what is ignored on purpose) have one line each. `found` is the number of samples that were
-    examined, with and without faults. `facts` has an entry for each image that was decoded.
+    examined, with and without faults. `facts` has an entry for each image that was decoded. `unused` names the files
+    of the dataset that neither a sample nor a fault refers to.
     """
 
     samples: list[Sample]
@@ -29,6 +30,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     found: int = 0
     facts: dict[Source, ImageFacts] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
     def raise_on_faults(self, dataset_name: str, max_shown: int | None = MAX_FAULTS_SHOWN) -> None:
         """Raises one errors.DataError that counts all faults and shows the first, if there are any."""
@@ -40,7 +42,7 @@ class Listing:
             )
 
     def count_faults(self, dataset_name: str) -> str:
-        """`dataset.path=shoes: 2 faults in 30 samples`"""
+        """Returns `dataset.path=shoes: 2 faults in 30 samples`."""
         return f"{dataset_name}: {plural(len(self.faults), 'fault')} in {plural(self.found, 'sample')}"
 
     def format_faults(self, max_shown: int | None = None) -> str:
@@ -52,5 +54,5 @@ class Listing:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 fault`, `2 faults`"""
+    """Returns `1 fault`, `2 faults`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

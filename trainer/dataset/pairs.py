@@ -8,6 +8,7 @@ An edit mask is masks/NAME.png, or NAME_mask.png beside either image.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from trainer.dataset.listing import Listing
 from trainer.dataset.sample import Sample, sample_id
 from trainer.dataset.source import IMAGE_SUFFIXES, FileSource
 from trainer.dataset.splitting import find_split_folders
+from trainer.dataset.unused import MASKS
 
 CONTROLS = "control_images"
 TARGETS = "training_images"
-MASKS = "masks"
 
 Groups = dict[str, list[Path]]
 """Name of a sample -> files; more than one is a fault."""
@@ -32,9 +33,9 @@ Groups = dict[str, list[Path]]
 class Pairs(Dataset):
     """Control images and target images, paired by name, with an instruction for each pair."""
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per name, see `Dataset.read`; from FOLDER, or FOLDER/train and FOLDER/validation."""
-        collector = SampleCollector(self.require_folder(), digests)
+        collector = SampleCollector(self.require_folder(), digests, ignored)
         parts = find_split_folders(
             collector, lambda folder: (folder / CONTROLS).is_dir() and (folder / TARGETS).is_dir()
         )
@@ -109,7 +110,7 @@ class _PairsFolder:
         return self.collector.attempt("", self.collector.image_source, paths[0])
 
     def _shown(self, name: str) -> str:
-        """Name of a file or folder for messages."""
+        """Returns the name of a file or folder for messages."""
         return name if self.folder == self.collector.root else f"{self.folder.name}/{name}"
 
     def _take_masks(self, images: Groups, own: set[str]) -> Groups:

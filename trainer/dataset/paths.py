@@ -1,12 +1,17 @@
-"""Checks on file names that a dataset contains, which must not lead out of its folder."""
+"""The files of a dataset's folder, and checks on the names that a dataset contains, which must not lead out of it."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 LINK_OUTSIDE = "is a link out of the dataset's folder; put the file itself there"
+FOLDER_LINK_OUTSIDE = "is a link out of the dataset's folder; put the folder itself there"
+SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+"""Files and folders that operating systems and network storage put beside images, in lower case."""
 
 
 def check_relative_path(name: object) -> PurePosixPath:
@@ -27,5 +32,40 @@ def check_relative_path(name: object) -> PurePosixPath:
 
 
 def is_inside(folder: Path, path: Path) -> bool:
-    """Whether `path` lies in `folder` after all links are followed. Opens no file."""
+    """Returns whether `path` lies in `folder` after all links are followed. Opens no file."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder is not the user's: its name begins with a dot, or a system created it."""
+    return name.startswith(".") or name.casefold() in SYSTEM_NAMES
+
+
+@dataclass(slots=True, frozen=True)
+class WalkedFolder:
+    """A folder that `walk` found. All names are sorted."""
+
+    path: Path
+    files: list[str]
+    links: list[str]
+    """Links to folders, which are not followed."""
+
+
+def walk(
+    root: Path, ignored: Iterable[Path] = (), on_error: Callable[[OSError], object] | None = None
+) -> Iterator[WalkedFolder]:
+    """Yields the folders from `root` down, in the order of their names.
+
+    Leaves out hidden files and folders, and the folders `ignored` below the root. `on_error` is called with the error
+    of a folder that cannot be read; None: such folders are left out.
+    """
+    excluded = {os.path.realpath(path) for path in ignored} - {os.path.realpath(root)}
+    for name, folders, files in os.walk(root, onerror=on_error):
+        path = Path(name)
+        folders[:] = sorted(
+            folder
+            for folder in folders
+            if not is_hidden(folder) and not (excluded and os.path.realpath(path / folder) in excluded)
+        )
+        links = [folder for folder in folders if os.path.islink(path / folder)]
+        yield WalkedFolder(path, sorted(file for file in files if not is_hidden(file)), links)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ class Personalized(Dataset):
         Dataset.__post_init__(self)
         _check_template(self.template)
 
-    def read(self, digests: Digests) -> Listing:
+    def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per record; see `Dataset.read`."""
-        collector = SampleCollector(self.require_folder(), digests)
+        collector = SampleCollector(self.require_folder(), digests, ignored)
         names = [name for name in ("train", *VALIDATION_NAMES) if (collector.root / f"{name}.json").is_file()]
         if "train" not in names:
             raise DataError(
@@ -54,6 +55,7 @@ class Personalized(Dataset):
         styles = _read_styles(collector)
         for name, split in assign_splits(collector, names).items():
             path = collector.root / f"{name}.json"
+            collector.mark_used(path)
             records = read_json(path)
             if not isinstance(records, list):
                 raise DataError(f"{path} is not a list of records. Fix the file.")
@@ -78,16 +80,45 @@ def _check_template(template: str) -> None:
 
 
 def _read_styles(collector: SampleCollector) -> dict[str, str]:
-    """Returns user -> style from user_styles.json, for records that do not contain the style."""
+    """Returns user -> style from user_styles.json, for records that do not contain the style.
+
+    Raises errors.DataError if the file contains anything but an object or a list; faulty entries are faults.
+    """
     path = collector.root / "user_styles.json"
-    entries = read_json(path) if path.is_file() else []
-    if isinstance(entries, dict):
-        return entries
-    return {
-        entry["user"]: entry["style"]
-        for entry in entries
-        if isinstance(entry, dict) and {"user", "style"} <= entry.keys()
-    }
+    if not path.is_file():
+        return {}
+    collector.mark_used(path)
+    content = read_json(path)
+    if isinstance(content, dict):
+        entries = [(f"{path.name} {user!r:.80}", {"user": user, "style": style}) for user, style in content.items()]
+    elif isinstance(content, list):
+        entries = [(f"{path.name} entry {number}", entry) for number, entry in enumerate(content)]
+    else:
+        raise DataError(
+            f"{path} contains {content!r:.40}, neither an object (user -> style) nor a list of objects with user and "
+            "style. Fix the file."
+        )
+    styles = {}
+    for location, entry in entries:
+        if not isinstance(entry, dict):
+            collector.add_fault(f"{location}: is {entry!r:.40}, not an object with user and style")
+        elif {"user", "style"} <= entry.keys():
+            user = collector.attempt(location, _read_label, entry, "user")
+            style = collector.attempt(location, _read_label, entry, "style")
+            if user is not None and style is not None:
+                styles[user] = style
+    return styles
+
+
+def _read_label(record: dict[str, Any], key: str, default: str | None = None) -> str | None:
+    """Returns a name, an id or a style as text; `default` if there is none. Raises ValueError for any other type."""
+    value = record.get(key)
+    if value is None:
+        return default
+    # In Python, True and False are numbers too.
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"its {key} is {value!r:.40}, neither text nor a number")
+    return str(value)
 
 
 class _RecordReader:
@@ -113,10 +144,12 @@ class _RecordReader:
             collector.add_fault(f"{self.location}: is not a record with history_items_info and target_item_info")
             return
         history = self._read_history()
-        target_id = record.get("target_item_id", "target")
+        target_id = self._label("target_item_id", "target")
         target_caption, image = self._read_item(record.get("target_item_info"), target_id)
-        user = str(record.get("user_id", ""))
-        style = record.get("user_style") or self.styles.get(user)
+        user = self._label("user_id")
+        # A window of the same history may come with several targets, and a target with several histories.
+        window = self._label("window_position", str(self.number))
+        style = self._label("user_style") or self.styles.get(user)
         if style is None and "{style}" in template:
             collector.add_fault(
                 f"{self.location}: has no user_style, and user_styles.json has none for {user!r}; "
@@ -131,11 +164,13 @@ class _RecordReader:
             "user": user,
         }
         caption = collector.attempt(self.location, check_caption, template.format_map(values))
-        # A window of the same history may come with several targets, and a target with several histories.
-        window = record.get("window_position", self.number)
         id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
         if collector.register_id(id, self.location) and caption:
             collector.add(Sample(id, image, caption, split=split), self.location)
+
+    def _label(self, key: str, default: str = "") -> str:
+        """Returns the text of a label of the record. If it has another type, adds a fault and returns the default."""
+        return self.collector.attempt(self.location, _read_label, self.record, key, default) or default
 
     def _read_history(self) -> list[str]:
         """Returns the captions of the items that the user liked; their images must exist too."""
@@ -143,10 +178,15 @@ class _RecordReader:
         if not isinstance(items, list) or not items:
             self.collector.add_fault(f"{self.location}: its history_items_info is empty")
             return []
-        ids = {item.get("item_id") for item in items if isinstance(item, dict)}
-        for id in self.record.get("history_item_ids") or []:
+        expected = self.record.get("history_item_ids") or []
+        if not isinstance(expected, list):
+            self.collector.add_fault(f"{self.location}: its history_item_ids is {expected!r:.40}, not a list")
+            return []
+        # A list, because ids need not be hashable.
+        ids = [item.get("item_id") for item in items if isinstance(item, dict)]
+        for id in expected:
             if id not in ids:
-                self.collector.add_fault(f"{self.location}: history item {id!r} is missing from history_items_info")
+                self.collector.add_fault(f"{self.location}: history item {id!r:.40} is missing from history_items_info")
         captions = [self._read_item(item, f"history item {number}")[0] for number, item in enumerate(items)]
         return [caption for caption in captions if caption is not None]
 
@@ -155,7 +195,8 @@ class _RecordReader:
         if not isinstance(item, dict):
             self.collector.add_fault(f"{self.location}: {name} is missing")
             return None, None
-        location = f"{self.location}, item {item.get('item_id', name)!r}"
+        location = f"{self.location}, item {item.get('item_id', name)!r:.40}"
+        self.collector.attempt(location, _read_label, item, "item_id")
         caption = self.collector.attempt(location, check_caption, item.get(self.settings.caption_column))
         image = self.collector.attempt(location, self._image_source, item.get(self.settings.image_column))
         return caption, image

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from trainer.core.digests import Digests
     from trainer.dataset.buckets import Size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jxr", ".svg", ".psd", ".xcf", ".kra", ".tga", ".exr", ".hdr", ".qoi"),
+    *(".ppm", ".pgm", ".ico", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+)
+"""Images in formats that are not read."""
+UNREAD_FORMAT = "is in a format that is not read; save it as .jpg or .png"
 
 
 class Source(Protocol):
@@ -21,7 +27,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the image for messages: a path, or for example "demo train 17 night target"."""
+        """Name of the image for messages: a path or, for example, "demo train 17 night target"."""
 
     def digest(self) -> str:
         """Returns the hex SHA-256 of the content, which does not depend on the name."""
@@ -54,7 +60,7 @@ class FileSource:
         return self.digests.get_or_compute(self.path, key, compute)
 
     def size(self) -> Size:
-        """See `Source.size`; a PNG with its EXIF block after the pixels is taken for upright here."""
+        """See `Source.size`; a PNG with its EXIF block after the pixels is assumed to be upright."""
         from trainer.dataset.image import open_image, upright_size
 
         with open_image(self.path, self.name) as image:

@@ -13,7 +13,7 @@ from trainer.dataset.collector import SampleCollector
 from trainer.dataset.sample import Sample
 
 VALIDATION_NAMES = ("validation", "val", "test")
-"""Names of the part of a dataset that is held out, in order of preference. A test part beside another is a test set."""
+"""Names of the part of a dataset that is held out, in order of preference. Beside another, `test` is a test set."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def assign_splits(
 ) -> dict[str, str | None]:
     """Maps the parts of a dataset that are used to their splits.
 
-    The split is None if no part is held out, so that the samples are still to be split. `validation` names the part to
+    The split is None if no part is held out, so that the samples must still be split. `validation` names the part to
     hold out (None: the first of VALIDATION_NAMES). Returns {} if no part is named `train`.
     """
     names = list(names)
@@ -104,4 +104,7 @@ def find_split_folders(collector: SampleCollector, has_layout: Callable[[Path], 
     if has_layout(collector.root):
         return [(collector.root, None)]
     names = [name for name in ("train", *VALIDATION_NAMES) if has_layout(collector.root / name)]
-    return [(collector.root / name, split) for name, split in assign_splits(collector, names).items()]
+    splits = assign_splits(collector, names)
+    # assign_splits has added a note on the others.
+    collector.ignored += [collector.root / name for name in names if splits and name not in splits]
+    return [(collector.root / name, split) for name, split in splits.items()]

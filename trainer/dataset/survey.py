@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from trainer.core.digests import Digests
 from trainer.dataset import Dataset, image_facts
 from trainer.dataset.buckets import nearest_bucket, upscale_factor
@@ -13,12 +16,16 @@ from trainer.dataset.splitting import limit_samples
 from trainer.dataset.transform import Transform
 
 
-def survey_dataset(settings: Dataset, digests: Digests, transform: Transform, progress: Progress) -> Listing:
+def survey_dataset(
+    settings: Dataset, digests: Digests, transform: Transform, progress: Progress, ignored: Iterable[Path] = ()
+) -> Listing:
     """Reads a dataset and decodes its images. Returns the usable samples, sorted by id and limited, and all faults.
+
+    `ignored`: see `Dataset.read`.
 
     Raises errors.UsageError if the path is missing, errors.DataError if the folder does not have this layout.
     """
-    listing = settings.read(digests)
+    listing = settings.read(digests, ignored)
     samples = limit_samples(listing.samples, settings.limit)
     facts = {} if settings.generated else image_facts.inspect_images(samples, progress)
     digests.flush()

@@ -15,6 +15,7 @@ from trainer.dataset.collector import SampleCollector
 from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
 from trainer.dataset.sample import Sample, check_caption, sample_id
 from trainer.dataset.source import Source
+from trainer.dataset.unused import MASKS
 
 Row = Mapping[str, object]
 """Column -> value."""
@@ -120,7 +121,7 @@ def read_caption_cell(row: Row, settings: Table) -> str:
 
 
 def to_row(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For the `object_pairs_hook` of json.loads: an object whose names are all different. Raises ValueError."""
+    """Returns a JSON object, for the `object_pairs_hook` of json.loads. Raises ValueError if a name occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("has the same column twice")
@@ -147,4 +148,4 @@ def _find_mask(collector: SampleCollector, folder: Path, image: Path) -> Source 
     path = image.relative_to(folder)
     if path.parts[0] == "images" and path.parts[1:]:
         path = Path(*path.parts[1:])
-    return collector.find_mask(folder / "masks", path.with_suffix("").as_posix())
+    return collector.find_mask(folder / MASKS / path.with_suffix(""))

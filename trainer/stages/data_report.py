@@ -13,6 +13,7 @@ from trainer.core import files
 from trainer.core.console import print_line
 from trainer.dataset.buckets import upscale_factor
 from trainer.dataset.image_facts import find_near_duplicates
+from trainer.dataset.listing import plural
 from trainer.dataset.sample import Sample
 from trainer.training.data import TrainingData
 
@@ -20,10 +21,15 @@ MAX_EXAMPLES = 3
 """Samples that are named for each finding."""
 SHEET_SAMPLES = 24
 """Samples on the contact sheet."""
+MANY_VISITS = 200
+"""A run that visits each training sample more often than this is probably too long: a model's default number of steps
+is meant for tens to thousands of samples."""
+FITTING_VISITS = 100
+"""Visits of each sample in a run whose length fits the dataset: the usual length of a LoRA on 10 to 100 images."""
 
 
 def report_data(run: Run, data: TrainingData) -> None:
-    """Prints the report, and writes the contact sheet and the list of faults to `<out>/check`.
+    """Prints the report, and writes the contact sheet and the lists of faults and unused files to `<out>/check`.
 
     Raises errors.DataError if there are faults, unless `dataset.on_fault` is "skip".
     """
@@ -43,6 +49,9 @@ def report_data(run: Run, data: TrainingData) -> None:
         print_line(f"            {line}")
     print_line(f"sheet       {_write_contact_sheet(folder / 'samples.png', data, samples)}")
     name = run.dataset.describe()
+    if listing.unused:
+        files.write(folder / "unused.txt", "".join(f"{file}\n" for file in listing.unused))
+        print_line(f"unused      {plural(len(listing.unused), 'file')}, listed in {folder / 'unused.txt'}")
     if listing.faults:
         files.write(folder / "faults.txt", listing.format_faults() + "\n")
         print_line(f"faults      {listing.count_faults(name)}, listed in {folder / 'faults.txt'}")
@@ -86,6 +95,26 @@ def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
     ]
 
 
+def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
+    """Returns a line about a run that visits each sample more than `MANY_VISITS` times, with a length that fits."""
+    assert run.batch is not None
+    count, steps = len(data.split.train), data.total_steps(run)
+    visits = steps * run.batch / count
+    if visits <= MANY_VISITS:
+        return []
+    if run.epochs is not None:
+        fitting = f"epochs={max(1, FITTING_VISITS * count // len(data.epoch_samples))}"
+    else:
+        # A batch that is larger than the dataset holds copies of its samples.
+        batch = min(run.batch, count)
+        fitting_steps = max(-(-FITTING_VISITS * count // batch), run.lr_scheduler.warmup + 1)
+        fitting = f"steps={fitting_steps}" + (f" batch={batch}" if batch < run.batch else "")
+    return [
+        f"{steps:,} steps of {run.batch} visit each of the {plural(count, 'training sample')} {visits:,.0f} times, "
+        f"which takes long and probably overfits; {fitting} would visit each about {FITTING_VISITS} times"
+    ]
+
+
 def _sizes(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
     transformed = [data.transform.apply(sample) for sample in samples]
     training = {sample.id for sample in data.split.train}
@@ -95,6 +124,8 @@ def _sizes(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
     original_sizes = sorted((sample.image.size() for sample in samples), key=lambda size: size[0] * size[1])
     smallest, largest = (f"{width}x{height}" for width, height in (original_sizes[0], original_sizes[-1]))
     yield f"original sizes: {smallest}" + (f" to {largest} px" if smallest != largest else " px")
+    if masked := sum(sample.mask is not None for sample in samples):
+        yield f"edit masks: {masked} of {len(samples)} samples have one"
     yield from describe_upscaling(data, samples)
 
 
