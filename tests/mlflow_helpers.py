@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +70,11 @@ def images_in_mlflow(tracker: MLflowTracker) -> list[str]:
     paths = [file.path for file in client_of(tracker).list_artifacts(tracker.run_id, "images")]
     parts = [path.removeprefix("images/").split("+") for path in paths]
     return sorted(f"{part[0].replace('~', '/')} {part[2]} {part[-1].rpartition('.')[2]}" for part in parts)
+
+
+def view_state(view: str) -> dict[str, Any]:
+    """Returns the state of a page from the tag of an experiment, which is compressed as MLflow's own are."""
+    return json.loads(zlib.decompress(base64.b64decode(view.removeprefix("deflate;"))))
 
 
 @contextlib.contextmanager

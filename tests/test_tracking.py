@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from mlflow_helpers import (
     open_tracker,
     status_in_mlflow,
     steps_in_mlflow,
+    view_state,
 )
 
 from trainer.core import errors, files
@@ -106,17 +106,17 @@ def test_page_is_the_server_or_the_command_with_all_options_that_are_not_default
     assert MLflow(uri="http://host:5000").page(Path("runs")) == "http://host:5000"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.setattr(sys, "executable", str(Path(sys.executable).parent / "python"))
-    assert MLflow().page(Path("runs")) == "python -m trainer.tracking.ui"
+    assert MLflow().page(Path("runs")) == "python -m trainer ui"
     command = MLflow(experiment="two words", uri="sqlite:///a.db").page(Path("/other"))
-    assert command == "python -m trainer.tracking.ui --out /other --uri sqlite:///a.db --experiment 'two words'"
+    assert command == "python -m trainer ui --out /other --uri sqlite:///a.db --experiment 'two words'"
 
 
 def test_page_command_names_the_interpreter_if_it_is_not_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
-    assert MLflow().page(Path("runs")) == f"{tmp_path}/bin/python -m trainer.tracking.ui"
+    assert MLflow().page(Path("runs")) == f"{tmp_path}/bin/python -m trainer ui"
     monkeypatch.chdir(tmp_path)
-    assert MLflow().page(Path("runs")) == "bin/python -m trainer.tracking.ui"
+    assert MLflow().page(Path("runs")) == "bin/python -m trainer ui"
 
 
 # The tracker
@@ -331,11 +331,11 @@ def test_experiment_without_the_view_of_its_runs_gets_it(tmp_path: Path):
     client.set_experiment_tag(experiment, key, "{}")
     connect(uri, "trainer")
     assert client.get_experiment(experiment).tags[key] == view == mlflow_internals.runs_view()
-    assert json.loads(view)["selectedColumns"][:2] == ["metrics.`val/loss`", "metrics.`val/psnr`"]
+    assert view_state(view)["selectedColumns"][:2] == ["metrics.`val/loss`", "metrics.`val/psnr`"]
 
 
 def test_view_of_children_has_columns_and_images_of_the_sweep():
-    state = json.loads(mlflow_internals.children_view("an id", ["optimizer.lr"], ["samples/1_night"], 40))
+    state = view_state(mlflow_internals.children_view("an id", ["optimizer.lr"], ["samples/1_night"], 40))
     assert state["searchFilter"] == "tags.mlflow.parentRunId = 'an id'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
     assert "params.`optimizer.lr`" in state["selectedColumns"]

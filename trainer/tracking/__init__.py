@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from trainer.tracking.journal import Journal
     from trainer.tracking.tracker import Tracker
 
+RESULT = "<!-- Result of the run, written by the program -->\n<!-- end of the result -->"
+"""Two lines of a description between which a tracker shows the latest measurements and images of a run."""
+
 
 @dataclass(slots=True)
 class Tracking:
@@ -37,7 +40,7 @@ class Tracking:
             params: Settings of the run, written once.
             tags: Properties that may change between attempts. `trainer.folder_id` identifies the run permanently, in
                 case its folder has no record of the ID that the tracker gave it.
-            description: Markdown text on the page of the run.
+            description: Markdown text on the page of the run; it may contain `RESULT`.
             parent: `Tracker.run_id` of the run to nest this run under.
         """
         from trainer.tracking.tracker import Tracker
@@ -47,6 +50,10 @@ class Tracking:
     def page(self, out: Path) -> str | None:
         """Returns the URL that shows the runs in `out`, or the command that starts a server; None if nothing tracks."""
         return None
+
+    def links(self, folder: Path) -> dict[str, str]:
+        """Returns the pages, title -> URL, that show the run in `folder`; empty until the tracker has all of it."""
+        return {}
 
     def is_complete(self, folder: Path) -> bool:
         """Returns whether the tracker has received everything about the finished run in `folder`."""

@@ -64,7 +64,19 @@ class MLflow(Tracking):
             if value is not None and value != defaults[name]
             for word in (name, value)
         ]
-        return shlex.join([_python(), "-m", "trainer.tracking.ui", *options])
+        return shlex.join([_python(), "-m", "trainer", "ui", *options])
+
+    def links(self, folder: Path) -> dict[str, str]:
+        from trainer.tracking import mlflow_internals, mlflow_note, mlflow_store
+
+        if not mlflow_note.is_complete(folder):
+            return {}
+        note = mlflow_note.read_note(folder)
+        address = mlflow_store.page_address(note["uri"])
+        return {
+            "images and curves": mlflow_internals.charts_url(address, note["experiment_id"], note["run_id"]),
+            "all runs": mlflow_internals.runs_url(address, note["experiment_id"]),
+        }
 
     def is_complete(self, folder: Path) -> bool:
         from trainer.tracking import mlflow_note

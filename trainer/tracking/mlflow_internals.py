@@ -12,13 +12,16 @@ the new version. This module contains:
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import posixpath
 import re
 import sqlite3
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -53,6 +56,8 @@ def latest_steps(run: Run) -> dict[str, int]:
 # The functions below write the same files under a name that depends on key and step only.
 
 _THUMBNAIL_SUFFIX = "+compressed.webp"
+# MLflow's own 256 pixels are too few for a strip of images. Two thumbnails fit side by side in a description.
+_THUMBNAIL_SIDE = 320
 
 
 def image_key(key: str) -> str:
@@ -67,16 +72,24 @@ def image_name(key: str, step: int, seconds: float) -> str:
     return f"{key.replace('/', '~')}+step+{step}+timestamp+{round(seconds * 1000)}+{unique}"
 
 
-def write_image_files(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
-    """Writes the image at `source` to `folder`, in full size and as a thumbnail, and returns the two paths."""
+def encode_image(source: Path) -> tuple[bytes, bytes]:
+    """Returns the image at `source` as a PNG file and as a thumbnail. Raises an exception if it cannot be read."""
     import mlflow
     from mlflow.tracking.multimedia import compress_image_size
 
-    full, thumbnail = folder / f"{name}.png", folder / f"{name}{_THUMBNAIL_SUFFIX}"
     image = mlflow.Image(str(source)).to_pil()
-    image.save(full)
-    compress_image_size(image).save(thumbnail)
-    return full, thumbnail
+    full, thumbnail = io.BytesIO(), io.BytesIO()
+    image.save(full, "PNG")
+    compress_image_size(image, _THUMBNAIL_SIDE).save(thumbnail, "WEBP")
+    return full.getvalue(), thumbnail.getvalue()
+
+
+def write_image_files(encoded: tuple[bytes, bytes], folder: Path, name: str) -> tuple[Path, Path]:
+    """Writes the result of `encode_image` to `folder` and returns the two paths. Raises OSError."""
+    paths = folder / f"{name}.png", folder / f"{name}{_THUMBNAIL_SUFFIX}"
+    for path, data in zip(paths, encoded, strict=True):
+        path.write_bytes(data)
+    return paths
 
 
 def upload_image(client: MlflowClient, run_id: str, image_files: tuple[Path, Path], first: bool) -> None:
@@ -89,7 +102,7 @@ def upload_image(client: MlflowClient, run_id: str, image_files: tuple[Path, Pat
 
 
 def uploaded_images(client: MlflowClient, run_id: str) -> set[str]:
-    """Returns the names (see `image_name`) of the images that MLflow has completely."""
+    """Returns the names (see `image_name`) of the images that were uploaded completely."""
     names = [posixpath.basename(file.path) for file in client.list_artifacts(run_id, "images")]
     return {name.removesuffix(_THUMBNAIL_SUFFIX) for name in names if name.endswith(_THUMBNAIL_SUFFIX)}
 
@@ -106,12 +119,12 @@ def create_database(path: Path, uri: str, artifacts: str) -> None:
 
     SqlAlchemyStore(uri, artifacts).engine.dispose()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        # With a write-ahead log readers (the UI) and writers (the members of a sweep) do not wait for each other.
+        # With a write-ahead log, readers (the UI) and writers (the members of a sweep) do not wait for each other.
         database.execute("PRAGMA journal_mode=WAL")
 
 
 def move_artifacts(path: Path, old: str, new: str) -> None:
-    """Replaces the artifact folder `old` by `new` in the SQLite database at `path`; MLflow has no function for this."""
+    """Replaces the artifact folder `old` with `new` in the SQLite database at `path`, which MLflow cannot do."""
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             database.execute(
@@ -120,28 +133,28 @@ def move_artifacts(path: Path, old: str, new: str) -> None:
             )
 
 
-# Pages. Without the workflow type MLflow opens an empty page for chat applications.
+# Pages. Without the workflow type, MLflow opens an empty page for chat applications.
 
 _WORKFLOW = {"workflowType": "machine_learning"}
 
 
 def runs_url(address: str, experiment_id: str) -> str:
-    """Returns the page of all runs of an experiment, see `runs_view`."""
+    """Returns the URL of the page with all runs of an experiment, see `runs_view`."""
     return _page(address, f"experiments/{experiment_id}/runs", viewStateShareKey=_RUNS_VIEW)
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
-    """Returns the page of one run."""
+    """Returns the URL of the page of one run."""
     return _page(address, f"experiments/{experiment_id}/runs/{run_id}")
 
 
-def children_url(address: str, experiment_id: str, run_id: str) -> str:
-    """Returns the page that compares the metrics and images of the children of a run, see `children_view`."""
+def charts_url(address: str, experiment_id: str, run_id: str) -> str:
+    """Returns the URL of the curves and images of a run (`run_view`) or its children (`children_view`)."""
     return _page(address, f"experiments/{experiment_id}/runs", viewStateShareKey=run_id, compareRunsMode="CHART")
 
 
 def comparison_url(address: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Returns the page that compares runs."""
+    """Returns the URL of the page that compares runs."""
     # MLflow expects the runs to come first.
     query = {"runs": json.dumps(run_ids), "experiments": json.dumps([experiment_id]), **_WORKFLOW}
     return f"{address.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
@@ -151,31 +164,51 @@ def _page(address: str, path: str, **query: str) -> str:
     return f"{address.rstrip('/')}/#/{path}?{urlencode({**_WORKFLOW, **query})}"
 
 
-def image_markdown(run_id: str, file_name: str, title: str) -> str:
-    """Returns Markdown that shows an artifact of a run in the description of that run."""
-    return f"![{title}](get-artifact?path={file_name}&run_uuid={run_id})"
+def page_link(url: str) -> str:
+    """Returns the link to a page in a description. It is relative, since the server's address may change."""
+    return "#" + url.partition("#")[2]
+
+
+def image_markdown(run_id: str, path: str, title: str) -> str:
+    """Returns Markdown that shows the artifact at `path` of a run in the description of that run."""
+    return f"![{title}](get-artifact?path={quote(path)}&run_uuid={run_id})"
+
+
+def thumbnail_markdown(run_id: str, name: str, title: str) -> str:
+    """Returns Markdown that shows the thumbnail of an uploaded image; `name` is its `image_name`."""
+    return image_markdown(run_id, f"images/{name}{_THUMBNAIL_SUFFIX}", title)
 
 
 # Views. MLflow stores the state of a page that a user shares in a tag of the experiment, and the URL names the tag by
 # `viewStateShareKey`. A view of our own adds columns of metrics and params to the table of runs, and puts the important
-# charts first.
+# charts first. The tags are compressed as MLflow does it, because every page loads all tags of its experiment. A filter
+# in the URL would make MLflow ignore the view, so each run has a view of its own.
 
 _VIEW_TAG = "mlflow.sharedViewState."
 _RUNS_VIEW = "trainer"
 RUNS_VIEW_TAG = _VIEW_TAG + _RUNS_VIEW
 """Tag of an experiment that holds `runs_view`."""
 _COLUMNS = ("method.kind", "method.rank", "optimizer.lr", "steps", "dataset.kind")
+# One run: on a laptop's screen, the first row of images begins below the curves and shows four whole thumbnails.
+_LAYOUT_OF_RUN = {"val": {"columns": 2, "cardHeight": 280}, "samples": {"columns": 4, "cardHeight": 420}}
 _LOSSES_BY_TIME = tuple(f"val/loss_q{quantile}" for quantile in range(10, 100, 10))
 
 
-def children_view_tag(run_id: str) -> str:
-    """Returns the tag of an experiment that holds the `children_view` of a run."""
+def view_tag(run_id: str) -> str:
+    """Returns the tag of an experiment that holds the `run_view` or `children_view` of a run, see `charts_url`."""
     return _VIEW_TAG + run_id
 
 
 def runs_view() -> str:
     """Returns the view of all runs of an experiment, the newest first."""
     return _view(_COLUMNS, (), 0, order_by="attributes.start_time", ascending=False)
+
+
+def run_view(run_id: str, images: Sequence[str], step: int) -> str:
+    """Returns the view of one run: held-out curves, the `images` (keys) of `step`, and then the other curves."""
+    # Sorted by time, a run that has a parent would be hidden below it. The list of runs would displace the images.
+    search_filter = f"attributes.run_id = '{run_id}'"
+    return _view(_COLUMNS, images, step, search_filter, "metrics.`val/loss`", show_runs=False, layout=_LAYOUT_OF_RUN)
 
 
 def children_view(run_id: str, params: Sequence[str], images: Sequence[str], step: int) -> str:
@@ -194,6 +227,8 @@ def _view(
     search_filter: str = "",
     order_by: str = "",
     ascending: bool = True,
+    show_runs: bool = True,
+    layout: Mapping[str, dict[str, int]] | None = None,
 ) -> str:
     charts = [_line_chart("val", "val/loss"), _line_chart("val", "val/psnr")]
     charts += [_image_chart(key, step) for key in images]
@@ -202,8 +237,8 @@ def _view(
         "val": "val",
         "samples": "samples",
         "train": "train",
-        "perf": "perf",
         "quantiles": "val/loss by time",
+        "perf": "perf",
     }
     state = {
         "searchFilter": search_filter,
@@ -214,6 +249,7 @@ def _view(
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": ["metrics.`val/loss`", "metrics.`val/psnr`", *(f"params.`{name}`" for name in params)],
+        "runListHidden": not show_runs,
         "isAccordionReordered": True,
         "compareRunSections": [
             {
@@ -223,12 +259,13 @@ def _view(
                 "isReordered": True,
                 "deleted": False,
                 "isGenerated": True,
+                **(layout or {}).get(key, {}),
             }
             for key, name in sections.items()
         ],
         "compareRunCharts": charts,
     }
-    return json.dumps(state)
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
 
 
 def _chart(kind: str, section: str, name: str) -> dict[str, Any]:

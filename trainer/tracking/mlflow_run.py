@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trainer.tracking import journal, mlflow_internals
 from trainer.tracking.mlflow_note import read_note
+from trainer.tracking.mlflow_result import DESCRIPTION, MAX_TEXT_LENGTH, RunResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,15 +28,13 @@ MAX_METRICS = 1000
 """Maximum number of metrics in one request, a limit of MLflow."""
 MAX_PARAM_LENGTH = 6000
 """Maximum number of characters in the value of a param, a limit of MLflow."""
-MAX_TEXT_LENGTH = 8000
-"""Maximum number of characters in a tag or description, a limit of MLflow."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunDetails:
-    """Everything that MLflow shows of a run except metrics and images, in a form that MLflow accepts.
+    """Everything that MLflow shows about a run except metrics and images, in a form that MLflow accepts.
 
     `folder` is the absolute path of the run folder.
     """
@@ -57,10 +56,12 @@ class RunDetails:
         description: str,
         parent: str | None,
     ) -> Self:
-        """Cleans up names, shortens values and adds the tags that identify the run; see `Tracking.open`."""
+        """Returns the details in a form that MLflow accepts, with the tags that identify the run.
+
+        For the arguments see `Tracking.open`."""
         folder = folder.resolve()
         host = socket.gethostname()
-        # The default of trainer.folder_id is the place of the folder.
+        # The default of trainer.folder_id is the location of the folder.
         own = {"trainer.folder": str(folder), "trainer.host": host, "trainer.folder_id": f"{host}:{folder}"}
         if parent:
             own["mlflow.parentRunId"] = parent
@@ -107,8 +108,8 @@ def describe_run(client: MlflowClient, run: Run, details: RunDetails) -> None:
     params = [Param(key, value) for key, value in details.params.items() if key not in known]
     tags = {**_source_tags(), **details.tags}
     # The user may have edited the description in the UI, so an existing one stays.
-    if details.description and "mlflow.note.content" not in run.data.tags:
-        tags["mlflow.note.content"] = details.description
+    if details.description and DESCRIPTION not in run.data.tags:
+        tags[DESCRIPTION] = details.description
     client.log_batch(
         run.info.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True
     )
@@ -119,12 +120,15 @@ class RemoteRun:
     """Sends a journal to an MLflow run.
 
     `run` is what MLflow has at the moment. After an exception it is unknown what MLflow has, so the object is useless:
-    get the run again and create a new object.
+    get the run again and create a new object. With `shows_result` the description and the view of the run follow its
+    measurements.
     """
 
-    def __init__(self, client: MlflowClient, run: Run):
+    def __init__(self, client: MlflowClient, run: Run, shows_result: bool):
         self.client = client
         self.run_id: str = run.info.run_id
+        self._info = run.info
+        self._result = RunResult() if shows_result else None
         self._offset = 0
         # Each metric is sent in the order of its steps and each batch arrives whole, so the latest step tells what has
         # arrived.
@@ -135,14 +139,16 @@ class RemoteRun:
     def send(self, path: Path) -> Iterator[int]:
         """Sends the records of the journal at `path` that MLflow does not have.
 
-        Yields after each answer of MLflow: 0 if more is to be sent, else the number of bytes of the journal that MLflow
-        has received.
+        Yields 0 whenever MLflow has received metrics or an image, and at the end the number of bytes of the journal
+        that it has received.
         """
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
         for offset, record in journal.read_records(path, self._offset):
             self._offset = offset
+            if self._result:
+                self._result.add(record)
             if record["kind"] == journal.METRICS:
                 step, milliseconds = record["step"], round(record["time"] * 1000)
                 for key, value in record["values"].items():
@@ -161,28 +167,46 @@ class RemoteRun:
             yield 0
         # Images come last, one request each: if MLflow refuses them, it has the metrics all the same.
         for record in self._unsent_images:
-            self._send_image(path.parent, record)
-            yield 0
+            if self._send_image(path.parent, record):
+                yield 0
         self._unsent_images.clear()
+        if self._result and self._result.is_new:
+            self._show_result(self._result)
         yield self._offset
 
     def _send_metrics(self, metrics: list[Metric]) -> None:
         self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
 
-    def _send_image(self, folder: Path, record: dict[str, Any]) -> None:
+    def _send_image(self, folder: Path, record: dict[str, Any]) -> bool:
+        """Returns whether the image was sent; it is not if MLflow has it already or if the file is damaged."""
         if self._sent_images is None:
             self._sent_images = mlflow_internals.uploaded_images(self.client, self.run_id)
         name = mlflow_internals.image_name(record["key"], record["step"], record["time"])
         if name in self._sent_images:
-            return
+            return False
+        try:
+            encoded = mlflow_internals.encode_image(folder / record["path"])
+        except Exception as error:  # a missing or damaged image stays so: trying again would never end
+            log.warning("MLflow does not get the image %s: %s.", record["path"], root_cause(error))
+            return False
+        # If the disk for temporary files is full, the image is sent later like all else that is missing.
         with tempfile.TemporaryDirectory() as temporary:
-            try:
-                image_files = mlflow_internals.write_image_files(folder / record["path"], Path(temporary), name)
-            except Exception as error:  # a missing or damaged image stays so: trying again would never end
-                log.warning("MLflow does not get the image %s: %s.", record["path"], root_cause(error))
-                return
+            image_files = mlflow_internals.write_image_files(encoded, Path(temporary), name)
             mlflow_internals.upload_image(self.client, self.run_id, image_files, first=not self._sent_images)
         self._sent_images.add(name)
+        return True
+
+    def _show_result(self, result: RunResult) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            result.show(self.client, self._info, self._sent_images or set())
+        except MlflowException as error:
+            # Without permission to change the tags of the experiment, for example, trying again would never end.
+            if error.get_http_status_code() not in (400, 403):
+                raise
+            log.warning("MLflow does not show the result of this run in its description: %s.", root_cause(error))
+            self._result = None
 
 
 def clean_name(name: str) -> str:

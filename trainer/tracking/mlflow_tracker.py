@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trainer.core import errors
-from trainer.tracking import mlflow_internals, mlflow_store
+from trainer.tracking import RESULT, mlflow_internals, mlflow_store
 from trainer.tracking.journal import FILE_NAME, IMAGE, Journal, read_records
 from trainer.tracking.mlflow_note import read_note, run_ids, write_note
 from trainer.tracking.mlflow_run import RemoteRun, RunDetails, clean_name, describe_run, find_run, root_cause, shorten
@@ -27,7 +27,7 @@ PERIOD = 2.0
 MAX_PAUSE = 60.0
 """Maximum seconds between two attempts while MLflow does not answer. The pause starts at twice PERIOD and doubles."""
 PATIENCE = 20.0
-"""Seconds without an answer from MLflow after which the end of a run stops waiting for it."""
+"""Seconds without progress after which the end of a run stops waiting for MLflow."""
 PATIENCE_INTERRUPTED = 2.0
 """Seconds in total that an interrupted run waits for MLflow, since it has to save and exit within seconds."""
 
@@ -50,7 +50,7 @@ class MLflowTracker(Tracker):
         self._details = details
         self._failing = False
         self._sent = 0  # bytes of the journal that MLflow has received
-        self._last_answer = time.monotonic()
+        self._last_progress = time.monotonic()
         self._final_status: str | None = None
         self._abandoned = False
         self._wake = threading.Event()
@@ -70,7 +70,7 @@ class MLflowTracker(Tracker):
             if self._final_status == "KILLED":
                 deadline = begin + PATIENCE_INTERRUPTED
             else:
-                deadline = max(begin, self._last_answer) + PATIENCE
+                deadline = max(begin, self._last_progress) + PATIENCE
             if time.monotonic() > deadline:
                 self._abandon()
                 return
@@ -89,7 +89,7 @@ class MLflowTracker(Tracker):
         address = mlflow_store.page_address(self.uri)
         urls = {
             "summary": mlflow_internals.run_url(address, self.experiment_id, self.run_id),
-            "curves and pictures": mlflow_internals.children_url(address, self.experiment_id, self.run_id),
+            "curves and pictures": mlflow_internals.charts_url(address, self.experiment_id, self.run_id),
         }
         if runs := run_ids(folders, self.experiment_id):
             urls["comparison"] = mlflow_internals.comparison_url(address, self.experiment_id, runs)
@@ -119,7 +119,7 @@ class MLflowTracker(Tracker):
             view = mlflow_internals.children_view(
                 self.run_id, [clean_name(name) for name in varied], *_last_images(folders)
             )
-            client.set_experiment_tag(self.experiment_id, mlflow_internals.children_view_tag(self.run_id), view)
+            client.set_experiment_tag(self.experiment_id, mlflow_internals.view_tag(self.run_id), view)
         except Exception as error:  # the runs are complete and the tables are written, whatever fails here
             log.warning(
                 "MLflow at %s: %s. It does not have the summary of this sweep; run the same command again to send it.",
@@ -138,13 +138,17 @@ class MLflowTracker(Tracker):
                 if remote is None:
                     remote = self._open()
                 for offset in remote.send(self._journal):
-                    self._sent, self._last_answer = offset or self._sent, time.monotonic()
+                    if offset:
+                        self._sent = offset
+                    else:
+                        self._last_progress = time.monotonic()
+                if final_status:
+                    remote.client.set_terminated(remote.run_id, final_status)
+                    self._write_note(status=final_status, sent=self._sent)
                 if self._failing:
                     log.info("MLflow at %s answers again and has received everything.", self.uri)
                     self._failing = False
                 if final_status:
-                    remote.client.set_terminated(remote.run_id, final_status)
-                    self._write_note(status=final_status, sent=self._sent)
                     return
                 pause = PERIOD
             except Exception as error:  # training must not notice any failure here
@@ -165,7 +169,7 @@ class MLflowTracker(Tracker):
     def _open(self) -> RemoteRun:
         """Finds or creates the run in MLflow."""
         client, self.experiment_id = mlflow_store.connect(self.uri, self._experiment)
-        self._last_answer = time.monotonic()
+        self._note_answer()
         run = find_run(client, self.uri, self.experiment_id, self._details)
         if run is None:
             run = client.create_run(self.experiment_id, self._start_time(), self._details.tags, self._details.name)
@@ -174,8 +178,16 @@ class MLflowTracker(Tracker):
         describe_run(client, run, self._details)
         with contextlib.suppress(Exception):  # cleaning up after other runs must not keep this run from being shown
             mlflow_store.end_dead_runs(client, self.experiment_id, self.run_id)
-        self._last_answer = time.monotonic()
-        return RemoteRun(client, run)
+        self._note_answer()
+        return RemoteRun(client, run, RESULT in self._details.description)
+
+    def _note_answer(self) -> None:
+        """Extends the patience with MLflow, unless something has failed: a store may answer but refuse what is written.
+
+        Otherwise, only what it receives extends the patience.
+        """
+        if not self._failing:
+            self._last_progress = time.monotonic()
 
     def _start_time(self) -> int | None:
         """Returns the time of the first record in milliseconds, which may be long before MLflow answered."""

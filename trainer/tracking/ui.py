@@ -1,4 +1,4 @@
-"""`python -m trainer.tracking.ui` serves the MLflow UI for the runs in a folder and prints a link to them."""
+"""`python -m trainer ui` serves the MLflow UI for the runs in a folder and prints a link to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from trainer.core import errors
 from trainer.tracking.mlflow import MLflow
@@ -23,18 +23,19 @@ from trainer.tracking.mlflow_store import HOST, PORT, connect, resolve_uri
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves the UI until Ctrl-C and returns 0, or until the server exits by itself and returns its exit code."""
+    """Serves the UI until Ctrl-C and returns 0, or until the server exits by itself and returns its exit code.
+
+    `arguments` are those after `python -m trainer ui`. Raises errors.TrainerError.
+    """
     options = _parser().parse_args(arguments)
     try:
         settings = MLflow(experiment=options.experiment, uri=options.uri)
         uri = resolve_uri(settings.uri, options.out)
         _, experiment_id = connect(uri, settings.experiment)
-    except errors.TrainerError as error:
-        print(error, file=sys.stderr)
-        return error.code
+    except (errors.TrainerError, ModuleNotFoundError):
+        raise
     except Exception as error:  # errors of MLflow and SQLAlchemy have no common base class
-        print(f"The MLflow store at {uri} could not be opened: {error}", file=sys.stderr)
-        return errors.StorageError.code
+        raise errors.StorageError(f"The MLflow store at {uri} could not be opened: {error}") from error
     if uri.startswith("http"):
         print(f"MLflow UI: {runs_url(uri, experiment_id)}")
         return 0
@@ -46,9 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    def refuse(message: str) -> NoReturn:
+        raise errors.UsageError(
+            f"ui: {message}; type for example python -m trainer ui --out FOLDER (ui --help lists the options)."
+        )
+
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.tracking.ui", description="Serve the MLflow UI for the runs in a folder."
+        prog="python -m trainer ui", description="Serve the MLflow UI for the runs in a folder."
     )
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--uri", help="tracking.uri of the runs (default: sqlite:///<out>/mlflow.db)")
     parser.add_argument("--experiment", default="trainer", help="tracking.experiment to open (default: trainer)")
@@ -104,10 +111,10 @@ def free_port(first: int) -> int:
     for port in range(first, first + 100):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 probe.bind((HOST, port))
                 return port
-    raise OSError(f"no free port from {first} to {first + 99}")
+    raise errors.UsageError(f"No port from {first} to {first + 99} is free; type --port NUMBER, up to 65535.")
 
 
 def answers(address: str) -> bool:
@@ -118,5 +125,11 @@ def answers(address: str) -> bool:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # during the import of MLflow, which takes seconds
+    # `python -m trainer.tracking.ui` was the command before `python -m trainer ui`.
+    try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(0)
+    except errors.TrainerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)

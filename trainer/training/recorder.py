@@ -55,6 +55,17 @@ class Recorder:
         number = 1 + self.journal.counts["attempt"]
         self.journal.log_event("attempt", number=number, start=step, counts=counts, machine=environment)
 
+    def print_evaluation(self, step: int, measured: dict[str, float], state: TrainingState) -> None:
+        """Prints what an evaluation measured, or where its images are if it measured nothing."""
+        texts = []
+        if state.val_loss is not None:
+            texts.append(f"held-out loss {state.val_loss:.4f}")
+            if state.best is not None:
+                texts.append(f"best {state.best:.4f}")
+        if "val/psnr" in measured:
+            texts.append(f"psnr {measured['val/psnr']:.2f}")
+        print_line(f"step {step}: {', '.join(texts) or f'no held-out samples, images {self.folder / "pictures"}'}")
+
     def log_nonfinite(self, step: Step, sample_ids: list[str]) -> None:
         values = {"loss": step.loss, "grad_norm": step.grad_norm}
         self.journal.log_event("not_finite", step=step.number, samples=sample_ids, **values)
@@ -77,8 +88,6 @@ class Recorder:
         names = {name: name.removeprefix("system/").removesuffix("_gib").replace("_", " ") for name in memory}
         print_line(", ".join(f"{names[name]} {value:.2f} GiB" for name, value in memory.items()))
         print_line(f"images {self.folder / 'pictures'}, curves {self.folder / 'training_curves.png'}")
-        if page := self.run.tracking.page(Path(self.run.out)):
-            print_line(f"compare runs: {page}")
         for path in exports:
             print_line(f"exported {path}")
 

@@ -13,6 +13,7 @@ from trainer.config.groups import option_name
 from trainer.config.identity import flatten, to_plain
 from trainer.config.schema import Run
 from trainer.core.console import print_line
+from trainer.tracking import RESULT
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
 from trainer.training.run_folder import RunFolder
@@ -46,10 +47,26 @@ def open_tracker(
 
 
 def send_missing_records(run: Run, run_folder: RunFolder, overrides: Sequence[str], parent_run: str | None) -> None:
-    """Sends the rest of a finished run to the tracker, which may have been unavailable during training."""
+    """Sends the rest of a finished run to the tracker, which may have been unavailable during training.
+
+    Prints the pages of the run.
+    """
     if not run.tracking.is_complete(run_folder.path):
         with Journal(run_folder.path) as journal, open_tracker(run, run_folder, journal, overrides, parent_run):
             print_line("sending the rest of this run to the tracker")
+    print_pages(run, run_folder.path)
+
+
+def print_pages(run: Run, folder: Path) -> None:
+    """Prints where the tracker shows the run in `folder`; nothing if there is no tracker."""
+    page = run.tracking.page(Path(run.out))
+    links = run.tracking.links(folder)
+    for title, url in links.items():
+        print_line(f"{title}: {url}")
+    if page and not links:
+        print_line(f"compare runs: {page}")
+    elif page and not page.startswith("http"):
+        print_line(f"these pages are served by: {page}")
 
 
 def run_title(run: Run, id: str, overrides: Sequence[str]) -> str:
@@ -65,7 +82,7 @@ def run_title(run: Run, id: str, overrides: Sequence[str]) -> str:
 
 
 def shorten_overrides(overrides: Sequence[str]) -> str:
-    """`optimizer.lr=1e-4 method.rank=4` -> `lr=1e-4 rank=4`, for narrow columns. Ambiguous keys stay complete."""
+    """Shortens `optimizer.lr=1e-4 method.rank=4` to `lr=1e-4 rank=4`. Ambiguous keys stay complete."""
     last_parts = Counter(text.partition("=")[0].rpartition(".")[2] for text in overrides)
     shortened = []
     for text in overrides:
@@ -110,10 +127,13 @@ def describe_run(run: Run, folder: Path, counts: str) -> str:
     """Returns the Markdown text at the top of the run's page."""
     source = f" from `{run.dataset.path}`" if run.dataset.path else ""
     return (
+        f"{RESULT}\n\n"
         f"**{option_name(run.method)}** on `{run.model.path}` with **{option_name(run.dataset)}** data{source}: "
         f"{counts}.\n\n"
         "Judge by **val/loss** (held-out samples with fixed noise and times; lower is better; comparable between runs) "
         "and **val/psnr** (generated images against targets, in dB; higher is better). "
-        "Images: *Model metrics > samples*, with a slider for the step; the corner of a card enlarges it.\n\n"
+        "*Images and curves* above opens the samples of the last step, with a slider for the step; a click on an image "
+        "enlarges it. If *GenAI* is selected at the top left, as MLflow does when a run is opened from its list, click "
+        "*Model training* once; the browser remembers it.\n\n"
         f"Folder: `{folder.absolute()}`"
     )
