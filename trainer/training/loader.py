@@ -1,4 +1,4 @@
-"""Reads the batches of a run, in worker processes if asked to."""
+"""Reads the batches of a run ahead, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from trainer.training.batches import Batches
 
 STALL_TIMEOUT = 600
-"""Seconds without an item after which the workers count as hanging."""
+"""Seconds without an item after which the workers are considered stuck."""
 POLL_INTERVAL = 2
-"""Seconds between two checks whether the workers are alive, while one waits for an item."""
+"""Seconds between two checks that the workers are alive, while waiting for an item."""
 
 
 def load_batches(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -81,9 +81,6 @@ class _ErrorsAsItems:
     """The batches, with errors returned as items: torch would wrap an exception of a worker in its traceback."""
 
     batches: Batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     def __getitem__(self, step: int) -> tuple[int, list[Batch]] | TrainerError:
         try:
