@@ -1,8 +1,9 @@
-# `make help` lists the targets.
+# `make help` lists the targets. ARGS="..." adds arguments to a command: make train ARGS="method.rank=4 steps=50"
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUT ?= runs
+ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all faults ui pictures bench mini format lint hooks
@@ -16,28 +17,29 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+	@echo 'Installed in .venv. Type once per terminal: . .venv/bin/activate'
 
 setup: $(READY)  ## create .venv and install the pinned dependencies
 
-train: $(READY)  ## run the default training: a LoRA on the model that ships with the program
-	$(BIN)/python -m trainer
+train: $(READY)  ## run the default training, a LoRA on the model that ships with the program (ARGS="method.rank=4 steps=50")
+	$(BIN)/python -m trainer $(ARGS)
 
-test: $(READY)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2
+test: $(READY)  ## run the tests, without the slow ones (ARGS="tests/test_config.py")
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-all: $(READY)  ## run all tests, including the slow ones
-	$(BIN)/python -m pytest -n 2 -m ''
+	$(BIN)/python -m pytest -n 2 -m '' $(ARGS)
 
 faults: $(READY)  ## kill, starve and corrupt some 400 runs (about half an hour) and print how many survived
 	$(BIN)/python tests/test_faults.py
 
-ui: $(READY)  ## serve the MLflow UI for the runs in OUT (default: runs)
-	$(BIN)/python -m trainer.tracking.ui --out $(OUT)
+ui: $(READY)  ## serve the MLflow UI for the runs in OUT (default: runs; ARGS="--port 5001")
+	$(BIN)/python -m trainer ui --out $(OUT) $(ARGS)
 
 pictures: $(READY)  ## regenerate the images and curves of the README (about nine minutes on one core)
 	$(BIN)/python -m bench.pictures
 
-bench: $(READY)  ## measure performance and update the table in the README (about a quarter of an hour on two idle cores)
+bench: $(READY)  ## measure performance and update docs/BENCHMARKS.md (about a quarter of an hour on two idle cores)
 	$(BIN)/python -m bench.speed
 
 mini: $(READY)  ## train the model that ships with the program from scratch (a few hours on two cores)

@@ -1,7 +1,7 @@
 """Measures the speed and memory of the program as ratios to a reference that is measured at the same time.
 
 `make bench` measures everything, which takes about a quarter of an hour on two idle cores, and updates the table in
-README.md. `python -m bench.speed startup memory` measures only these parts and only prints the table.
+docs/BENCHMARKS.md. `python -m bench.speed startup memory` measures only these parts and only prints the table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bench.process import Usage, run, run_until, trainer_command
 if TYPE_CHECKING:
     from bench.race import Turn
 
-README, MARKER = Path(__file__).parents[1] / "README.md", "<!-- bench -->"
+REPORT, MARKER = Path(__file__).parents[1] / "docs" / "BENCHMARKS.md", "<!-- bench -->"
 BARE = Path(__file__).parent / "bare.py"
 WITHOUT_BITSANDBYTES = (
     "import sys, runpy; sys.modules['bitsandbytes'] = None; sys.argv = sys.argv[1:]; "
@@ -303,7 +303,7 @@ def main() -> None:
         nargs="*",
         choices=[[], *PARTS],
         metavar="PART",
-        help=f"what to measure: {', '.join(PARTS)}; default: everything, to update the README",
+        help=f"what to measure: {', '.join(PARTS)}; default: everything, to update docs/BENCHMARKS.md",
     )
     selected = parser.parse_args().parts
     table = [describe_machine(), "", HEADER]
@@ -314,7 +314,7 @@ def main() -> None:
                 table.append(str(row))
                 print(row, flush=True)
     if not selected:
-        README.write_text(replace_table(README.read_text(), table))
+        REPORT.write_text(replace_table(REPORT.read_text(), table))
 
 
 def replace_table(text: str, lines: list[str]) -> str:

@@ -62,7 +62,7 @@ def test_measured_memory_is_that_of_the_command_alone():
 
 
 def test_the_new_table_replaces_the_old_one():
-    readme = speed.README.read_text()
-    assert readme.count(speed.MARKER) == 2
-    once = speed.replace_table(readme, ["| old |"])
+    report = speed.REPORT.read_text()
+    assert report.count(speed.MARKER) == 2
+    once = speed.replace_table(report, ["| old |"])
     assert speed.replace_table(once, ["| new |"]) == once.replace("| old |", "| new |")
