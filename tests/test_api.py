@@ -137,8 +137,8 @@ def test_runs_outside_the_main_thread(result: trainer.TrainingResult, settings: 
         (["seed=1,2"], r"several values are a sweep"),
         (["sweep=lr_x_rank"], r"call trainer\.train\(\) in a loop"),
         (["hydra.mode=MULTIRUN"], r"call trainer\.train\(\) in a loop"),
-        ("steps=20", "a list of texts"),
-        ([20], "a list of texts"),
+        ("steps=20", "a list of strings"),
+        ([20], "a list of strings"),
     ],
 )
 def test_mistakes_raise_usage_errors(

@@ -132,10 +132,10 @@ def test_on_fault_skip_leaves_bad_samples_out_and_records_them(harness: Harness,
     checked = check(harness, "imagefolder", folder, *skip)
     assert checked.code == 0
     assert "8 faults in 16 samples" in checked.output and "left out" in checked.output
-    # With a mended image it is another dataset, so the run does not continue.
+    # With a repaired image it is a different dataset, so the run does not continue.
     random_image(0).save(folder / "images" / "0.jpg")
     refused = harness.run(out, *settings, "fresh=false")
-    assert refused.code == 64 and "started with other data" in refused.output
+    assert refused.code == 64 and "started with different data" in refused.output
 
 
 def test_one_image_in_several_formats_is_read_alike(harness: Harness, folder: Path):

@@ -105,7 +105,7 @@ def _execute(
 def _check_overrides(stage: str, overrides: Sequence[str]) -> list[str]:
     """Returns the overrides as a list. Raises errors.UsageError."""
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        raise UsageError(f'Overrides are a list of texts: type trainer.{stage}(["method.rank=4", "steps=20"]).')
+        raise UsageError(f'Overrides are a list of strings: type trainer.{stage}(["method.rank=4", "steps=20"]).')
     for text in overrides:
         if text.startswith("-"):
             raise UsageError(

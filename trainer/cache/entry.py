@@ -54,7 +54,7 @@ def verify(name: str, key: str, value: Tensor, data: bytes) -> None:
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     header = json.loads(metadata["entry"])
     if (header["part"], header["key"]) != (name, key):
-        raise ValueError("it is the entry of another name")
+        raise ValueError("it belongs to a different entry")
     if header["sha256"] != _digest(header, value):
         raise ValueError("its digest does not match its content")
     if not torch.isfinite(value).all():

@@ -119,7 +119,7 @@ def _check_precision(run: Run) -> None:
         )
     if storage.is_quantized and not run.method.freezes:
         raise UsageError(
-            f"precision={storage.name} quantizes frozen weights, and method={option_name(run.method)} freezes none; "
+            f"precision={storage.name} quantizes frozen weights, but method={option_name(run.method)} freezes none; "
             f"type method=lora, or precision={Storage(compute.value).name}"
         )
 
@@ -130,7 +130,7 @@ def _check_stochastic_rounding(run: Run) -> None:
     storage = run.precision.storage
     if storage is not Storage.bf16:
         raise UsageError(
-            f"method.master_weights=none rounds updates to bfloat16, and precision={storage.name} is another type; "
+            f"method.master_weights=none rounds updates to bfloat16, but precision={storage.name} is a different type; "
             "type precision=bf16, or method.master_weights=fp32"
         )
     if run.optimizer.updates_jointly:

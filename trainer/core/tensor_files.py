@@ -79,5 +79,5 @@ def check_safetensors(path: Path) -> None:
             pass
     except (OSError, safetensors.SafetensorError) as error:
         raise errors.DataError(
-            f"{path} is not a valid safetensors file ({error}). Restore it, or type another."
+            f"{path} is not a valid safetensors file ({error}). Restore it, or type a different one."
         ) from error

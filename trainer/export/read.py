@@ -51,7 +51,8 @@ def read_adapter(path: Path, family: Family, scale: float = 1.0) -> dict[str, La
     except (ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
-            f"{path} holds no LoRA that diffusers can read for this model ({reason[0]}); type another method.init_from"
+            f"{path} holds no LoRA that diffusers can read for this model ({reason[0]}); "
+            "type a different method.init_from"
         ) from error
 
 

@@ -32,7 +32,7 @@ class SoftPromptFormat(ExportFormat):
         }
         if all(torch.equal(tensor, initial[name]) for name, tensor in weights.items()):
             raise DataError(
-                f"The soft prompt for {path} equals the one that training started with; type another optimizer.lr"
+                f"The soft prompt for {path} equals the one that training started with; type a different optimizer.lr"
             )
         dtype = (run.export.dtype or Dtype.float32).torch
         expected = {name: tensor.to(dtype) for name, tensor in weights.items()}

@@ -60,7 +60,7 @@ def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.T
         if run.method.is_adapter and is_noop(network):
             raise DataError(
                 f"The adapter for {folder} changes nothing: training has not moved its weights. Look at "
-                "train/grad_norm and train/lr in the run's metrics.csv, and type another optimizer.lr"
+                "train/grad_norm and train/lr in the run's metrics.csv, and type a different optimizer.lr"
             )
         for format in formats:
             FORMATS[format].write(run, network, folder / format.value)

@@ -44,7 +44,7 @@ def _check_layers(
     ]
     if differences:
         raise UsageError(
-            f"method.init_from={source} adapts other layers than method.targets: {'; '.join(differences)}. "
+            f"method.init_from={source} adapts different layers from method.targets: {'; '.join(differences)}. "
             f"Type method.targets=[{','.join(_shortest_targets(adapters, network))}]"
         )
 

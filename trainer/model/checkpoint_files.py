@@ -62,7 +62,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be read ({error}), so its folder is not a checkpoint of this model; type another model.path"
+            f"{path} cannot be read ({error}), so its folder is not a checkpoint of this model; "
+            "type a different model.path"
         ) from error
 
 
@@ -75,7 +76,7 @@ def folder_digest(folder: Path, digests: Digests) -> str:
     """Returns a digest of the names and contents of a component's files. Raises errors.WeightsError, DataError."""
     if not folder.is_dir():
         raise WeightsError(
-            f"{folder.parent} has no folder {folder.name}/, so it is not a checkpoint of this model; type another "
+            f"{folder.parent} has no folder {folder.name}/, so it is not a checkpoint of this model; type a different "
             "model.path"
         )
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in SUFFIXES)

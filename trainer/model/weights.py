@@ -139,7 +139,7 @@ def load_weights(
                 tensor = read(full_name)
                 if tensor.shape != parameter.shape:
                     raise DataError(
-                        f"the weights' {full_name} has shape {tuple(tensor.shape)}, and the config says "
+                        f"the weights' {full_name} has shape {tuple(tensor.shape)}, but the config says "
                         f"{tuple(parameter.shape)}"
                     )
                 setattr(layer, own_name, torch.nn.Parameter(tensor.to(device, dtype)))

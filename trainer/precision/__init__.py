@@ -73,7 +73,7 @@ class Precision:
         if len(unusual) > sum(kind in ("int8", "4-bit") for kind in kinds):
             raise UsageError(
                 f"the checkpoint's weights are quantized ({', '.join(sorted(set(unusual)))}) in a way that is not "
-                "supported: float8 and the 4-bit and 8-bit layers of bitsandbytes are; type another model.path"
+                "supported: float8 and the 4-bit and 8-bit layers of bitsandbytes are; type a different model.path"
             )
         if kinds and self.storage is not Storage.native:
             raise UsageError(

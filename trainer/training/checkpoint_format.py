@@ -133,14 +133,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     data = _read(folder / MANIFEST)
     body = data.partition(b"\n")[0]
     if data != _with_digest(body):
-        raise DataError(f"{MANIFEST} is torn or altered")
+        raise DataError(f"{MANIFEST} is incomplete or altered")
     try:
         manifest = json.loads(body)
         step, schema, entries = manifest["step"], manifest["schema"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{MANIFEST} cannot be read: {error!r}") from None
     if schema != SCHEMA:
-        raise DataError(f"it has the format {schema!r}, and this version of the program reads {SCHEMA}")
+        raise DataError(f"it has the format {schema!r}, but this version of the program reads {SCHEMA}")
     if step != step_of(folder) or not isinstance(entries, dict):
         raise DataError(f"{MANIFEST} is that of step {step}")
     return manifest
@@ -177,7 +177,7 @@ def _read(path: Path, expected_size: int | None = None) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path.name} is not a file")
             if expected_size is not None and status.st_size != expected_size:
-                raise DataError(f"{path.name} has {status.st_size} bytes, and {expected_size} were saved")
+                raise DataError(f"{path.name} has {status.st_size} bytes, but {expected_size} were saved")
             return path.read_bytes()
         except OSError as error:
             if error.errno in _DAMAGE_ERRNOS:

@@ -82,7 +82,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
 def _check_digests(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     if changes := differences(old, new):
         raise UsageError(
-            f"{folder} started with other data, weights or another program version "
+            f"{folder} started with different data, weights or program version "
             f"({'; '.join(_shorten_digests(change) for change in changes)}). "
             "Continuing would mix two runs: type fresh=true to start a new one, or restore what changed"
         )
@@ -113,7 +113,7 @@ def _resumed_folder(run: Run, settings: dict[str, Any]) -> tuple[Path, Path | No
         return _latest_folder(Path(run.out), longer_id, fresh=False), folder
     if changes:
         raise UsageError(
-            f"resume={run.resume} continues exactly the run in {folder}, which has other settings: "
+            f"resume={run.resume} continues exactly the run in {folder}, whose settings differ: "
             f"{'; '.join(changes)}. Type the settings of that run (only steps may be larger), or leave out resume to "
             "start another run"
         )

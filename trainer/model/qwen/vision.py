@@ -41,6 +41,6 @@ def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
         return Qwen2VLImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder} cannot be read ({error}), so it is not part of a checkpoint of this model; type another "
+            f"{folder} cannot be read ({error}), so it is not part of a checkpoint of this model; type a different "
             "model.path"
         ) from error
