@@ -186,7 +186,7 @@ def test_process_killed_while_creating_the_database_leaves_none(tmp_path: Path):
 def test_ui_command_prints_a_link_to_the_runs_and_ends_its_server(tmp_path: Path):
     occupied = socket.create_server(("127.0.0.1", 0))
     first = occupied.getsockname()[1]
-    command = [sys.executable, "-m", "trainer.tracking.ui", "--out", str(tmp_path), "--port", str(first)]
+    command = [sys.executable, "-m", "trainer", "ui", "--out", str(tmp_path), "--port", str(first)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()

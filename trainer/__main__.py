@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from trainer.core import redaction
 from trainer.core.errors import FollowerExit, Interrupted, TrainerError, UsageError
 from trainer.core.files import full_disk_errors
+from trainer.core.installation import missing_package
 from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.core.version import __version__
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == ["ui"]:
+            return serve_ui(arguments[1:])
         with full_disk_errors(), Signals() as signals, ExitStack() as deferral:
             # Hydra and OmegaConf may lose or change an exception that a signal raises inside them.
             deferral.enter_context(signals.deferred())
@@ -52,11 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         return report_bug(error)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (reason := missing_package(error)):
+            print_error(str(reason))
+            return reason.code
         return report_bug(error)
 
 
+def serve_ui(arguments: list[str]) -> int:
+    """Runs `python -m trainer ui` with these arguments. Returns the exit code."""
+    try:
+        # Importing MLflow takes seconds, in which Ctrl-C ends the program, too.
+        from trainer.tracking import ui
+
+        return ui.main(arguments)
+    except KeyboardInterrupt:
+        return 0
+
+
 def run_command(arguments: list[str], signals: Signals, deliver_signals: Callable[[], None]) -> int:
-    """Parses the command line, and executes a run or lets Hydra do what else it asks for: a sweep, --cfg, completion.
+    """Parses the command line, and executes a run or lets Hydra do anything else: a sweep, --cfg, completion.
 
     `deliver_signals` ends the deferral of signals. It is called once Hydra has composed the configuration.
     """
@@ -118,7 +135,7 @@ def make_job(args: Namespace, signals: Signals, deliver_signals: Callable[[], No
             deliver_signals()
             return held_out_loss(execute(request.run, signals, request.overrides))
         except Exception as error:
-            # Hydra would print a message of its own for other exceptions than SystemExit.
+            # Hydra would print a message of its own for any exception but SystemExit.
             failures.append(error)
             raise SystemExit from None
 
@@ -184,7 +201,10 @@ def print_error(text: str) -> None:
 
 
 def stdout_is_closed() -> bool:
-    """Whether the reader of stdout has exited (`| head`). If so, discards further output: Python would fail at exit."""
+    """Returns whether the reader of stdout has exited (`| head`).
+
+    If so, discards further output, which would make Python fail at exit.
+    """
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))

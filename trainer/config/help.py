@@ -21,6 +21,7 @@ Fine-tune image models.
   python -m trainer stage=check           show what would be trained, without training
   python -m trainer dataset=pairs dataset.path=FOLDER method.rank=8 optimizer.lr=1e-3
   python -m trainer stage=sample run=ID   generate images with an existing run
+  python -m trainer ui                    serve the MLflow pages of the runs in runs/; ui --help lists its options
 
 The same command continues a run that was interrupted. If the run is already finished, the command says so and exits.
 Flags: --cfg job prints the settings and nothing else; --multirun runs each combination of key=a,b; --config-dir FOLDER
