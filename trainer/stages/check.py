@@ -11,13 +11,13 @@ from trainer.config.schema import Run
 from trainer.core.console import format_bytes, print_line
 from trainer.dataset.transform import TransformedSample
 from trainer.method.trainable import trainable_parameters
-from trainer.stages.data_report import report_data
+from trainer.stages.data_report import describe_many_visits, report_data
 from trainer.training.build import check_buildable, describe_precision
 from trainer.training.data import TrainingData, prepare, required_samples
 
 
 def execute(run: Run) -> None:
-    """Prints forecasts and the data report. Raises errors.DataError if the data has faults."""
+    """Prints what would be trained, and the data report. Raises errors.DataError if the data has faults."""
     data = prepare(run)
     check_buildable(run)
     network = run.model.meta_model()
@@ -49,6 +49,8 @@ def _print_length(run: Run, data: TrainingData, parameter_count: int) -> None:
         f"training    {steps} steps of {run.batch}: {epochs:.1f} epochs; "
         f"{micro_batches} micro-batch(es) of up to {micro_batch_size}"
     )
+    for line in describe_many_visits(run, data):
+        print_line(f"            {line}")
 
 
 def _print_disk_space(run: Run, data: TrainingData, trainable: int) -> None:

@@ -111,7 +111,7 @@ def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
         fitting = f"steps={fitting_steps}" + (f" batch={batch}" if batch < run.batch else "")
     return [
         f"{steps:,} steps of {run.batch} visit each of the {plural(count, 'training sample')} {visits:,.0f} times, "
-        f"which takes long and probably overfits; {fitting} would visit each about {FITTING_VISITS} times"
+        f"which takes a long time and probably overfits; {fitting} would visit each about {FITTING_VISITS} times"
     ]
 
 

@@ -16,7 +16,7 @@ from trainer.core.console import print_line
 from trainer.core.errors import UsageError
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
-from trainer.stages.data_report import describe_long_captions, describe_upscaling
+from trainer.stages.data_report import describe_long_captions, describe_many_visits, describe_upscaling
 from trainer.stages.results import TrainingResult
 from trainer.sweep.members import parent_run_id, report_folder
 from trainer.tracking.journal import Journal
@@ -104,5 +104,5 @@ def _show_data(run: Run, data: TrainingData, journal: Journal) -> None:
         )
     train_samples = data.split.train
     upscaling, long_captions = describe_upscaling(data, train_samples), describe_long_captions(run, train_samples)
-    for note in (*data.listing.notes, *upscaling, *long_captions):
+    for note in (*data.listing.notes, *upscaling, *long_captions, *describe_many_visits(run, data)):
         print_line(f"note: {note}")
