@@ -36,8 +36,11 @@ class Processes(Launcher):
         self.slots = slots
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from trainer.core.errors import UsageError
         from trainer.sweep.sweep import sweep_id
 
+        if not isinstance(self.slots, int) or self.slots < 1:
+            raise UsageError(f"hydra.launcher.slots={self.slots} must be a whole number above 0; type for example 2.")
         self.config = config
         self.deliver_signals = getattr(task_function, "deliver_signals", lambda: None)
         id = sweep_id(config.hydra.overrides.task, OmegaConf.to_container(config.hydra.sweeper))

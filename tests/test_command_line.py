@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -95,6 +96,22 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int =
         ("--config-path nowhere", "--config-dir FOLDER"),
         ("--config-name other", "--config-dir FOLDER"),
         ("-sc", "install=bash"),
+        ("experiment=[null]", r"type experiment=NAME, .*experiment=\[\] for none"),
+        ("sweep=[[lr_x_rank]]", "type sweep=NAME"),
+        ("experiment=null,smoke --multirun", r"experiment=\[\] for none"),
+        ("model=1", "an option is a name"),
+        ("method=lora,null --multirun", "an option is a name"),
+        ("model={a:1}", r"model\.a: there is no such setting"),
+        ("+sweep=lr_x_rank", r"type it without \+"),
+        ("+hydra.sweeper.params.hydra.callbacks=x", "--multirun optimizer.lr="),
+        ("hydra.launcher.slots=2", "slots=2: .*type --multirun as well"),
+        ("hydra/launcher=basic", "type --multirun as well"),
+        ("hydra.launcher.slots=0 --multirun", "type a whole number above 0"),
+        ("hydra.sweeper.max_batch_size=0 --multirun", "type a whole number above 0"),
+        ("seed=range(1,2,0) --multirun", "cannot compose .*must not be zero"),
+        ("check", "type python -m trainer stage=check"),
+        ("seed=1 ui", r"type python -m trainer ui"),
+        ("ui --nope", "--nope; type for example python -m trainer ui --out FOLDER"),
     ],
 )
 def test_mistake_is_refused_in_one_line_with_what_to_type(line: str, message: str, capfd: pytest.CaptureFixture[str]):
@@ -118,6 +135,9 @@ def test_missing_dataset_folder_is_a_data_error(capfd: pytest.CaptureFixture[str
         ("# @package _global_\noptimizer: [\n", r"mine\.yaml.*line 3"),
         ("# @package _global_\nmethod: {_target_: os.mkdir, path: trace}\n", "_target_: there is no such setting"),
         (f"# @package _global_\nname: {TOKEN}\n", "name holds an access token"),
+        ("# @package _global_\ndefaults: [mine, _self_]\n", "experiment=mine selects names itself"),
+        ("# @package _global_\ndefaults: [null]\n", "experiment=mine selects has a form that Hydra cannot compose"),
+        ("# @package _global_\nhydra: {mode: MULTIRUN, launcher: {slots: two}}\n", "slots=two must be a whole number"),
     ],
 )
 def test_mistake_in_a_user_file_is_refused_with_the_file_name(
@@ -256,6 +276,11 @@ def test_run_log_contains_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Help and tab completion
 
 
+def test_ui_has_a_help_of_its_own():
+    done = run([*PROGRAM, "ui", "--help"])
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m trainer ui ") and "--port" in done.stdout
+
+
 def test_help_lists_every_option_and_setting(capfd: pytest.CaptureFixture[str]):
     assert main(["--help", "method=full"]) == 0
     text = capfd.readouterr().out
@@ -311,6 +336,27 @@ def test_process_exits_with_the_code_of_the_error():
     done = run([*PROGRAM, "optimizer.lrr=1"])
     assert (done.returncode, done.stdout) == (errors.UsageError.code, "")
     assert done.stderr == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?\n"
+
+
+def test_missing_package_is_named_with_the_interpreter_and_what_to_type():
+    # -S hides all installed packages.
+    for arguments, package in (["stage=check"], "hydra"), (["ui"], "mlflow"):
+        done = run([sys.executable, "-S", "-m", "trainer", *arguments])
+        assert (done.returncode, done.stdout) == (errors.InstallationError.code, "")
+        assert f"package {package}, which trainer needs, is not installed" in done.stderr
+        assert sys.executable in done.stderr and len(done.stderr.splitlines()) == 1
+        assert re.search(r"activate|pip install", done.stderr)
+
+
+def test_old_interpreter_is_refused_before_modules_that_it_cannot_import():
+    old = "import sys; sys.version_info = (3, 9, 6, 'final', 0); sys.argv = ['-m']; import trainer"
+    done = run([sys.executable, "-c", old])
+    assert (done.returncode, done.stdout) == (errors.InstallationError.code, "")
+    assert re.match(r"trainer needs Python 3\.11 or newer, and \S+ is Python 3\.9\.6\. .+\n$", done.stderr)
+    imported = ("__init__", "core/__init__", "core/errors", "core/installation", "core/libraries", "core/version")
+    for name in imported:
+        source = (Path(__file__).parents[1] / "trainer" / f"{name}.py").read_text()
+        ast.parse(source, feature_version=(3, 8))
 
 
 def test_closed_stdout_is_not_an_error():

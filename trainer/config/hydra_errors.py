@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config.compose import compose_config
 from trainer.config.groups import CONF, GROUPS, option_names
+from trainer.config.schema import is_group
 from trainer.config.suggestions import all_keys, expected_type, explain_unknown_key
 from trainer.core.errors import UsageError
 
@@ -29,6 +31,30 @@ def usage_errors(args: Namespace) -> Iterator[None]:
         raise UsageError(f"A settings file is not valid YAML: {' '.join(str(error).split())}.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error, args)) from error
+    except (AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # Hydra checks the form of a defaults list and of its own settings only here and there.
+        if not _raised_by_hydra(error):
+            raise
+        raise UsageError(_explain_other(error, args)) from error
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf raised this error, themselves or in a library that they called."""
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    known = [package for package in packages if package in ("hydra", "omegaconf", "trainer", "hydra_plugins")]
+    return known[-1:] in (["hydra"], ["omegaconf"])
+
+
+def _explain_other(error: Exception, args: Namespace) -> str:
+    """Returns a message about settings whose form is so wrong that Hydra does not report it properly."""
+    selected = " ".join(text for text in args.overrides if is_group(text.lstrip("+").partition("=")[0]))
+    where = f"A settings file that {selected} selects" if selected else "A settings file or an argument"
+    if isinstance(error, RecursionError):
+        return f"{where} names itself in its defaults list, directly or through other files, or is nested too deeply."
+    if isinstance(error, UnicodeDecodeError):
+        return f"{where} is not UTF-8 text ({error})."
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{where} has a form that Hydra cannot compose ({reason})."
 
 
 def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> str:
@@ -52,10 +78,13 @@ def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> 
         if override and override.lstrip("+").startswith(f"{key}="):
             return f"{override}: type {values}."
         return f"{prefix or (f'{override}: ' if override else '')}{key} takes {values}."
+    if isinstance(error, InstantiationException) and error.__cause__:
+        # Its own text says which class was called.
+        return f"{key}: {' '.join(str(error.__cause__).split())}."
     if key:
         reason = str(cause).splitlines()[-1 if cause is error and file else 0].strip().rstrip(".")
         return f"{prefix}{key}: {reason}."
-    return " ".join(text.split())
+    return " ".join(text.split()) or _explain_other(error, args)
 
 
 def _explain_missing_option(path: str, options: Collection[str] | None) -> str:
@@ -70,5 +99,5 @@ def _selected_options(args: Namespace, groups: Collection[str] | None) -> list[s
     return [
         f"{key}={option}"
         for key, _, option in pairs
-        if (groups is None or key in groups) and (CONF / key).is_dir() and "," not in option
+        if (groups is None or key in groups) and (CONF / key).is_dir() and not re.search(r"[,{]", option)
     ]

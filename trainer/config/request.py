@@ -1,4 +1,4 @@
-"""From a parsed command line to the run that it asks for. The program and the Python API take the same road."""
+"""Turns a parsed command line into the run that it asks for, for the program and for the Python API."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from trainer.config.command_line import check_is_sweep
 from trainer.config.compose import compose_config, to_run
 from trainer.config.hydra_errors import usage_errors
 from trainer.config.schema import Run
@@ -39,6 +40,7 @@ def requested_run(args: Namespace, find_folder: FindFolder) -> Request | None:
         config = compose_config(args.overrides, args.config_dir, with_hydra=True)
         if config.hydra.mode == RunMode.MULTIRUN:
             return None
+        check_is_sweep(args.overrides)
         # As Hydra does for a job, so that ${hydra:...} has a value.
         instance = HydraConfig.instance()
         previous = instance.cfg
