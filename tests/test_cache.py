@@ -344,7 +344,7 @@ def test_the_file_of_another_entry_is_refused(tmp_path: Path, folder: Path):
     fill_anew(root, samples)
     other = Cache(root, RECIPES).path("latents", samples[1]).read_bytes()
     damage(root, samples[0], lambda data: other)
-    with pytest.raises(DataError, match="the entry of another name"):
+    with pytest.raises(DataError, match="belongs to a different entry"):
         Cache(root, RECIPES).get("latents", samples[0])
 
 
@@ -386,7 +386,7 @@ def test_full_verification_makes_damaged_entries_again(tmp_path: Path, folder: P
     assert fill_anew(root, samples) == counts()
     assert fill(Cache(root, RECIPES, verify="full"), samples, encode) == counts(latents=1, prompt=1)
     assert str(damaged) in caplog.text
-    assert "made again" in caplog.text
+    assert "encoded again" in caplog.text
     assert read_files(root) == before
 
 
@@ -455,8 +455,11 @@ def test_an_absent_entry_and_an_unwritable_folder_are_storage_errors(tmp_path: P
     with pytest.raises(StorageError, match="No such file"):
         Cache(tmp_path / "cache", RECIPES).get("latents", samples[0])
     (tmp_path / "cache").write_text("a file stands here")
-    with pytest.raises(StorageError, match="Could not write"):
-        fill(Cache(tmp_path / "cache", RECIPES), samples, encode)
+    cache = Cache(tmp_path / "cache", RECIPES)
+    with pytest.raises(StorageError, match="Could not write .* another folder with cache.path=<folder>"):
+        fill(cache, samples, encode)
+    with pytest.raises(StorageError, match="another folder with cache.path=<folder>"):
+        cache.record_use(tmp_path, samples)
 
 
 def test_missing_entries_among_30000_are_found_quickly(tmp_path: Path):

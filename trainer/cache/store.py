@@ -1,4 +1,4 @@
-"""The cache of encoder outputs: which entries exist, are missing, damaged or unused, and reading and writing them."""
+"""The cache of encoder outputs: reads and writes entries, and finds those that are missing, damaged or unused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from trainer.model import Recipe
 
 MEMORY = 2**30
-"""Bytes of entries that are kept in memory by default."""
+"""Number of bytes of entries that are kept in memory by default."""
+SETTING = "cache.path"
+"""The setting that chooses the folder of the cache."""
+FILLING = "filling"
+"""Name of the lock of the process that makes entries."""
 ABANDONED_AFTER = 3600
 """Seconds after which the writer of an unfinished file must be dead. Writing an entry takes less than one."""
 USES, ENTRIES = "uses", "entries.txt"
@@ -41,16 +45,16 @@ class Cache:
     """Encoder outputs of samples on disk, one file per tensor: `<root>/<name>/<2 hex digits>/<key>.safetensors`.
 
     `recipes` describes how each tensor of an example is made. A key is a hash of everything that determines the tensor,
-    so entries never become outdated: after a change of a caption or an image the sample has another key.
+    so entries never become outdated: if a caption or an image changes, so does the key.
 
-    Several processes may share a folder: entries appear complete, and are equal whichever process made them. Files that
-    change while a process runs are seen by the next process only.
+    Several processes may share a folder: entries appear complete, and are equal whichever process made them. If a
+    file changes while a process runs, only the next process notices.
     """
 
     __slots__ = ("_in_memory", "_keys", "_memory_left", "_verified", "_verify", "recipes", "root")
 
     def __init__(self, root: Path, recipes: Mapping[str, Recipe], *, verify: str = "quick", memory: int = MEMORY):
-        """`verify` as in CacheSettings. Up to `memory` bytes of entries stay in memory, to read them only once."""
+        """`verify`: see `CacheSettings`. Up to `memory` bytes of entries stay in memory, to be read only once."""
         self.root = root
         self.recipes = dict(recipes)
         self._verify = verify
@@ -90,7 +94,7 @@ class Cache:
     def encode_missing(
         self, missing: Iterable[Entry], encode: Callable[[str, TransformedSample], Tensor]
     ) -> Iterator[Outcome]:
-        """Makes the entries that `missing` returned and yields their outcomes.
+        """Encodes and writes the entries that `missing` returned, and yields the outcome of each.
 
         `encode(name, sample)` returns a tensor.
         """
@@ -120,7 +124,7 @@ class Cache:
         value = self._in_memory.get(key)
         if value is None:
             value = self._read(name, key)
-            # Entries stay in memory for good: every epoch has another order, so evicting some would not help.
+            # Entries stay in memory for good: every epoch has a different order, so evicting some would not help.
             if value.nbytes <= self._memory_left:
                 self._memory_left -= value.nbytes
                 self._in_memory[key] = value
@@ -130,16 +134,20 @@ class Cache:
         """Returns all tensors of a sample by name; see `get`."""
         return {name: self.get(name, sample) for name in self.recipes}
 
+    def lock(self, name: str) -> Lock:
+        """Returns a lock in the folder of the cache, for which a process waits."""
+        return Lock(self.root / name, wait=True, setting=SETTING)
+
     def record_use(self, run_folder: Path, samples: Iterable[TransformedSample]) -> None:
-        """Notes that a run uses the entries of the samples. `drop_unused` keeps them while the run's folder exists."""
+        """Records that a run uses the samples' entries. `drop_unused` keeps them while the run's folder exists."""
         text = "\n".join(sorted(self._entry_names(samples)))
         # One list per set of entries, which the runs of a sweep usually share.
         folder = self.root / USES / hashlib.sha256(text.encode()).hexdigest()[:16]
         owner = str(run_folder.absolute())
-        with Lock(self.root / "uses.lock", wait=True):
-            files.write(folder / f"{hashlib.sha256(owner.encode()).hexdigest()[:16]}.owner", owner)
+        with self.lock("uses.lock"):
+            files.write(folder / f"{hashlib.sha256(owner.encode()).hexdigest()[:16]}.owner", owner, SETTING)
             if not (folder / ENTRIES).exists():
-                files.write(folder / ENTRIES, text)
+                files.write(folder / ENTRIES, text, SETTING)
 
     def drop_unused(self, samples: Iterable[TransformedSample]) -> tuple[int, int]:
         """Deletes the entries that neither these samples nor any run with an existing folder use.
@@ -148,7 +156,7 @@ class Cache:
         """
         used = self._entry_names(samples)
         count = freed = 0
-        with Lock(self.root / "uses.lock", wait=True), Lock(self.root / "filling", wait=True):
+        with self.lock("uses.lock"), self.lock(FILLING):
             for folder in sorted((self.root / USES).glob("*")):
                 owners = [Path(path.read_text()) for path in folder.glob("*.owner")]
                 if any(owner.is_dir() for owner in owners):
@@ -157,7 +165,7 @@ class Cache:
                     files.remove(folder)
             for name, path in self._all_entries():
                 if f"{name}/{path.stem}" not in used:
-                    with files.storage_errors("remove", path):
+                    with files.storage_errors("remove", path, SETTING):
                         freed += path.stat().st_size
                         path.unlink()
                     count += 1
@@ -185,7 +193,7 @@ class Cache:
         return self.root / name / key[:2] / f"{key}.safetensors"
 
     def _keys_on_disk(self, name: str) -> set[str]:
-        """Returns the keys of a tensor's entries on disk. It only lists folders and does not access each file."""
+        """Returns the keys of a tensor's entries on disk, from the names in the folders alone."""
         keys = set()
         folder = self.root / name
         with files.storage_errors("read", folder):
@@ -203,7 +211,7 @@ class Cache:
         try:
             self._read(name, key)
         except DataError as error:
-            log.warning("%s The entry is made again.", error)
+            log.warning("%s The entry is encoded again.", error)
             return False
         return True
 
@@ -221,7 +229,7 @@ class Cache:
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"The cache entry {path} is damaged ({error}) and is not used. Type cache.verify=full to check every "
-                "entry and make the damaged ones again, or delete this one."
+                "entry and encode the damaged ones again, or delete this one."
             ) from error
         self._verified.add(key)
         return value
@@ -230,7 +238,7 @@ class Cache:
         # Unlike files.write this does not wait for the disk, which would take about 6 ms per entry. If a power failure
         # truncates an entry, its digest does not match.
         temporary = files.temporary_path(path)
-        with files.storage_errors("write", path):
+        with files.storage_errors("write", path, SETTING):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_bytes(data)

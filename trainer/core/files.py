@@ -18,23 +18,25 @@ PARTIAL_PREFIX = ".partial-"
 """Names of unfinished files and folders begin with this. Readers must ignore them."""
 
 
-def write(path: Path, data: bytes | str) -> None:
+def write(path: Path, data: bytes | str, setting: str = "out") -> None:
     """Writes a file atomically, text as UTF-8, and creates missing folders.
 
-    Raises errors.StorageError and leaves the old file unchanged if it cannot be written.
+    Raises errors.StorageError and leaves the old file unchanged if it cannot be written; for `setting` see
+    `storage_errors`.
     """
-    with replace_file(path) as temporary:
+    with replace_file(path, setting) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, setting: str = "out") -> Iterator[Path]:
     """Yields a temporary path to write a file to. It replaces `path` when the block ends, and is removed if it raises.
 
-    An OSError, inside the block or from the replacement, becomes errors.StorageError. Creates missing folders.
+    An OSError, inside the block or from the replacement, becomes errors.StorageError, see `storage_errors`. Creates
+    missing folders.
     """
     temporary = temporary_path(path)
-    with storage_errors("write", path):
+    with storage_errors("write", path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -136,20 +138,26 @@ def fsync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def storage_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turns an OSError inside the block into errors.StorageError: "Could not <verb> <path>: <reason>" and a remedy."""
+def storage_errors(verb: str, path: Path, setting: str = "out") -> Iterator[None]:
+    """Turns an OSError inside the block into errors.StorageError: "Could not <verb> <path>: <reason>" and a remedy.
+
+    `setting` chooses the folder of the file. The remedy to change it is left out for the verb "read", because another
+    folder would not have the file.
+    """
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        raise errors.StorageError(f"Could not {verb} {path}: {error.strerror or error}.{remedy}") from error
+        remedy = _REMEDIES.get(error.errno or 0)
+        choice = "" if verb == "read" else f", or choose another folder with {setting}=<folder>"
+        advice = f" {remedy}{choice}." if remedy else ""
+        raise errors.StorageError(f"Could not {verb} {path}: {error.strerror or error}.{advice}") from error
 
 
 @contextlib.contextmanager
 def full_disk_errors() -> Iterator[None]:
     """Turns an OSError of a full, read-only or faulty disk inside the block into errors.StorageError with a remedy.
 
-    For a whole program. Where the file is known, `storage_errors` names it.
+    Use this around a whole program, and `storage_errors` where the file is known: it names the file.
     """
     try:
         yield
@@ -161,14 +169,13 @@ def full_disk_errors() -> Iterator[None]:
         ) from error
 
 
-_CHOOSE = "choose another folder with out=<folder>."
 _REMEDIES = {
-    errno.ENOSPC: f" Free some disk space, or {_CHOOSE}",
-    errno.EDQUOT: f" Free some of your disk quota, or {_CHOOSE}",
-    errno.EFBIG: f" Raise the limit on file sizes (ulimit -f), or {_CHOOSE}",
-    errno.EROFS: f" Make the file system writable, or {_CHOOSE}",
-    errno.EACCES: f" Ask for permission, or {_CHOOSE}",
-    errno.EPERM: f" Ask for permission, or {_CHOOSE}",
-    errno.ENOTDIR: f" A file is in the place of a folder: move it away, or {_CHOOSE}",
-    errno.EEXIST: f" A file is in the place of a folder: move it away, or {_CHOOSE}",
+    errno.ENOSPC: "Free some disk space",
+    errno.EDQUOT: "Free some of your disk quota",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "Make the file system writable",
+    errno.EACCES: "Ask for permission",
+    errno.EPERM: "Ask for permission",
+    errno.ENOTDIR: "A file is in the place of a folder: move it away",
+    errno.EEXIST: "A file is in the place of a folder: move it away",
 }

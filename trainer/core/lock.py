@@ -20,23 +20,25 @@ class Lock:
     releases the lock however its owner dies. The file is never deleted: otherwise a process that has just opened it and
     a process that creates a new file could both hold "the" lock.
 
-    The filelock package is no replacement: it does not store the owner, and filelock 3.20 erases the file of the owner
-    when it tries to acquire the lock and lets forked workers keep it.
+    The filelock package cannot replace this: it does not store the owner, filelock 3.20 truncates the owner's file when
+    it tries to acquire the lock, and forked workers keep the lock.
     """
 
-    __slots__ = ("__weakref__", "_descriptor", "path", "wait")
+    __slots__ = ("__weakref__", "_descriptor", "path", "setting", "wait")
 
-    def __init__(self, path: Path, wait: bool = False):
+    def __init__(self, path: Path, wait: bool = False, setting: str = "out"):
         self.path = path
         self.wait = wait
+        self.setting = setting
+        """The setting that chooses the folder, see `files.storage_errors`."""
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
-        with storage_errors("open the lock", self.path):
+        with storage_errors("open the lock", self.path, self.setting):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with storage_errors("lock", self.path):
+            with storage_errors("lock", self.path, self.setting):
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
                 except BlockingIOError:
