@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash a file or folder holds its old content or its new content, never a part of it."""
+"""Atomic writes: after a crash, a file or folder has either its old or its new content, never only part of it."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Processes:
             _check_single_process()
             return self
         if not self.is_main:
-            # The main process tells its followers when to stop. If one left alone, the step of all others would fail.
+            # The main process tells its followers when to stop. If one left alone, the step would fail on the others.
             self.signals.record_only()
         from accelerate import PartialState
         from torch import distributed

@@ -181,8 +181,8 @@ def thumbnail_markdown(run_id: str, name: str, title: str) -> str:
 
 # Views. MLflow stores the state of a page that a user shares in a tag of the experiment, and the URL names the tag by
 # `viewStateShareKey`. A view of our own adds columns of metrics and params to the table of runs, and puts the important
-# charts first. The tags are compressed as MLflow does it, because every page loads all tags of its experiment. A filter
-# in the URL would make MLflow ignore the view, so each run has a view of its own.
+# charts first. The tags are compressed as MLflow compresses them, since every page loads all tags of its experiment. A
+# filter in the URL would make MLflow ignore the view, so each run has a view of its own.
 
 _VIEW_TAG = "mlflow.sharedViewState."
 _RUNS_VIEW = "trainer"

@@ -182,9 +182,9 @@ class MLflowTracker(Tracker):
         return RemoteRun(client, run, RESULT in self._details.description)
 
     def _note_answer(self) -> None:
-        """Extends the patience with MLflow, unless something has failed: a store may answer but refuse what is written.
+        """Extends the wait for MLflow, unless something has failed: a store may answer but refuse writes.
 
-        Otherwise, only what it receives extends the patience.
+        After a failure, only what MLflow receives extends it.
         """
         if not self._failing:
             self._last_progress = time.monotonic()
