@@ -53,7 +53,7 @@ def find_captioned_folders(collector: SampleCollector) -> list[tuple[Path, str |
         example = collector.relative_name(outside[0])
         raise DataError(
             f"{root}: there are images in {', '.join(f'{name}/' for name in names)} and {len(outside)} beside it "
-            f"({example}). Move those for training into train/, or rename {names[0]}/ if it is no side of a split."
+            f"({example}). Move those for training into train/, or rename {names[0]}/ if it is not part of a split."
         )
     splits = assign_splits(collector, names)
     if not splits:
