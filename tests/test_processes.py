@@ -379,7 +379,7 @@ def test_accelerate_launch_trains_saves_on_sigterm_and_resumes_sharded(harness: 
     text, _ = launcher.communicate(timeout=300)
     saved = newest_checkpoint(single_run(out)).step
     assert launcher.returncode and f"saved at step {saved} of 80" in text and 3 <= saved < 80, text
-    assert text.count("stopped by SIGTERM") == 2, text
+    assert text.count("stopped by SIGTERM") == 1, text
     launcher = accelerate(harness, out, ["--config_file", str(LAUNCH / "fsdp2.yaml")], *settings)
     text, _ = launcher.communicate(timeout=300)
     assert launcher.returncode == 0 and f"continuing at step {saved}" in text and "each with a shard" in text, text

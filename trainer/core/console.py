@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from typing import TextIO
 
 from trainer.core.ranks import rank_and_world_size
 
@@ -13,8 +14,26 @@ def print_line(text: str) -> None:
     """Prints a line and adds it to the run's log. Only the main process prints."""
     if rank_and_world_size()[0] > 0:
         return
-    print(text, flush=True)
+    write_line(text, sys.stdout)
     logging.getLogger("trainer").info(text)
+
+
+def write_line(text: str, stream: TextIO | None) -> None:
+    """Writes a line to stdout or stderr, above the progress bar if there is one. `stream` is None if it is closed."""
+    from trainer.core.bars import ProgressBar
+
+    if stream is not None:
+        ProgressBar.write_line(text, stream)
+
+
+class LineHandler(logging.Handler):
+    """Writes log messages to stderr, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_line(self.format(record).rstrip(), sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 def timestamp() -> str:
@@ -25,10 +44,3 @@ def timestamp() -> str:
 def format_bytes(count: float) -> str:
     """Returns a number of bytes as MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def refresh_interval() -> float:
-    """Returns the seconds between two updates of a progress bar: long if stderr is a file, to keep the file short."""
-    # The kernel of a notebook replaces stderr. Each update overwrites the one before, as on a terminal.
-    in_notebook = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
-    return 0.2 if in_notebook or sys.stderr.isatty() else 10.0

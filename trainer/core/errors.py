@@ -84,6 +84,10 @@ class Interrupted(BaseException):
         super().__init__(f"stopped by {'Ctrl-C' if signal == 2 else 'SIGTERM'}")
         self.code = 128 + signal
 
+    def add_outcome(self, text: str) -> None:
+        """Adds to the message what became of the work."""
+        self.args = (f"{self}: {text}",)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the error is a failed allocation: in Python, in torch on any device, or in another library."""

@@ -28,7 +28,7 @@ def execute(run: Run) -> EvaluationResult:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "journal.jsonl").unlink(missing_ok=True)
     with Journal(folder) as journal:
-        loss = evaluator.evaluate(trained.step, folder, journal, before=trained.folder)
+        measured = evaluator.evaluate(trained.step, folder, journal, before=trained.folder)
         now = _metrics(journal.records())
     records = (record for _, record in read_records(trained.folder / "journal.jsonl"))
     before = _metrics(record for record in records if record.get("step") == 0)
@@ -41,7 +41,7 @@ def execute(run: Run) -> EvaluationResult:
             print_line(f"{name} {now[name]:.4f} at step {trained.step}{comparison}")
     print_line(f"images and evaluation.json in {folder}")
     images = strips(folder / "pictures" / folder.name)
-    return EvaluationResult(trained.folder.name, folder, trained.step, loss, now, before, images)
+    return EvaluationResult(trained.folder.name, folder, trained.step, measured.get("val/loss"), now, before, images)
 
 
 def _metrics(records: Iterable[dict[str, Any]]) -> dict[str, float]:

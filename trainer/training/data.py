@@ -13,7 +13,6 @@ from typing import Any
 from trainer.cache.store import Cache
 from trainer.config.schema import Run
 from trainer.config.sections import Stage
-from trainer.core.console import refresh_interval
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset.listing import Listing
@@ -81,8 +80,8 @@ def prepare(run: Run) -> TrainingData:
         fewest, most = min(run.model.control_counts), max(run.model.control_counts)
         accepted = str(most or "none") if fewest == most else f"{fewest} to {most}"
         raise UsageError(
-            f"{name} has {controls} control images per sample, and this model takes {accepted}; "
-            "type another dataset or another model"
+            f"{name} has {controls} control images per sample, but this model takes {accepted}; "
+            "type a different dataset or a different model"
         )
     weights = run.model.component_digests(digests)
     data = _digest(split)
@@ -95,9 +94,9 @@ def prepare(run: Run) -> TrainingData:
 
 
 def _progress(sources: Sequence[Source]) -> Iterable[Source]:
-    from tqdm import tqdm
+    from trainer.core.bars import ProgressBar
 
-    return tqdm(sources, desc="reading images", unit="image", mininterval=refresh_interval(), delay=1)
+    return ProgressBar(sources, desc="reading images", unit="image", delay=1)
 
 
 def _split(run: Run, listing: Listing) -> Split:

@@ -8,12 +8,11 @@ from contextlib import closing, nullcontext
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from trainer.cache.store import Cache, Entry, Outcome, count_outcomes
+from trainer.cache.store import FILLING, Cache, Entry, Outcome, count_outcomes
 from trainer.config.rules import open_device
 from trainer.config.schema import Run
-from trainer.core.console import refresh_interval
+from trainer.core.bars import ProgressBar
 from trainer.core.errors import StorageError, TrainerError
-from trainer.core.lock import Lock
 from trainer.core.signals import reset_worker_signals
 from trainer.dataset.transform import TransformedSample
 from trainer.training.data import MASK, TrainingData, pixels_per_latent
@@ -23,27 +22,24 @@ if TYPE_CHECKING:
 
 
 def encode_missing(run: Run, data: TrainingData, samples: list[TransformedSample]) -> dict[str, int]:
-    """Makes the cache entries that the samples lack, and frees the encoders.
+    """Creates the cache entries that the samples lack, and frees the encoders.
 
     Returns how many entries of each tensor were made.
     """
-    from tqdm import tqdm
-
     cache = data.cache
     missing = cache.missing(samples)
     # One process fills a cache at a time. The next one waits here and then finds the entries.
-    with Lock(cache.root / "filling", wait=True) if missing else nullcontext():
+    with cache.lock(FILLING) if missing else nullcontext():
         missing = missing and cache.missing(samples)
         if run.cache.workers > 1 and len(missing) > 1:
             outcomes = _encode_in_workers(run, cache, missing)
         else:
             outcomes = _encode(run, cache, missing)
-        progress = tqdm(
+        progress = ProgressBar(
             outcomes,
             total=len(missing),
             desc="encoding",
             unit="entry",
-            mininterval=refresh_interval(),
             disable=not missing,
         )
         # Closed in any case, so that no worker process outlives this one.

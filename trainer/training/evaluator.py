@@ -53,11 +53,11 @@ class Evaluator:
         parameter_count = sum(parameter.numel() for parameter in self.network.parameters())
         self.batch_size = run.hardware.micro_batch_for(MAX_BATCH_SIZE, parameter_count)
 
-    def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> float | None:
+    def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> dict[str, float]:
         """Writes all measurements to the journal and the images to `folder`.
 
-        Returns the held-out loss; None if no samples are held out. `before` is the run folder whose images of step 0
-        are shown beside those of this step (default: `folder`).
+        Returns the measurements: `val/loss` if samples are held out, `val/psnr` if images have a target, and others.
+        `before` is the run folder whose images of step 0 are shown beside those of this step (default: `folder`).
         """
         start = time.perf_counter()
         values, images = self._run_network()
@@ -66,7 +66,7 @@ class Evaluator:
         with closing(images):
             values |= self._record_images(images, step, folder, journal, before or folder)
         journal.log_metrics(step, values | {"perf/evaluation_seconds": time.perf_counter() - start})
-        return values.get("val/loss")
+        return values
 
     def follow(self) -> None:
         """Runs the forward passes of `evaluate` only, on the other processes of a sharded network."""

@@ -57,23 +57,22 @@ class Recorder:
 
     def print_evaluation(self, step: int, measured: dict[str, float], state: TrainingState) -> None:
         """Prints what an evaluation measured, or where its images are if it measured nothing."""
-        texts = []
-        if state.val_loss is not None:
-            texts.append(f"held-out loss {state.val_loss:.4f}")
-            if state.best is not None:
-                texts.append(f"best {state.best:.4f}")
+        texts = _describe_losses(state)
         if "val/psnr" in measured:
             texts.append(f"psnr {measured['val/psnr']:.2f}")
-        print_line(f"step {step}: {', '.join(texts) or f'no held-out samples, images {self.folder / "pictures"}'}")
+        if not texts:
+            texts = [f"no sample is held out, images {self.folder / 'pictures'}"]
+        print_line(f"step {step}: {', '.join(texts)}")
 
     def log_nonfinite(self, step: Step, sample_ids: list[str]) -> None:
         values = {"loss": step.loss, "grad_norm": step.grad_norm}
         self.journal.log_event("not_finite", step=step.number, samples=sample_ids, **values)
 
     def stop_attempt(self, stop: Interrupted, step: int, total_steps: int, state: TrainingState) -> None:
-        """Records that a signal has ended the attempt after `step`, which is saved."""
+        """Records that a signal has ended the attempt after `step`, which is saved, and says so in `stop`."""
         self._write_summary("stopped", str(stop), step, state)
-        print_line(f"{stop}: saved at step {step} of {total_steps}. The same command continues from there.")
+        # Not printed here: whoever handles `stop` shows its message.
+        stop.add_outcome(f"saved at step {step} of {total_steps}. The same command continues from there.")
 
     def finish_run(
         self, outcome: str, step: int, state: TrainingState, memory: dict[str, float], exports: list[Path]
@@ -81,10 +80,8 @@ class Recorder:
         """Records that the run is finished. `outcome` is "done" or "stopped early"; `memory` as in `memory_metrics`."""
         self.journal.log_event("finished", step=step, how=outcome)
         self._write_summary("finished", outcome, step, state)
-        losses = ""
-        if state.val_loss is not None:
-            losses = f": held-out loss {state.val_loss:.4f}, best {state.best:.4f}"
-        print_line(f"{outcome} at step {step}{losses}")
+        losses = ", ".join(_describe_losses(state))
+        print_line(f"{outcome} at step {step}{losses and f': {losses}'}")
         names = {name: name.removeprefix("system/").removesuffix("_gib").replace("_", " ") for name in memory}
         print_line(", ".join(f"{names[name]} {value:.2f} GiB" for name, value in memory.items()))
         print_line(f"images {self.folder / 'pictures'}, curves {self.folder / 'training_curves.png'}")
@@ -98,3 +95,9 @@ class Recorder:
         losses = {"best_val_loss": state.best, "last_val_loss": state.val_loss}
         summary = {"status": status, "how": how, "id": self.run_folder.id, "steps": step, **losses}
         curves.write_summary(self.folder, summary)
+
+
+def _describe_losses(state: TrainingState) -> list[str]:
+    """Returns the held-out losses in words; nothing if no samples are held out."""
+    values = {"held-out loss": state.val_loss, "best": state.best}
+    return [f"{name} {value:.4f}" for name, value in values.items() if value is not None]

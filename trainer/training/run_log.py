@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from trainer.config.rules import memory_remedies
 from trainer.config.schema import Run
 from trainer.core import redaction
+from trainer.core.console import LineHandler
 from trainer.core.errors import Interrupted, OutOfMemoryError, TrainerError, is_out_of_memory
 from trainer.tracking.journal import Journal
 
@@ -19,17 +22,23 @@ from trainer.tracking.journal import Journal
 def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
     """Inside the block, log messages go to `log.txt` in the folder, and warnings of this program to stderr too.
 
+    So do Python's warnings, which therefore do not run into the progress bar.
+
     If the block raises, the traceback goes to `log.txt` and the reason to the journal.
     """
     file_handler = logging.FileHandler(folder / "log.txt")
     file_handler.setFormatter(redaction.RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    stderr_handler = logging.StreamHandler()
+    stderr_handler = LineHandler()
     stderr_handler.setLevel(logging.WARNING)
     stderr_handler.setFormatter(redaction.RedactingFormatter("%(message)s"))
     root_logger, program_logger = logging.getLogger(), logging.getLogger("trainer")
+    warnings_logger = logging.getLogger("py.warnings")
+    show_warning = warnings.showwarning
     root_logger.addHandler(file_handler)
     program_logger.addHandler(stderr_handler)
     program_logger.setLevel(logging.INFO)
+    warnings_logger.addHandler(stderr_handler)
+    warnings.showwarning = _log_warning
     try:
         yield
     except BaseException as error:
@@ -41,9 +50,24 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
             error.add_note(f"log: {folder / 'log.txt'}")
         raise
     finally:
+        warnings.showwarning = show_warning
+        warnings_logger.removeHandler(stderr_handler)
         program_logger.removeHandler(stderr_handler)
         root_logger.removeHandler(file_handler)
         file_handler.close()
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Replaces `warnings.showwarning`."""
+    text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    logging.getLogger("py.warnings").warning("%s", text)
 
 
 @contextmanager

@@ -71,18 +71,22 @@ class Session:
         hidden = self.recorder is None
         with tracker, Progress(self.total_steps, self.step, self.batch_size, hidden) as progress:
             try:
-                self._save_if_due(self._evaluate_if_due())
+                with progress.paused():
+                    self._save_if_due(self._evaluate_if_due(progress))
                 for step in self._steps():
                     self.step = step.number
                     self._log(step, progress.advance(step))
                     self.processes.stop_if_signaled()
                     with progress.paused():
-                        self._save_if_due(self._evaluate_if_due())
+                        self._save_if_due(self._evaluate_if_due(progress))
                     if self._out_of_patience():
                         break
+                progress.close()
                 self.processes.run_on_main(self._finish)
             except Interrupted as stop:
-                self._save()
+                with progress.activity("saving"):
+                    self._save()
+                progress.close()
                 if self.recorder:
                     self.recorder.stop_attempt(stop, self.step, self.total_steps, self.state)
                 raise
@@ -251,7 +255,7 @@ class Session:
 
     # Between steps
 
-    def _evaluate_if_due(self) -> bool:
+    def _evaluate_if_due(self, progress: Progress) -> bool:
         """Evaluates a step if it is due, and only once, even if the run is resumed at that step.
 
         Returns whether the held-out loss is the lowest so far.
@@ -259,11 +263,14 @@ class Session:
         due = self.step % self.evaluation_interval == 0 or self.step == self.total_steps
         if not due or self.state.evaluated == self.step:
             return False
-        loss = self.processes.run_on_all(
-            lambda: self.evaluator.evaluate(self.step, self._main_recorder.folder, self._main_recorder.journal),
-            lambda: self.evaluator.follow(),
-        )
-        is_best = self.state.record_evaluation(self.step, loss)
+        with progress.activity("evaluating"):
+            measured = self.processes.run_on_all(
+                lambda: self.evaluator.evaluate(self.step, self._main_recorder.folder, self._main_recorder.journal),
+                lambda: self.evaluator.follow(),
+            )
+        is_best = self.state.record_evaluation(self.step, measured.get("val/loss"))
+        if self.recorder:
+            self.recorder.print_evaluation(self.step, measured, self.state)
         if self.step == self.saved_step > 0:
             # An earlier attempt stopped during this evaluation and saved this step without its loss.
             self.saved_step = -1
