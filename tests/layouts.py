@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from images import random_image, save_image
+from images import SIZE, random_image, save_image
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
@@ -123,16 +124,37 @@ def write_hub(folder: Path, count: int, caption: Callable[[int], str] = caption)
     """Writes a Parquet file that contains its images, as `push_to_hub` does."""
     import datasets
 
-    def png(number: int) -> bytes:
-        buffer = io.BytesIO()
-        random_image(number).save(buffer, "PNG")
-        return buffer.getvalue()
-
     numbers = range(count)
-    rows = {"image": [{"bytes": png(i), "path": None} for i in numbers], "text": [caption(i) for i in numbers]}
+    rows = {"image": [{"bytes": image_bytes(i), "path": None} for i in numbers], "text": [caption(i) for i in numbers]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     folder.mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000.parquet")
+
+
+def image_bytes(seed: int, size: tuple[int, int] = SIZE, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    random_image(seed, size).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes | str], format: int = tarfile.PAX_FORMAT) -> None:
+    """Writes an archive of files with these names and contents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+
+
+def write_webdataset(folder: Path, count: int) -> None:
+    """Writes an archive for each two samples."""
+    for first in range(0, count, 2):
+        members: dict[str, bytes | str] = {}
+        for i in range(first, min(first + 2, count)):
+            members |= {f"{i:06d}.png": image_bytes(i), f"{i:06d}.txt": caption(i)}
+        write_tar(folder / f"{first:06d}.tar", members)
 
 
 WRITERS: dict[str, Callable[..., None]] = {
@@ -144,4 +166,5 @@ WRITERS: dict[str, Callable[..., None]] = {
     "imagefolder": write_imagefolder,
     "pairs": write_pairs,
     "personalized": write_personalized,
+    "webdataset": write_webdataset,
 }

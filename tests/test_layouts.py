@@ -23,6 +23,7 @@ from layouts import (
     write_csv,
     write_imagefolder,
     write_pairs,
+    write_webdataset,
 )
 from PIL import Image
 
@@ -59,6 +60,7 @@ def test_every_layout_reads_each_image_with_its_caption(layout: str, folder: Pat
         ("imagefolder", write_captioned),
         ("captions_json", write_captions_json),
         ("pairs", write_pairs),
+        ("webdataset", write_webdataset),
     ],
 )
 def test_folders_named_train_and_validation_are_the_split(

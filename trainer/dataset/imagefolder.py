@@ -46,7 +46,10 @@ class ImageFolder(Table):
             raise DataError(f"{missing}. The columns in your settings belong to it; leave them out to read NAME.txt.")
         parts = find_captioned_folders(collector)
         if not parts:
-            raise DataError(f"{missing}, and no image with a caption file beside it: NAME.jpg and NAME.txt.")
+            raise DataError(
+                f"{missing}, and no image with a caption file beside it: NAME.jpg and NAME.txt. "
+                "For images in .tar archives type dataset=webdataset."
+            )
         for folder, split in parts:
             CaptionedFolder(collector, folder).collect(split)
 
