@@ -117,7 +117,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def ui_url(sweep: tuple[Path, str]) -> Iterator[str]:
     """Starts the server of `make ui` and yields the URL that it prints."""
-    command = [sys.executable, "-m", "trainer.tracking.ui", "--out", str(sweep[0]), "--port", "5700"]
+    command = [sys.executable, "-m", "trainer", "ui", "--out", str(sweep[0]), "--port", "5700"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield process.stdout.readline().split()[2]
@@ -142,8 +142,22 @@ def page(tmp_path_factory: pytest.TempPathFactory, ui_url: str) -> Iterator[Page
 @pytest.fixture(scope="module")
 def links(sweep: tuple[Path, str], ui_url: str) -> dict[str, str]:
     """Returns the links that the sweep printed, title -> URL, at the address of the test server."""
-    found = re.findall(r"^(\w[\w ]*): http://[^/]*(/#.*)$", sweep[1], re.MULTILINE)
-    assert {title for title, _ in found} == {"summary", "curves and pictures", "comparison"}
+    found = printed_links(sweep[1], ui_url)
+    assert set(found) == {"summary", "curves and pictures", "comparison"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def run_links(sweep: tuple[Path, str], ui_url: str) -> dict[str, str]:
+    """Returns the links that the first run of the sweep printed."""
+    (log,) = sweep[0].glob("sweeps/*/1.log")
+    found = printed_links(log.read_text(), ui_url)
+    assert set(found) == {"images and curves", "all runs"}
+    return found
+
+
+def printed_links(text: str, ui_url: str) -> dict[str, str]:
+    found = re.findall(r"^(\w[\w ]*): http://[^/]*(/#.*)$", text, re.MULTILINE)
     return {title: ui_url.partition("/#")[0] + rest for title, rest in found}
 
 
@@ -218,3 +232,36 @@ def test_page_of_a_run_has_grouped_curves_and_images_with_a_step_slider(
     page.wait(lambda: any("step%2B2%2B" in url for url in page.wait_for_images(2)), "the image of step 2")
     page.scroll_to("val")
     page.wait(lambda: page.find(".js-plotly-plot .scatterlayer .trace"), "a curve")
+
+
+def test_link_of_a_run_opens_its_curves_above_its_last_images(page: Page, run_links: dict[str, str]):
+    page.open(run_links["images and curves"])
+    page.wait_for_text("(val/loss)", "(val/psnr)", "samples/1_make_it_night", "samples/2_make_it_night")
+    assert page.appear_in_order([f"\n{name}\n(" for name in ("val", "samples", "train", "perf")])
+    assert len(page.find(".js-plotly-plot")) and "optimizer.weight_decay" not in page.text
+    page.scroll_to("samples")
+    images = page.wait_for_images(2)
+    assert len(images) == 2 and all("step%2B4%2B" in url for url in images)
+    assert [slider.get_attribute("aria-valuenow") for slider in page.find("[role=slider]")[:2]] == ["4", "4"]
+    page.find(".rc-image")[0].click()
+    enlarged = "return [...document.images].filter(i => i.src.includes('artifact') && i.naturalWidth > 380).length"
+    page.wait(lambda: page.run_script(enlarged), "the enlarged image")
+
+
+def test_run_opened_from_a_list_shows_its_images_and_leads_to_its_curves(page: Page, run_links: dict[str, str]):
+    address, _, query = run_links["images and curves"].partition("?")
+    (run_id,) = re.findall(r"viewStateShareKey=(\w+)", query)
+    page.open(f"{address}/{run_id}")  # the lists of MLflow link runs like this
+    page.wait_for_text("Images and curves", "before training", "val/psnr", "Evaluation runs")
+    (button,) = page.wait(lambda: [button for button in page.find("button") if button.text == "Show more"], "Show more")
+    button.click()
+    assert len(page.wait_for_images(2)) == 2
+    (link,) = (link for link in page.find("a") if link.text == "Images and curves")
+    assert link.get_attribute("href") == run_links["images and curves"]
+    # The description tells how to leave the pages for chat applications for good.
+    (switch,) = (label for label in page.find("label") if label.text == "Model training")
+    switch.click()
+    page.wait(lambda: "Evaluation runs" not in page.text, "the page of the experiment")
+    page.open(f"{address}/{run_id}")
+    page.wait_for_text("Images and curves", "Model registry")
+    assert "Evaluation runs" not in page.text
