@@ -259,7 +259,7 @@ def test_run_opened_from_a_list_shows_its_images_and_leads_to_its_curves(page: P
     (link,) = (link for link in page.find("a") if link.text == "Images and curves")
     assert link.get_attribute("href") == run_links["images and curves"]
     # The description tells how to leave the pages for chat applications for good.
-    (switch,) = (label for label in page.find("label") if label.text == "Model training")
+    (switch,) = (button for button in page.find("[role=button]") if button.text == "Model training")
     switch.click()
     page.wait(lambda: "Evaluation runs" not in page.text, "the page of the experiment")
     page.open(f"{address}/{run_id}")
