@@ -111,7 +111,7 @@ def reasons(results: list[Result]) -> list[str]:
         if line
         and "training:" not in line
         and "encoding:" not in line
-        and not line.startswith(("cache:", "continuing", "precision:"))
+        and not line.startswith(("cache:", "continuing", "precision:", "step "))
         and " steps of " not in line
     ]
 
