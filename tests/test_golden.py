@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -169,6 +170,7 @@ def train(name: str, folder: Path) -> list[float]:
 def test_losses_equal_the_golden_ones(name: str, tmp_path: Path):
     losses = train(name, tmp_path)
     assert len(losses) == 10
+    assert name in GOLDEN, f"add the losses that `python -m tests.test_golden {name}` prints"
     golden = GOLDEN[name]
     if machine() in golden:
         assert losses == golden[machine()]
@@ -177,6 +179,6 @@ def test_losses_equal_the_golden_ones(name: str, tmp_path: Path):
 
 
 if __name__ == "__main__":
-    for name in sorted(GROUPS["model"]):
+    for name in sys.argv[1:] or sorted(GROUPS["model"]):
         with tempfile.TemporaryDirectory() as folder:
             print(name, machine(), train(name, Path(folder)), sep="\n")

@@ -35,6 +35,10 @@ from trainer.dataset.imagefolder import ImageFolder
 from trainer.dataset.source import Source
 
 
+def test_every_layout_has_a_writer():
+    assert {*WRITERS} == {*GROUPS["dataset"]} - {"demo"}
+
+
 @pytest.mark.parametrize("layout", WRITERS)
 def test_every_layout_reads_each_image_with_its_caption(layout: str, folder: Path, digests: Digests):
     WRITERS[layout](folder, 4)

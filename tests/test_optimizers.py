@@ -55,6 +55,7 @@ OPTIMIZERS = [
     SGD(lr=0.1),
     SGD(lr=0.1, momentum=0.0, weight_decay=0.1),
 ]
+"""Each optimizer, some with several settings."""
 COSINE = Cosine(warmup=3, min_ratio=0.1)
 SHAPES = [(64, 80), (7,)]
 """The first is large enough for 8-bit moments, the second is not."""
@@ -63,6 +64,10 @@ SHAPES = [(64, 80), (7,)]
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def test_every_optimizer_is_tested():
+    assert {type(settings) for settings in OPTIMIZERS} == {*GROUPS["optimizer"].values()}
 
 
 def make_parameters() -> list[nn.Parameter]:

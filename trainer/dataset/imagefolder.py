@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
-from trainer.core.files import storage_errors
 from trainer.dataset.captioned_folder import TABLE, CaptionedFolder, find_captioned_folders
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing
 from trainer.dataset.splitting import find_split_folders
-from trainer.dataset.table import Row, Table, collect_rows, to_row
+from trainer.dataset.table import Table, collect_rows, read_json_lines
 
 
 @dataclass(slots=True)
@@ -33,7 +32,7 @@ class ImageFolder(Table):
         for folder, split in tables:
             collector.caption_table = TABLE
             collector.mark_used(folder / TABLE)
-            collect_rows(collector, self, _read_rows(folder / TABLE, collector), folder, split)
+            collect_rows(collector, self, read_json_lines(folder / TABLE, collector), folder, split)
         if not tables:
             self._collect_captioned(collector)
         return collector.to_listing()
@@ -52,18 +51,3 @@ class ImageFolder(Table):
             )
         for folder, split in parts:
             CaptionedFolder(collector, folder).collect(split)
-
-
-def _read_rows(table: Path, collector: SampleCollector) -> Iterator[tuple[str, Row | ValueError]]:
-    with storage_errors("read", table):
-        data = table.read_bytes()
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        location = f"{collector.relative_name(table)} line {number}"
-        try:
-            row = json.loads(line.decode(), object_pairs_hook=to_row)
-        except (ValueError, RecursionError) as error:
-            yield location, ValueError(error)
-            continue
-        yield location, row if isinstance(row, dict) else ValueError("is not a JSON object")

@@ -5,11 +5,13 @@ How a table is stored differs by layout.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.core.files import storage_errors
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
@@ -53,6 +55,22 @@ def collect_rows(
             collector.add_fault(f"{location}: {row}")
         else:
             _collect_row(collector, settings, location, row, folder, split)
+
+
+def read_json_lines(table: Path, collector: SampleCollector) -> Iterator[tuple[str, Row | ValueError]]:
+    """Yields a location for messages and the row of each line of a JSON lines file; see `collect_rows`."""
+    with storage_errors("read", table):
+        data = table.read_bytes()
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        location = f"{collector.relative_name(table)} line {number}"
+        try:
+            row = json.loads(line.decode(), object_pairs_hook=to_row)
+        except (ValueError, RecursionError) as error:
+            yield location, ValueError(error)
+            continue
+        yield location, row if isinstance(row, dict) else ValueError("is not a JSON object")
 
 
 def _collect_row(

@@ -174,7 +174,10 @@ class Family:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Modules that adapters apply to by default, by the ends of their dotted names."""
+        """Modules that adapters apply to by default, by the ends of their dotted names.
+
+        Each of them must receive a gradient; leave out layers whose output the network discards.
+        """
         raise NotImplementedError
 
     @property
@@ -200,6 +203,9 @@ class Family:
         self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
     ) -> torch.Tensor:
         """Returns the network's prediction for noisy latents (B, C, h, w) at times `t` (B,), in the same shape.
+
+        `t` is the time of the family's objective: 0 (clean) to 1 (noise) for a flow, the timesteps 0, 1, ... for
+        diffusion. A network that expects another unit converts it here.
 
         `conditions` are the collated cached tensors other than the latents. `guidance` is None in training.
         """

@@ -143,7 +143,7 @@ def load_weights(
                         f"{tuple(parameter.shape)}"
                     )
                 setattr(layer, own_name, torch.nn.Parameter(tensor.to(device, dtype)))
-    # Moves the buffers, which no file holds.
+    # Moves the buffers. They are computed by the network; those in the file are ignored.
     return meta_model.to(device).eval()
 
 

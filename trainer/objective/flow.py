@@ -83,7 +83,10 @@ class Flow:
         steps: int,
         shift: float,
     ) -> torch.Tensor:
-        """Samples with Euler's method from t = 1 to 0, at the times of diffusers' FlowMatchEulerDiscreteScheduler."""
+        """Samples with Euler's method from t = 1 to 0.
+
+        The times are those of diffusers' FlowMatchEulerDiscreteScheduler if the pipeline passes `sigmas` to it.
+        """
         times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])
