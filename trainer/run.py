@@ -8,7 +8,7 @@ from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.stages import cache, check, evaluate, export, sample, train
 from trainer.stages.results import StageResult
-from trainer.training.run_log import out_of_memory_errors
+from trainer.training.out_of_memory import out_of_memory_errors
 
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | None:

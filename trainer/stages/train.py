@@ -24,9 +24,10 @@ from trainer.training.build import check_buildable
 from trainer.training.checkpoint import CHECKPOINTS
 from trainer.training.data import TrainingData, prepare, required_samples
 from trainer.training.encoding import encode_missing
+from trainer.training.out_of_memory import out_of_memory_errors
 from trainer.training.recorder import Recorder
 from trainer.training.run_folder import RunFolder, acquire_run_folder
-from trainer.training.run_log import log_to_folder, out_of_memory_errors
+from trainer.training.run_log import log_to_folder
 from trainer.training.session import Session
 from trainer.training.tracked_run import open_tracker, send_missing_records
 

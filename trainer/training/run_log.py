@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trainer.config.rules import memory_remedies
-from trainer.config.schema import Run
 from trainer.core import redaction
 from trainer.core.console import LineHandler
-from trainer.core.errors import Interrupted, OutOfMemoryError, TrainerError, is_out_of_memory
+from trainer.core.errors import Interrupted, TrainerError
 from trainer.tracking.journal import Journal
 
 
@@ -68,18 +66,3 @@ def _log_warning(
     """Replaces `warnings.showwarning`."""
     text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     logging.getLogger("py.warnings").warning("%s", text)
-
-
-@contextmanager
-def out_of_memory_errors(run: Run) -> Iterator[None]:
-    """Turns errors about insufficient memory, of any kind, into errors.OutOfMemoryError, which says what to type."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        raise OutOfMemoryError(
-            f"There is not enough memory, not even for one sample at a time ({reason}). Remedies, the cheapest first: "
-            f"{'; '.join(memory_remedies(run))}. A setting that changes the result starts another run."
-        ) from error
