@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,17 @@ POLL_INTERVAL = 2
 """Seconds between two checks that the workers are alive, while waiting for an item."""
 
 
-def load_batches(batches: Batches, start: int, stop: int, workers: int) -> Iterator[tuple[int, list[Batch]]]:
+def load_batches(
+    batches: Batches,
+    start: int,
+    stop: int,
+    workers: int,
+    uninterrupted: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[int, list[Batch]]]:
     """Yields the batches of the steps `start` + 1 .. `stop`, read ahead by `workers` processes (0: by this process).
 
-    Raises errors.StorageError if a worker dies or hangs.
+    Signals wait inside `uninterrupted`: an exception raised while workers are forked or stopped would be lost in a hook
+    of `logging` or in a destructor. Raises errors.StorageError if a worker dies or hangs.
     """
     from torch.utils.data import DataLoader
 
@@ -40,16 +49,22 @@ def load_batches(batches: Batches, start: int, stop: int, workers: int) -> Itera
         timeout=POLL_INTERVAL if workers else 0,
         collate_fn=_identity,
     )
-    items = iter(loader)
-    if workers and in_main_thread():
-        # When a worker dies, torch's handler raises wherever this process is, even in the middle of an update.
-        # Without it, the death is noticed when the next item is requested.
-        signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
-    for step in range(start + 1, stop + 1):
-        item = _next_item(items, step, batches)
-        if isinstance(item, TrainerError):
-            raise item
-        yield item
+    with uninterrupted():
+        items = iter(loader)
+        if workers and in_main_thread():
+            # When a worker dies, torch's handler raises wherever this process is, even in the middle of an update.
+            # Without it, the death is noticed when the next item is requested.
+            signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
+    try:
+        for step in range(start + 1, stop + 1):
+            item = _next_item(items, step, batches)
+            if isinstance(item, TrainerError):
+                raise item
+            yield item
+    finally:
+        with uninterrupted():
+            # Stops the workers. Python ignores an exception that a signal raises in a destructor.
+            del items
 
 
 def _next_item(items: Iterator[Any], step: int, batches: Batches) -> Any:
@@ -93,7 +108,18 @@ def _start_worker(worker: int) -> None:
     import torch
 
     reset_worker_signals()
+    sys.excepthook = _ignore_broken_connections
     torch.set_num_threads(1)
+
+
+def _ignore_broken_connections(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Replaces `sys.excepthook` in workers.
+
+    A thread of `multiprocessing` hands the tensors over. If the main process stops during a transfer, that thread would
+    print a traceback.
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _identity(item: object) -> object:

@@ -189,7 +189,7 @@ class Session:
             reduce=self.processes.sum_gradients if world_size > 1 else None,
             may_halve=not self.processes.sharded,
         )
-        loaded = load_batches(batches, self.step, self.total_steps, run.hardware.workers)
+        loaded = load_batches(batches, self.step, self.total_steps, run.hardware.workers, self.signals.deferred)
         steps = loop.steps(self._pad_micro_batches(batches, loaded))
         return self.processes.guard_steps(self._monitor(steps, batches))
 
