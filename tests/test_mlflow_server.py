@@ -199,6 +199,6 @@ def test_ui_command_prints_a_link_to_the_runs_and_ends_its_server(tmp_path: Path
     with urllib.request.urlopen(address) as answer:
         assert b"<html" in answer.read()
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     with pytest.raises(OSError):
         urllib.request.urlopen(address, timeout=2)
