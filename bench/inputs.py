@@ -1,4 +1,4 @@
-"""Models, data sets and settings that the benchmarks use."""
+"""Models, datasets and settings that the benchmarks use."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def tiny_model(folder: Path) -> list[str]:
 
 
 def save_images(folder: Path, count: int) -> None:
-    """Saves an `imagefolder` data set of images of a single color, with captions."""
+    """Saves an `imagefolder` dataset of images of a single color, with captions."""
     from PIL import Image
 
     folder.mkdir()

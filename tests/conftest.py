@@ -1,6 +1,6 @@
 """Fixtures for all tests.
 
-Tests use one thread, because results on a CPU are bit-equal only for the same number of threads.
+Tests use one thread, because results on a CPU are bit-identical only for the same number of threads.
 """
 
 from __future__ import annotations

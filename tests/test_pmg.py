@@ -142,7 +142,7 @@ def test_trainable_parameters_with_a_7b_model_are_as_documented(width: int | Non
 
 
 def write_histories(folder: Path, users: int = 12) -> Path:
-    """Writes a personalized data set where a user's history names a color, and the next image has that color."""
+    """Writes a personalized dataset where a user's history names a color, and the next image has that color."""
     (folder / "images").mkdir(parents=True)
     colors = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 230)}
     for name, color in colors.items():

@@ -12,7 +12,9 @@ from trainer.training.out_of_memory import out_of_memory_errors
 
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | None:
-    """Executes the stage of the run. Returns its result; None on processes other than the main process.
+    """Executes the stage of the run. Returns its result on the main process.
+
+    None if the stage has no result (check, cache, export), and on the other processes.
 
     `overrides` are the `key=value` arguments of the command line.
     """

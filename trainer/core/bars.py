@@ -41,7 +41,7 @@ class ProgressBar(tqdm):
 
     @property
     def format_dict(self) -> Any:
-        """Values of the text of the bar, as in tqdm, but there is room for the ^C that a terminal prints behind it."""
+        """tqdm's values for the text of the bar, with fewer columns: a terminal prints ^C behind the bar."""
         values = super().format_dict
         if values.get("ncols"):
             values["ncols"] = max(1, values["ncols"] - MARGIN)

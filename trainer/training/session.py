@@ -64,8 +64,8 @@ class Session:
         self.predictor = Predictor(run, self.network, self.device)
         self.evaluator = Evaluator(run, data, self.predictor, self.average, may_halve=not processes.sharded)
 
-    def train(self) -> float | None:
-        """Trains to the end. Returns the last held-out loss; None if no samples are held out."""
+    def train(self) -> None:
+        """Trains to the end."""
         self._start_attempt()
         tracker = self.recorder.open_tracker() if self.recorder else nullcontext()
         hidden = self.recorder is None
@@ -93,7 +93,6 @@ class Session:
         if self.recorder:
             # Not earlier: the tracker has everything only when it is closed.
             print_pages(self.run, self.recorder.folder)
-        return self.state.val_loss
 
     # Start
 
