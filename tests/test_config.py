@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.config.identity import differences, flatten, identity_settings, run
 from trainer.config.schema import DECIDES_WEIGHTS, Run
 from trainer.config.suggestions import all_keys, explain_unknown_key
 from trainer.core import errors
+from trainer.core.settings import added
 
 OPTIONS = [
     (path.parent.name, path.stem) for group in (*GROUPS, "experiment") for path in sorted((CONF / group).glob("*.yaml"))
@@ -316,6 +318,17 @@ def test_identity_depends_on_settings_that_decide_weights():
 def test_identity_does_not_depend_on_the_dataset_path():
     here, there = (run_of("dataset=imagefolder", f"dataset.path={path}") for path in ("here", "there"))
     assert run_id(here) == run_id(there) != run_id(run_of("dataset=pairs", "dataset.path=here"))
+
+
+def test_a_setting_that_was_added_later_is_part_of_the_identity_unless_it_has_its_default():
+    @dataclass
+    class Settings:
+        old: int = 1
+        new: list[int] = added(default_factory=list)
+
+    assert to_plain(Settings(), for_identity=True) == {"old": 1}
+    assert to_plain(Settings(new=[2]), for_identity=True) == {"old": 1, "new": [2]}
+    assert to_plain(Settings()) == {"old": 1, "new": []}
 
 
 def test_typing_the_default_values_does_not_change_the_identity():

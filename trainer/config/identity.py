@@ -10,22 +10,28 @@ from typing import Any
 
 from trainer.config.groups import OPTION_OF
 from trainer.config.schema import DECIDES_WEIGHTS, Run
+from trainer.core.settings import is_added_default
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, for_identity: bool = False) -> Any:
     """Returns settings as JSON values. Enums become their names.
 
-    In a group whose options have settings classes of their own, `kind` is the name of the option.
+    In a group whose options have settings classes of their own, `kind` is the name of the option. `for_identity` leaves
+    out the settings that were added later (`trainer.core.settings.added`) and have their default value.
     """
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
-        values = {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+        values = {
+            f.name: to_plain(getattr(value, f.name), for_identity)
+            for f in fields(value)
+            if not (for_identity and is_added_default(f, getattr(value, f.name)))
+        }
         return {"kind": OPTION_OF[type(value)], **values} if type(value) in OPTION_OF else values
     if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, for_identity) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, for_identity) for item in value]
     return value
 
 
@@ -34,7 +40,7 @@ def identity_settings(run: Run) -> dict[str, Any]:
 
     Settings that change only the location of the data, the speed or the monitoring are left out.
     """
-    everything = to_plain(run)
+    everything = to_plain(run, for_identity=True)
     settings = {name: everything[name] for name in DECIDES_WEIGHTS}
     # The suggested values are part of the settings that use them.
     del settings["model"]["suggested"]
