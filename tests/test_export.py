@@ -17,7 +17,7 @@ import torch
 
 from trainer.config.schema import DECIDES_WEIGHTS, FREE_IN_POST_TRAINING_STAGES, Run
 from trainer.config.sections import Export, Format
-from trainer.core import files, tensor_files
+from trainer.core import documents, files, tensor_files
 from trainer.core.digests import sha256
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import DataError, StorageError, UsageError
@@ -337,7 +337,7 @@ def test_exported_configs_keep_alpha_and_have_no_dropout(family: Family, tmp_pat
         (metadata,) = (json.loads(value) for key, value in opened.metadata().items() if key != "format")
     settings = {key.rpartition(".")[2]: value for key, value in metadata.items()}
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8.0, 0.0)
-    again = files.read_json(folder / "adapter_config.json")
+    again = documents.read_json(folder / "adapter_config.json")
     assert (again["r"], again["lora_alpha"], again["peft_type"], again["inference_mode"]) == (4, 8.0, "LORA", True)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.core import digests, errors, files, tensor_files
+from trainer.core import digests, documents, errors, files, tensor_files
 from trainer.core.digests import Digests, sha256
 from trainer.core.lock import Lock
 
@@ -50,20 +50,20 @@ def test_write_replaces_a_file_and_leaves_no_other(tmp_path):
 def test_json_is_read_back_equal_including_infinity(tmp_path):
     value = {"loss": float("inf"), "name": "ß", "list": [1, None, True, 0.1 + 0.2]}
     files.write_json(tmp_path / "a.json", value)
-    assert files.read_json(tmp_path / "a.json") == value
+    assert documents.read_json(tmp_path / "a.json") == value
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_invalid_json_is_a_data_error_that_names_the_file(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(errors.DataError, match="a.json"):
-        files.read_json(tmp_path / "a.json")
+        documents.read_json(tmp_path / "a.json")
 
 
 def test_missing_files_and_unwritable_paths_are_storage_errors_of_one_paragraph(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for action in (
-        lambda: files.read_json(tmp_path / "missing.json"),
+        lambda: documents.read_json(tmp_path / "missing.json"),
         lambda: sha256(tmp_path / "missing"),
         lambda: files.write(tmp_path / "file" / "below", b""),
         lambda: files.write(Path("/proc/nothing/can/be/made/here"), b""),
@@ -79,7 +79,7 @@ def test_a_write_that_fails_halfway_leaves_only_the_old_file(tmp_path):
     script = """
 import resource, sys
 from pathlib import Path
-from trainer.core import errors, files
+from trainer.core import documents, errors, files
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:

@@ -26,7 +26,7 @@ from torch import nn
 from trainer.__main__ import main
 from trainer.config.compose import compose_config, to_run
 from trainer.config.schema import Run
-from trainer.core import files, tensor_files
+from trainer.core import documents, files, tensor_files
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
 from trainer.core.libraries import import_bitsandbytes
@@ -114,7 +114,7 @@ def set_quantization_config(component: Path, quantization: str) -> None:
         "bnb_4bit_quant_type": quantization,
     }
     path = component / "config.json"
-    files.write_json(path, files.read_json(path) | {"quantization_config": config})
+    files.write_json(path, documents.read_json(path) | {"quantization_config": config})
 
 
 def command_line(run: Run, *settings: str) -> list[str]:
@@ -150,7 +150,7 @@ def test_adapter_on_a_quantized_checkpoint_is_merged_into_full_weights(run: Run,
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
     assert main(["stage=export", f"run={folder}", "export.formats=[pipeline]"]) == 0
     transformer = folder / "export" / "pipeline" / "transformer"
-    assert "quantization_config" not in files.read_json(transformer / "config.json")
+    assert "quantization_config" not in documents.read_json(transformer / "config.json")
     exported = FluxTransformer2DModel.from_pretrained(transformer, torch_dtype=torch.float32)
     assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32}
 

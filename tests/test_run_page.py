@@ -22,7 +22,7 @@ from mlflow_helpers import (
     view_state,
 )
 
-from trainer.core import files
+from trainer.core import documents, files
 from trainer.tracking import RESULT, mlflow_internals, mlflow_tracker
 from trainer.tracking.journal import IMAGE, Journal
 from trainer.tracking.mlflow import MLflow
@@ -141,7 +141,7 @@ def test_links_lead_to_the_server_or_to_the_address_of_the_ui_once_mlflow_has_th
     }
     local = {title: f"http://127.0.0.1:5000/{rest}" for title, rest in expected.items()}
     assert MLflow().links(folder) == local and NoTracking().links(folder) == {}
-    note = files.read_json(folder / "tracking.json")
+    note = documents.read_json(folder / "tracking.json")
     files.write_json(folder / "tracking.json", note | {"uri": "https://host/mlflow/"})
     remote = {title: f"https://host/mlflow/{rest}" for title, rest in expected.items()}
     assert MLflow().links(folder) == remote

@@ -82,19 +82,6 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Returns the value in a JSON file.
-
-    Raises errors.StorageError if it cannot be read, errors.DataError if it is not JSON.
-    """
-    with storage_errors("read", path):
-        data = path.read_bytes()
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path} is not valid JSON: {error}. Restore it, or move it away.") from None
-
-
 def temporary_path(path: Path) -> Path:
     """Returns a unique path in the same folder, for a file or folder that is not finished yet."""
     return path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.digests import Digests
+from trainer.core.documents import read_json
 from trainer.core.errors import DataError, UsageError
-from trainer.core.files import read_json
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import files
+from trainer.core import documents, files
 from trainer.core.errors import DataError, WeightsError
 from trainer.core.tensor_files import check_safetensors
 
@@ -113,7 +113,7 @@ def copy_model_index(source: Path, target: Path, components: tuple[str, ...]) ->
     """Copies diffusers' `model_index.json`, if there is one, into a folder that holds only these components."""
     path = source / "model_index.json"
     if path.exists():
-        index = files.read_json(path)
+        index = documents.read_json(path)
         # diffusers marks a component that a checkpoint lacks, such as the safety checker, with [None, None].
         absent = {
             name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in components

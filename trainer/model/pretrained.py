@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import files
+from trainer.core import documents
 from trainer.core.libraries import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
 
 def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns a frozen model of the transformers class `kind`; its weights may be quantized by bitsandbytes."""
-    quantization = files.read_json(folder / "config.json").get("quantization_config", {})
+    quantization = documents.read_json(folder / "config.json").get("quantization_config", {})
     if quantization.get("quant_method") == "bitsandbytes":
         import_bitsandbytes()
     model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)

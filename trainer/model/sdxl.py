@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import files
+from trainer.core import documents
 from trainer.model import Recipe
 from trainer.model.checkpoint_files import recipe_digest
 from trainer.model.unet.family import UNetFamily
@@ -83,7 +83,7 @@ class SDXL(UNetFamily):
     def _zeros_for_empty_caption(self) -> bool:
         """Returns whether the checkpoint was trained with zeros in place of the encoded empty caption."""
         path = self.folder() / "model_index.json"
-        index = files.read_json(path) if path.exists() else {}
+        index = documents.read_json(path) if path.exists() else {}
         return index.get("force_zeros_for_empty_prompt", True)
 
     @classmethod

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.core import files, tensor_files
+from trainer.core import documents, files, tensor_files
 from trainer.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ComponentWeights:
         self._shards: dict[str, Path] = {}
         index = folder / f"{file_name}.safetensors.index.json"
         if index.exists():
-            self._shards = {name: folder / shard for name, shard in files.read_json(index)["weight_map"].items()}
+            self._shards = {name: folder / shard for name, shard in documents.read_json(index)["weight_map"].items()}
 
     def read(self, name: str) -> torch.Tensor:
         if self._prefix:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.core import files
+from trainer.core import documents, files
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class TrainingResult:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads the result of a run from its folder, which must have a summary."""
-        summary = files.read_json(folder / "summary.json")
+        summary = documents.read_json(folder / "summary.json")
         evaluations = sorted((folder / "pictures").glob("step-*"))
         exports = (folder / "export").glob("*")
         return cls(

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.core import files
+from trainer.core import documents, files
 from trainer.core.console import print_line
 from trainer.core.errors import Interrupted, TrainerError
 from trainer.core.lock import Lock
@@ -153,9 +153,9 @@ class Sweep:
         member.status = State.FINISHED if code == 0 else State.STOPPED if stopped else State.FAILED
         member.reason = "" if code == 0 else failure_reason(Path(member.log), code)
         with contextlib.suppress(TrainerError):  # The member ended before it had a run folder or a loss.
-            member.folder = files.read_json(self._report_file(member))["folder"]
+            member.folder = documents.read_json(self._report_file(member))["folder"]
             self._report_file(member).unlink()
-            summary = files.read_json(Path(member.folder) / "summary.json")
+            summary = documents.read_json(Path(member.folder) / "summary.json")
             member.best_loss, member.last_loss = summary["best_val_loss"], summary["last_val_loss"]
             member.psnr, member.minutes = summary["final"].get("val/psnr"), round(summary["seconds"] / 60, 1)
         loss = f", held-out loss {member.best_loss:.4f}" if member.best_loss is not None else ""
@@ -174,7 +174,7 @@ class Sweep:
     def _load(self, new: list[Member], first: int) -> None:
         """Reads the members of earlier batches, adds the new ones and writes `sweep.json`."""
         try:
-            record = files.read_json(self.folder / "sweep.json")
+            record = documents.read_json(self.folder / "sweep.json")
         except TrainerError:
             record = {}
         self.members = [Member.from_json(fields) for fields in record.get("members", [])[:first]] + new

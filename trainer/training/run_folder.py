@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.config.identity import differences, identity_settings, run_id
 from trainer.config.schema import Run
-from trainer.core import files
+from trainer.core import documents, files
 from trainer.core.console import timestamp
 from trainer.core.errors import UsageError
 from trainer.core.lock import Lock
@@ -37,7 +37,7 @@ class RunFolder:
     finished: bool
 
     def summary(self) -> dict[str, Any]:
-        return files.read_json(self.path / SUMMARY)
+        return documents.read_json(self.path / SUMMARY)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
     with Lock(folder / "lock"):
         digests = digests | {"program": __version__}
         if (folder / MANIFEST).exists():
-            manifest = files.read_json(folder / MANIFEST)
+            manifest = documents.read_json(folder / MANIFEST)
             _check_digests(folder, manifest["digests"], digests)
         else:
             manifest = {
@@ -73,7 +73,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
             }
             files.write_json(folder / MANIFEST, manifest)
         summary = folder / SUMMARY
-        finished = summary.exists() and files.read_json(summary).get("status") == "finished"
+        finished = summary.exists() and documents.read_json(summary).get("status") == "finished"
         if not finished:
             files.remove_temporary(folder)
         yield RunFolder(folder, id, manifest, parent, finished)
@@ -105,7 +105,7 @@ def _resumed_folder(run: Run, settings: dict[str, Any]) -> tuple[Path, Path | No
     """
     assert run.resume is not None
     folder = find_run_folder(run.resume, run.out)
-    old_settings = files.read_json(folder / MANIFEST)["settings"]
+    old_settings = documents.read_json(folder / MANIFEST)["settings"]
     changes = differences(old_settings, settings)
     only_steps_changed = [change.partition(":")[0] for change in changes] == ["steps"]
     if only_steps_changed and (run.steps or 0) > (old_settings["steps"] or 0) > 0:
