@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from trainer.core.rng import normal
 from trainer.precision.loss_scale import LossScale
+from trainer.training.average import update_moving_average
 from trainer.training.loop import Step, TrainingLoop
 
 ALL_SAMPLES = [[0, 1, 2, 3, 4]]
@@ -60,8 +62,7 @@ def train(
         batch_size=5,
         max_grad_norm=max_grad_norm,
         seed=0,
-        average=average,
-        decay=decay or 0.0,
+        update_average=(None if decay is None else partial(update_moving_average, average, [parameter], decay)),
         loss_scale=loss_scale,
     )
     batches = (

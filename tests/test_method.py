@@ -39,6 +39,7 @@ from trainer.model.flux_kontext import FluxKontext
 from trainer.model.weights import ComponentWeights
 from trainer.optimizer.adamw import AdamW
 from trainer.precision import Precision, Storage
+from trainer.training.average import update_moving_average
 from trainer.training.build import load_initial_weights
 from trainer.training.loop import TrainingLoop
 
@@ -311,8 +312,7 @@ def test_bfloat16_weights_have_a_float32_average_and_are_exported(family: Family
         batch_size=1,
         max_grad_norm=1.0,
         seed=0,
-        average=average,
-        decay=0.9,
+        update_average=partial(update_moving_average, average, list(parameters.values()), 0.9),
     )
     for _ in loop.steps((step, [{"x": torch.zeros(1)}]) for step in range(1, 4)):
         pass

@@ -6,12 +6,12 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers.optimization
-import hydra
 import pytest
 import torch
 import transformers
@@ -36,10 +36,14 @@ from trainer.method.full import Full
 from trainer.method.lora import Lora
 from trainer.model.flux_kontext import FluxKontext
 from trainer.optimizer import Optimizer, stochastic_rounding
+from trainer.optimizer.adafactor import Adafactor
 from trainer.optimizer.adam8bit import Adam8bit
 from trainer.optimizer.adamw import AdamW
 from trainer.optimizer.adamw8bit import AdamW8bit
+from trainer.optimizer.custom import Custom
+from trainer.optimizer.lion8bit import Lion8bit
 from trainer.optimizer.prodigy import Prodigy
+from trainer.optimizer.schedulefree import ScheduleFree
 from trainer.optimizer.sgd import SGD
 from trainer.optimizer.stochastic_rounding import StochasticRounding, round_stochastically
 from trainer.tracking.journal import read_records
@@ -54,6 +58,13 @@ OPTIMIZERS = [
     Prodigy(lr=1.0, d0=1e-3, growth_rate=1.1, slice_p=11, beta3=0.9, decouple=False),
     SGD(lr=0.1),
     SGD(lr=0.1, momentum=0.0, weight_decay=0.1),
+    Adafactor(lr=1e-2),
+    Adafactor(lr=1e-2, beta1=0.9, weight_decay=0.1, scale_parameter=True, clip_threshold=0.5, decay_rate=-0.5),
+    Lion8bit(lr=1e-3),
+    ScheduleFree(lr=1e-2),
+    ScheduleFree(lr=1e-2, r=1.0, weight_lr_power=1.0, weight_decay=0.1),
+    Custom(lr=1e-2, name="stableadamw"),
+    Custom(lr=1e-3, name="came", weight_decay=0.1, arguments={"clip_threshold": 0.5}),
 ]
 """Each optimizer, some with several settings."""
 COSINE = Cosine(warmup=3, min_ratio=0.1)
@@ -125,12 +136,87 @@ def test_optimizer_resumes_bit_for_bit_from_a_checkpoint(settings: Optimizer, tm
 def test_every_setting_reaches_the_optimizer(settings: Optimizer):
     optimizer = settings.create([nn.Parameter(torch.ones(3))])
     (group,) = optimizer.param_groups
-    for name, value in asdict(settings).items():
-        # bitsandbytes keeps some of its settings in `args`.
-        found = group[name] if name in group else getattr(optimizer.args, name)
+    given = asdict(settings)
+    if isinstance(settings, Custom):
+        given |= given.pop("arguments")
+        del given["name"]
+    for name, value in given.items():
+        # bitsandbytes keeps some of its settings in `args`, and CAME as attributes.
+        found = group[name] if name in group else getattr(getattr(optimizer, "args", optimizer), name)
         if name == "growth_rate" and value is None:
             value = math.inf
         assert found == (tuple(value) if isinstance(value, list) else value), name
+
+
+def test_schedulefree_averages_as_its_package_does():
+    settings, parameters = ScheduleFree(lr=1e-2, r=0.5), make_parameters()
+    optimizer = settings.create(parameters)
+    average = [torch.zeros(shape) for shape in SHAPES]
+    settings.write_average(optimizer, average)
+    assert all(torch.equal(mean, parameter) for mean, parameter in zip(average, parameters, strict=True))
+    train(settings, parameters, optimizer, range(1, 7))
+    before = [parameter.detach().clone() for parameter in parameters]
+    settings.write_average(optimizer, average)
+    assert all(torch.equal(old, parameter) for old, parameter in zip(before, parameters, strict=True))
+    optimizer.eval()
+    for old, mean, parameter in zip(before, average, parameters, strict=True):
+        torch.testing.assert_close(mean, parameter.detach(), rtol=0, atol=1e-7)
+        assert not torch.allclose(mean, old, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Custom(lr=1e-3, name="camel"), "type one of came"),
+        (Custom(lr=1e-3, name="came", arguments={"clip": 1}), "came has no clip; it has lr, betas"),
+        (Custom(lr=1e-3, name="came", arguments={"betas": 3}), "does not accept these settings"),
+        (Custom(lr=1e-3, name="schedulefreeadamw"), "type optimizer=schedulefree"),
+        (Custom(lr=1e-3, name="lbfgs"), "does not work with this training loop"),
+        (Custom(lr=1e-3, name="kron"), "dtype at .* which is neither a tensor nor JSON"),
+        (Custom(lr=1e-3, name="sm3", weight_decay=0.1), "type optimizer.weight_decay=0"),
+    ],
+    ids=str,
+)
+def test_custom_optimizer_that_cannot_train_is_refused(settings: Custom, message: str):
+    with pytest.raises(UsageError, match=message):
+        settings.check()
+
+
+def test_custom_optimizer_with_an_incomplete_state_is_refused():
+    class Forgetful(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict() | {"state": {}}
+
+    class Incomplete(Custom):
+        def create(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+            return Forgetful(parameters, lr=self.lr, momentum=0.9)
+
+    with pytest.raises(UsageError, match="does not continue exactly"):
+        Incomplete(lr=1e-3, name="forgetful").check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["lr_scheduler=cosine"], "type lr_scheduler=constant"),
+        (["experiment=floorplans_a100", "model.path=x", "dataset.path=x"], "type lr_scheduler=constant"),
+        (["ema=0.9"], "type ema=null"),
+        (
+            ["model=flux_kontext", "precision=bf16", "method=full", "method.master_weights=none"],
+            "needs all of them at once",
+        ),
+    ],
+)
+def test_schedulefree_refuses_settings_that_contradict_it(settings: list[str], message: str):
+    register()
+    with pytest.raises(UsageError, match=message):
+        to_run(compose_config(["optimizer=schedulefree", *settings]))
+
+
+def test_learning_rate_may_be_a_share_of_the_suggested_one():
+    register()
+    lion, adamw = (to_run(compose_config([f"optimizer={name}"])).optimizer for name in ("lion8bit", "adamw"))
+    assert lion.lr == adamw.lr / 3
 
 
 def test_moments_of_large_tensors_are_8bit():
@@ -310,8 +396,7 @@ def test_default_learning_rate_depends_on_model_method_and_optimizer(
 def test_every_optimizer_option_composes_to_its_defaults():
     register()
     for name, kind in GROUPS["optimizer"].items():
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(f"optimizer/{name}").optimizer
+        composed = compose_config([f"optimizer={name}"]).optimizer
         assert OmegaConf.to_object(composed) == kind(), name
 
 

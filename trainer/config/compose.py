@@ -177,7 +177,7 @@ def resolve(run: Run) -> Run:
     if run.steps is None and run.epochs is None:
         run = replace(run, steps=suggested.steps)
     if run.optimizer.lr is None:
-        lr = run.optimizer.default_lr() or suggested.learning_rate.get(method)
+        lr = run.optimizer.default_lr(suggested.learning_rate.get(method))
         if lr is None:
             raise UsageError(
                 f"this model suggests no learning rate for method={method}; type optimizer.lr=1e-4 or another number"

@@ -37,6 +37,7 @@ def check(run: Run) -> None:
     run.export.select(run.method.formats)
     _check_precision(run)
     _check_stochastic_rounding(run)
+    _check_average(run)
     check_card(run, run.hardware.card)
 
 
@@ -110,6 +111,21 @@ def _check_combinations(run: Run) -> None:
         )
 
 
+def _check_average(run: Run) -> None:
+    if not run.optimizer.averages_weights:
+        return
+    name = option_name(run.optimizer)
+    if run.ema is not None:
+        raise UsageError(
+            f"ema={run.ema:g}: optimizer={name} averages the weights itself; type ema=null, or optimizer=adamw"
+        )
+    if option_name(run.lr_scheduler) != "constant":
+        raise UsageError(
+            f"optimizer={name} averages the weights instead of decaying the learning rate, as "
+            f"lr_scheduler={option_name(run.lr_scheduler)} does; type lr_scheduler=constant"
+        )
+
+
 def _check_precision(run: Run) -> None:
     storage, compute = run.precision.storage, run.precision.compute
     if storage in (Storage.bf16, Storage.fp16) and compute is Dtype.float32:
@@ -136,7 +152,7 @@ def _check_stochastic_rounding(run: Run) -> None:
     if run.optimizer.updates_jointly:
         raise UsageError(
             f"method.master_weights=none updates one tensor at a time, and optimizer={option_name(run.optimizer)} "
-            "derives its learning rate from all of them; type optimizer=adamw, or method.master_weights=fp32"
+            "needs all of them at once; type optimizer=adamw, or method.master_weights=fp32"
         )
 
 
@@ -190,10 +206,12 @@ def check_sharded(run: Run) -> None:
         )
     if run.hardware.compile:
         raise UsageError(f"hardware.compile=true does not work with a sharded network; leave it out, or {unsharded}")
-    if run.export.formats and Format.pipeline in run.export.formats:
+    whole = [format.name for format in run.export.formats or () if format in (Format.pipeline, Format.single_file)]
+    if whole:
+        formats = ",".join(whole)
         raise UsageError(
-            "export.formats: pipeline needs the whole network, which no process has; leave it out, and type "
-            "stage=export run=<id> export.formats=[pipeline] when the run is finished"
+            f"export.formats: {formats} needs the whole network, which no process has; leave it out, and type "
+            f"stage=export run=<id> export.formats=[{formats}] when the run is finished"
         )
 
 

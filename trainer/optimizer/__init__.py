@@ -27,6 +27,8 @@ class Optimizer:
     """Whether it can update tensors that are sharded across processes (torch's DTensor)."""
     updates_jointly = False
     """Whether a step needs all tensors at once, so that they cannot be updated one after another."""
+    averages_weights = False
+    """Whether training results in an average that the optimizer keeps, instead of the weights that it updates."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
@@ -36,9 +38,18 @@ class Optimizer:
                 f"optimizer.weight_decay={self.weight_decay:g} would make weights grow; type 0 or more, such as 0.01"
             )
 
-    def default_lr(self) -> float | None:
-        """Returns the default learning rate for every model and method; None if it depends on them."""
-        return None
+    def default_lr(self, suggested: float | None) -> float | None:
+        """Returns the default learning rate; None if there is none.
+
+        `suggested` is the one that the model suggests for AdamW and the method, None if it suggests none.
+        """
+        return suggested
+
+    def check(self) -> None:
+        """Raises an error if the optimizer cannot be created, for example because its package is not installed."""
+        import torch
+
+        self.create([torch.nn.Parameter(torch.zeros(1))])
 
     def create(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Returns the torch optimizer with one parameter group, whose `lr` the training loop sets before each step."""
@@ -54,6 +65,13 @@ class Optimizer:
         from trainer.optimizer.stochastic_rounding import StochasticRounding
 
         return StochasticRounding(self.create, parameters, seed)
+
+    def write_average(self, optimizer: torch.optim.Optimizer, average: Iterable[torch.Tensor]) -> None:
+        """Writes the averages that the optimizer keeps into float32 tensors, in the order of its parameters.
+
+        Only for options with `averages_weights`.
+        """
+        raise NotImplementedError
 
     def effective_lr(self, optimizer: torch.optim.Optimizer | StochasticRounding) -> float | None:
         """Returns the learning rate that the optimizer has estimated; None if it uses `lr` as it is."""

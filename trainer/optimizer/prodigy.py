@@ -59,7 +59,7 @@ class Prodigy(Adam):
                 f"optimizer.slice_p={self.slice_p} uses no entries; type 1 for all, or 11 for every eleventh"
             )
 
-    def default_lr(self) -> float:
+    def default_lr(self, suggested: float | None) -> float:
         return 1.0
 
     def create(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -33,7 +33,7 @@ class SGD(Optimizer):
         if self.nesterov and not self.momentum:
             raise UsageError("optimizer.nesterov=true needs momentum; type optimizer.momentum=0.9")
 
-    def default_lr(self) -> float:
+    def default_lr(self, suggested: float | None) -> float:
         # A constant gradient moves weights by lr / (1 - momentum) times its norm per step. With this rate, the
         # factor is 1.
         return round(1 - self.momentum, 6)

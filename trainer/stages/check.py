@@ -12,6 +12,7 @@ from trainer.core.console import format_bytes, print_line
 from trainer.dataset.transform import TransformedSample
 from trainer.method.trainable import trainable_parameters
 from trainer.stages.data_report import describe_many_visits, report_data
+from trainer.training.average import keeps_average
 from trainer.training.build import check_buildable, describe_precision
 from trainer.training.data import TrainingData, prepare, required_samples
 
@@ -58,8 +59,8 @@ def _print_disk_space(run: Run, data: TrainingData, trainable: int) -> None:
     # Cached tensors are float32 or smaller.
     cache_bytes = sum(4 * math.prod(_cached_shapes(run, sample).get(name, ())) for name, sample in missing)
     print_line(f"cache       {data.cache.root}: {len(missing)} entries to make, up to {format_bytes(cache_bytes)}")
-    # A checkpoint has float32 weights, two moments of each, and possibly their moving average.
-    checkpoint_bytes = trainable * 4 * (3 + bool(run.ema))
+    # A checkpoint has float32 weights, two moments of each, and possibly their average.
+    checkpoint_bytes = trainable * 4 * (3 + keeps_average(run))
     total_bytes = (run.save.keep + 1) * checkpoint_bytes
     print_line(f"checkpoints up to {format_bytes(total_bytes)} for the last {run.save.keep} and the best")
 

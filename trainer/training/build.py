@@ -48,12 +48,13 @@ def build_network(
 
 
 def check_buildable(run: Run, is_new: bool = True) -> None:
-    """Raises the errors.UsageError of `build_network` and `load_initial_weights` early, if file headers suffice to
-    know.
+    """Raises the errors.UsageError of `build_network`, `load_initial_weights` and the optimizer early, if file headers
+    suffice to know.
 
     `is_new`: whether the run has no checkpoint yet, so that it needs initial weights.
     """
     run.precision.check_checkpoint(run.model.weights().dtypes())
+    run.optimizer.check()
     init_from = run.method.init_from
     if is_new and init_from is not None and not is_adapter_path(Path(init_from).expanduser()):
         find_run_folder(init_from, run.out)

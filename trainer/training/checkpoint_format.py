@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.core import files, tensor_files
 from trainer.core.digests import sha256
 from trainer.core.errors import DataError, NonFiniteError
+from trainer.core.state_dicts import join_tensors, split_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +78,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     Raises errors.NonFiniteError if a tensor is not finite, and OSError.
     """
-    tensors: dict[str, Tensor] = {}
-    packed = _pack(checkpoint.optimizer, "", tensors)
+    packed, tensors = split_tensors(checkpoint.optimizer)
     contents = {WEIGHTS: checkpoint.weights, OPTIMIZER: tensors}
     if checkpoint.ema is not None:
         contents[EMA] = checkpoint.ema
@@ -107,7 +107,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(
             step=manifest["step"],
             weights=contents[WEIGHTS],
-            optimizer=_unpack(contents[STATE]["optimizer"], contents[OPTIMIZER]),
+            optimizer=join_tensors(contents[STATE]["optimizer"], contents[OPTIMIZER]),
             ema=contents.get(EMA),
             state=contents[STATE]["state"],
         )
@@ -194,44 +194,3 @@ def _check_finite(step: int, file_name: str, tensors: dict[str, Tensor]) -> None
                 f"Step {step} was not saved: {key!r} of {file_name} contains NaN or infinity. "
                 "The checkpoints before it are unchanged; the usual remedy is a lower optimizer.lr."
             )
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Converts `value` to JSON, and moves its tensors to `tensors` under their dotted paths.
-
-    `_unpack` restores everything, including the types of containers and keys.
-    """
-    from torch import Tensor
-
-    def child_name(key: object) -> str:
-        return f"{name}.{key}" if name else str(key)
-
-    if isinstance(value, Tensor):
-        while name in tensors:  # {"a.b": x, "a": {"b": y}}
-            name += "'"
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        if not all(type(key) in (int, str) for key in value):
-            raise TypeError(f"the optimizer state has keys that JSON cannot represent, in {name!r}")
-        return {"dict": [[key, _pack(item, child_name(key), tensors)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_pack(item, child_name(index), tensors) for index, item in enumerate(value)]}
-    if isinstance(value, list):
-        return [_pack(item, child_name(index), tensors) for index, item in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"the optimizer state has a {type(value).__name__} at {name!r}, which is neither a tensor nor JSON")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_unpack(item, tensors) for item in content)
-    return {key: _unpack(item, tensors) for key, item in content}

@@ -62,10 +62,8 @@ class TrainingLoop:
     """Seed of dropout."""
     uninterrupted: Callable[[], AbstractContextManager] = nullcontext
     """Context of an update, in which signals are deferred."""
-    average: list[torch.Tensor] | None = None
-    """Exponential moving average of `parameters`, updated in place."""
-    decay: float = 0.0
-    """Decay of `average`."""
+    update_average: Callable[[int], None] | None = None
+    """Updates the average of the weights; called after the update of each step."""
     loss_scale: LossScale | None = None
     """Factor of the loss in the backward pass."""
     reduce: Callable[[list[torch.nn.Parameter], float], float] | None = None
@@ -147,7 +145,7 @@ class TrainingLoop:
         return micro_losses
 
     def _update(self, step: int, lr: float, update: bool, finite_loss: bool) -> bool:
-        """Updates weights, average and loss scale. Returns whether the step counts as finite."""
+        """Updates weights, their average and loss scale. Returns whether the step counts as finite."""
         overflow = not update and finite_loss and self.loss_scale is not None and self.loss_scale.value > 1
         if not update and not overflow:
             return False
@@ -157,18 +155,9 @@ class TrainingLoop:
             group["lr"] = lr
         if update:
             self.optimizer.step()
-            self._update_average(step)
+            if self.update_average is not None:
+                self.update_average(step)
         return True
-
-    def _update_average(self, step: int) -> None:
-        if self.average is None:
-            return
-        # The decay rises during the first steps (num_updates in TensorFlow's ExponentialMovingAverage), or the average
-        # would keep the untrained weights for too long.
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for mean, parameter in zip(self.average, self.parameters, strict=True):
-            # The average of bfloat16 weights is float32: its changes are smaller than bfloat16 can represent.
-            mean.lerp_(parameter.data.to(mean.dtype), weight)
 
 
 def sum_in_order(values: Iterable[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from trainer.core.errors import DataError, Interrupted, NonFiniteError, StorageE
 from trainer.core.rng import seed_for
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
-from trainer.distributed.sharding import shard_like, shard_optimizer_state
+from trainer.distributed.sharding import shard_optimizer_state
 from trainer.method.trainable import trainable_parameters
+from trainer.training.average import initial_average, keeps_average, update_average
 from trainer.training.batches import Batches
 from trainer.training.build import build_network, copy_weights, load_initial_weights
 from trainer.training.checkpoint import Checkpoints, load_best_weights
@@ -123,14 +125,11 @@ class Session:
         return checkpoint
 
     def _initial_average(self, checkpoint: Checkpoint | None) -> dict[str, torch.Tensor] | None:
-        """Returns the moving average of the parameters, in float32; None if this process does not keep one."""
-        if not self.run.ema or not (self.processes.is_main or self.processes.sharded):
+        """Returns the average of the weights over the steps; None if this process does not keep one."""
+        if not keeps_average(self.run) or not (self.processes.is_main or self.processes.sharded):
             return None
         source = checkpoint.ema if checkpoint and checkpoint.ema else self.parameters
-        return {
-            name: shard_like(source[name].detach().float().clone().to(self.device), parameter)
-            for name, parameter in self.parameters.items()
-        }
+        return initial_average(self.parameters, source)
 
     def _start_attempt(self) -> None:
         if self.recorder is None:
@@ -182,8 +181,9 @@ class Session:
             # Each process has its own dropout masks.
             seed=run.seed if rank == 0 else seed_for(run.seed, "process", rank),
             uninterrupted=self.signals.deferred_until_release,
-            average=list(self.average.values()) if self.average else None,
-            decay=run.ema or 0.0,
+            update_average=(
+                partial(update_average, run, self.average, self.parameters, self.optimizer) if self.average else None
+            ),
             loss_scale=self.loss_scale,
             reduce=self.processes.sum_gradients if world_size > 1 else None,
             may_halve=not self.processes.sharded,
@@ -329,9 +329,13 @@ class Session:
             # For example, the adapter changes nothing. Training has finished in any case.
             export_error = error
         outcome = "done" if self.step == self.total_steps else "stopped early"
-        recorder.finish_run(outcome, self.step, self.state, memory_metrics(self.device), exports)
+        # A signal must not interrupt the first import of matplotlib: the summary of a stopped attempt needs it, too.
+        with self.signals.recorded():
+            recorder.finish_run(outcome, self.step, self.state, memory_metrics(self.device), exports)
         if export_error:
             raise export_error
+        if self.signals.seen:
+            raise Interrupted(self.signals.seen)
 
     # The main process
 
