@@ -191,18 +191,22 @@ def test_pipeline_export_copies_only_weights_configs_and_tokenizers(family: Fami
 
 
 def test_full_training_is_exported_as_a_checkpoint(family: Family, tmp_path: Path):
-    run = run_of(family, method=Full(), precision=Precision())
+    run = run_of(family, Format.pipeline, Format.single_file, method=Full(), precision=Precision())
     network = network_of(run, 0.01)
-    (path,) = write(run, network, tmp_path)
+    path, single_file = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
+    from_file = dataclasses.replace(family, denoiser_path=str(single_file))
+    for name, tensor in from_file.load_network(torch.float32).state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
     exported = ComponentWeights(path / family.denoiser)
     assert all(torch.equal(exported.read(name), parameter) for name, parameter in trainable_parameters(network).items())
     assert_close(prediction(again, again.load_network(torch.float32).eval()), prediction(family, network))
-    assert export_after_training(run, network, {}, tmp_path / "none") == []
+    unset = dataclasses.replace(run, export=Export())
+    assert export_after_training(unset, network, {}, tmp_path / "none") == []
 
 
 def test_adapter_formats_are_refused_for_full_training():
-    with pytest.raises(UsageError, match="type export.formats=\\[pipeline\\]"):
+    with pytest.raises(UsageError, match="type export.formats=\\[pipeline,single_file\\]"):
         Export([Format.pipeline, Format.peft]).select(Full.formats)
     assert Export().select(Lora.formats) == [Format.diffusers]
     assert Export().select(Full.formats) == [Format.pipeline]
@@ -280,9 +284,19 @@ def swap_two(self: Family, tensors, folder: Path) -> None:
     type(self).__mro__[1].save_pipeline(self, tensors.items(), folder)
 
 
+def swap_two_in_file(self: Family, read, dtype: torch.dtype, path: Path) -> None:
+    first, second = sorted(name for name in self.meta_model().state_dict() if name.endswith("to_q.weight"))[:2]
+    others = {first: second, second: first}
+    type(self).__mro__[1].save_single_file(self, lambda name: read(others.get(name, name)), dtype, path)
+
+
 @pytest.mark.parametrize(
     ("format", "methods"),
-    [(Format.comfyui, {"comfyui_key": confuse_layers}), (Format.pipeline, {"save_pipeline": swap_two})],
+    [
+        (Format.comfyui, {"comfyui_key": confuse_layers}),
+        (Format.pipeline, {"save_pipeline": swap_two}),
+        (Format.single_file, {"save_single_file": swap_two_in_file}),
+    ],
 )
 def test_a_wrong_export_is_refused_and_the_earlier_one_stays(
     family: Family, format: Format, methods: dict, tmp_path: Path

@@ -101,6 +101,8 @@ class Format(Enum):
     - `peft`: a folder for `PeftModel.from_pretrained`.
     - `comfyui`: a file for ComfyUI, which reads no metadata.
     - `pipeline`: a complete checkpoint with the trained weights merged into it, for `model.path` and diffusers.
+    - `single_file`: the same as one file in the layout of the program that the model was published with, for A1111 and
+      ComfyUI. It holds the components that such files usually hold.
     - `soft_prompt`: a file for `method.init_from`.
     """
 
@@ -108,6 +110,7 @@ class Format(Enum):
     peft = "peft"
     comfyui = "comfyui.safetensors"
     pipeline = "pipeline"
+    single_file = "single_file.safetensors"
     soft_prompt = "soft_prompt.safetensors"
 
 
@@ -116,10 +119,11 @@ class Export:
     """In which formats the trained weights are exported."""
 
     formats: list[Format] | None = None
-    """Null: the first format that the method supports. Pipelines are large, and are written only by `stage=export`."""
+    """Null: the first format that the method supports. Complete checkpoints are large, and none is written
+    unless this setting or `stage=export` asks for it."""
     dtype: Dtype | None = None
-    """Null: float32 for adapters; for a pipeline the dtype of the weights in training, or the compute dtype if they are
-    quantized."""
+    """Null: float32 for adapters; for a complete checkpoint the dtype of the weights in training, or the compute dtype
+    if they are quantized."""
 
     def select(self, supported: tuple[str, ...]) -> list[Format]:
         """Returns the formats to write, given the names of those that the method supports.

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.core import errors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
+
+SAFETENSORS_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+"""How safetensors spells the types of torch."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -44,6 +62,34 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise errors.DataError(
             f"{path} cannot be read as safetensors, the only format for weights that is accepted ({error})"
         ) from error
+
+
+def stream_tensors(
+    path: Path, specs: Mapping[str, tuple[dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
+) -> None:
+    """Writes a safetensors file with one tensor in memory at a time, which the safetensors library cannot.
+
+    `specs` are the dtypes and shapes of the tensors, and `read` returns each by name. Like `save_tensors`, the write is
+    neither atomic nor synced. Raises OSError.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # As in the library, the widest types come first, so that every tensor is aligned.
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    for name in names:
+        kind, shape = specs[name]
+        start, end = end, end + kind.itemsize * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[str(kind)], "shape": shape, "data_offsets": (start, end)}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            tensor = read(name).detach()
+            assert (tensor.dtype, tuple(tensor.shape)) == specs[name], name
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Export format of a complete checkpoint with the trained weights merged into it."""
+"""Export formats of a complete checkpoint with the trained weights merged into it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 
 from trainer.core import files
 from trainer.core.console import print_line
+from trainer.core.errors import DataError
 from trainer.export import verify
 from trainer.export.format import ExportFormat
 from trainer.export.verify import WeightChange
@@ -19,21 +20,84 @@ if TYPE_CHECKING:
     from trainer.config.schema import Run
 
 
-class PipelineFormat(ExportFormat):
-    """A folder for `model.path` and diffusers."""
+class CheckpointFormat(ExportFormat):
+    """A format that holds the model with its trained weights."""
+
+    is_folder = True
+    """Whether the export is a folder."""
 
     def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
         dtype = run.export.dtype.torch if run.export.dtype else run.precision.dtype()
         shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}
-        with files.replace_folder(path) as unfinished:
-            run.model.save_pipeline(((name, merged_tensor(network, name).to(dtype)) for name in shapes), unfinished)
+        replace = files.replace_folder if self.is_folder else files.replace_file
+        with replace(path) as unfinished:
+            self.save(run, lambda name: merged_tensor(network, name).to(dtype), shapes, dtype, unfinished)
             changes = _weight_changes(run, network, shapes)
             preserved = verify.check_checkpoint(run.model.weights(unfinished).read, changes, shapes, dtype, path)
+            self.check_rest(run, unfinished, path)
         if preserved < verify.MIN_PRESERVED[torch.float32]:
             print_line(
                 f"{path}: {verify.dtype_name(dtype)} preserves {preserved:.0%} of the trained change; "
                 "export.dtype=float32 preserves all of it"
             )
+
+    def save(
+        self,
+        run: Run,
+        read: Callable[[str], torch.Tensor],
+        names: Iterable[str],
+        dtype: torch.dtype,
+        path: Path,
+    ) -> None:
+        """Saves the checkpoint; `read` returns the tensors of the network, by `names`, in `dtype`. Raises OSError."""
+        raise NotImplementedError
+
+    def check_rest(self, run: Run, unfinished: Path, path: Path) -> None:
+        """Compares what the network does not hold with the base, if it was not just copied. Raises errors.DataError."""
+
+
+class PipelineFormat(CheckpointFormat):
+    """A folder for `model.path` and diffusers."""
+
+    def save(
+        self,
+        run: Run,
+        read: Callable[[str], torch.Tensor],
+        names: Iterable[str],
+        dtype: torch.dtype,
+        path: Path,
+    ) -> None:
+        run.model.save_pipeline(((name, read(name)) for name in names), path)
+
+
+class SingleFileFormat(CheckpointFormat):
+    """A file for `model.path` or `model.denoiser_path`, A1111 and ComfyUI."""
+
+    is_folder = False
+
+    def save(
+        self,
+        run: Run,
+        read: Callable[[str], torch.Tensor],
+        names: Iterable[str],
+        dtype: torch.dtype,
+        path: Path,
+    ) -> None:
+        run.model.save_single_file(read, dtype, path)
+
+    def check_rest(self, run: Run, unfinished: Path, path: Path) -> None:
+        model = run.model
+        for component in model.file_prefixes:
+            if component not in model.components:
+                continue
+            base, written = model.component_weights(component), model.component_weights(component, unfinished)
+            for name in model.meta_component(component).state_dict():
+                frozen = model.network_name(component, name) is None
+                if frozen and not torch.equal(base.read(name), written.read(name)):
+                    raise DataError(
+                        f"{path} was written and read back, and {name} of the {component} differs from the base. It "
+                        "was discarded; please report this"
+                    )
 
 
 def _weight_changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[WeightChange]:

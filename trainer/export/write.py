@@ -13,7 +13,7 @@ from trainer.core import files
 from trainer.core.errors import DataError
 from trainer.export.adapters import ComfyUIFormat, DiffusersFormat, PeftFormat
 from trainer.export.format import ExportFormat
-from trainer.export.pipeline import PipelineFormat
+from trainer.export.pipeline import PipelineFormat, SingleFileFormat
 from trainer.export.soft_prompt import SoftPromptFormat
 from trainer.method.adapter_probe import is_noop
 from trainer.method.trainable import swap_weights, trainable_parameters
@@ -26,6 +26,7 @@ FORMATS: dict[Format, ExportFormat] = {
     Format.peft: PeftFormat(),
     Format.comfyui: ComfyUIFormat(),
     Format.pipeline: PipelineFormat(),
+    Format.single_file: SingleFileFormat(),
     Format.soft_prompt: SoftPromptFormat(),
 }
 UNFINISHED_SECONDS = 24 * 3600

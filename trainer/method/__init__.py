@@ -22,7 +22,7 @@ class Method:
     """Whether the trainable parameters change the weights of layers."""
     reads_weights_outside_forward = False
     """Whether weights of the network are used outside of its forward passes."""
-    formats: ClassVar[tuple[str, ...]] = ("pipeline",)
+    formats: ClassVar[tuple[str, ...]] = ("pipeline", "single_file")
     """Names of the export formats that can hold the trained parameters; the first is the default."""
 
     @property

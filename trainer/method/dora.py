@@ -17,7 +17,7 @@ class Dora(Lora):
     """DoRA (Liu et al. 2024): rows m V / |V| with V = W + alpha / rank * B A. The magnitude m starts at |W|."""
 
     # ComfyUI divides by |W| instead of |V|, so it would generate images with different weights.
-    formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "pipeline")
+    formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "pipeline", "single_file")
 
     def peft_config(self, targets: list[str]) -> LoraConfig:
         config = Lora.peft_config(self, targets)

@@ -23,7 +23,7 @@ class Loha(Adapter):
     module_dropout: float = 0.0
     """Dropout of the updates of whole layers."""
 
-    formats: ClassVar[tuple[str, ...]] = ("comfyui", "peft", "pipeline")
+    formats: ClassVar[tuple[str, ...]] = ("comfyui", "peft", "pipeline", "single_file")
 
     def peft_config(self, targets: list[str]) -> PeftConfig:
         from peft import LoHaConfig

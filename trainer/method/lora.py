@@ -28,7 +28,7 @@ class Lora(Adapter):
     """Dropout of the adapter's input."""
     init: LoraInit = LoraInit.kaiming
 
-    formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "comfyui", "pipeline")
+    formats: ClassVar[tuple[str, ...]] = ("diffusers", "peft", "comfyui", "pipeline", "single_file")
 
     def peft_config(self, targets: list[str]) -> LoraConfig:
         from peft import LoraConfig

@@ -9,23 +9,22 @@ Shapes: B samples, C latent channels, latents of h x w, images of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer.core import files
 from trainer.core.dtypes import Dtype
-from trainer.core.errors import UsageError
 from trainer.model import checkpoint_files, lora_files
+from trainer.model.checkpoint import Checkpoint
 from trainer.model.pretrained import quiet_libraries
-from trainer.model.weights import ComponentWeights, Quantize, WeightReader, empty_model, load_weights, save_shards
+from trainer.model.weights import Quantize, WeightReader, empty_model, load_weights, save_shards
 
 if TYPE_CHECKING:
     import torch
 
     from trainer.core.batch import Batch
-    from trainer.core.digests import Digests
     from trainer.dataset.transform import TransformedSample
     from trainer.objective import Objective
 
@@ -66,54 +65,16 @@ class Encoder(Protocol):
 
 
 @dataclass(slots=True)
-class Family:
-    """Base class of model families.
+class Family(Checkpoint):
+    """Base class of model families."""
 
-    `path` is a diffusers folder, a hub id, or `package:` and a folder of this package.
-    """
-
-    path: str | None = None
-    revision: str | None = None
     encoder_dtype: Dtype = Dtype.float32
     suggested: SuggestedSettings = field(default_factory=SuggestedSettings)
 
-    denoiser: ClassVar[str] = "transformer"
-    """Component of the checkpoint that is trained."""
     methods: ClassVar[tuple[str, ...]] = ("lora", "dora", "lokr", "loha", "full")
     """Training methods (options of the config group `method`) that apply to this family."""
     classifier_free_guidance: ClassVar[bool] = False
     """Whether sampling with guidance also predicts without the caption."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise UsageError(
-                "model.path is not set; type model.path=FOLDER (a diffusers folder) or a hub id such as owner/name"
-            )
-
-    # The checkpoint
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Components of the checkpoint that training needs; each has a folder of its own."""
-        raise NotImplementedError
-
-    def folder(self) -> Path:
-        """Returns the checkpoint's folder; downloads a hub id (weights, configs and tokenizers) if necessary."""
-        assert self.path is not None
-        patterns = [f"{name}/*{suffix}" for name in self.components for suffix in checkpoint_files.SUFFIXES]
-        return checkpoint_files.locate("path", self.path, self.revision, ["model_index.json", *patterns])
-
-    def component_folder(self, component: str) -> Path:
-        """Returns the folder of one component."""
-        return self.folder() / component
-
-    def component_config(self, component: str) -> dict[str, Any]:
-        """Returns the JSON config of one component. Raises errors.DataError."""
-        return checkpoint_files.read_config(self.component_folder(component))
-
-    def component_digests(self, digests: Digests) -> dict[str, str]:
-        """Returns component -> digest of the names and contents of its files."""
-        return {name: checkpoint_files.folder_digest(self.component_folder(name), digests) for name in self.components}
 
     # Data
 
@@ -161,9 +122,14 @@ class Family:
         """Returns everything that takes part in a training step, on the meta device; see `weights.on_meta_device`."""
         raise NotImplementedError
 
-    def weights(self, folder: Path | None = None) -> WeightReader:
-        """Returns a reader of the weights of `meta_model`, from this checkpoint or from one in `folder`."""
-        return ComponentWeights((folder or self.folder()) / self.denoiser)
+    def meta_component(self, component: str) -> torch.nn.Module:
+        if component != self.denoiser:
+            raise NotImplementedError
+        return self.meta_model()
+
+    def weights(self, checkpoint: Path | None = None) -> WeightReader:
+        """Returns a reader of the weights of `meta_model`, from this checkpoint or from a folder or single file."""
+        return self.component_weights(self.denoiser, checkpoint)
 
     def load_network(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", quantize: Quantize | None = None
@@ -240,12 +206,17 @@ class Family:
         """Converts a LoRA key (`<layer>.lora_A.weight`, `<layer>.alpha`) to one that ComfyUI and diffusers read."""
         raise NotImplementedError
 
+    def network_name(self, component: str, name: str) -> str | None:
+        """Returns the name in the network of a component's tensor; None if the network does not hold it."""
+        return name if component == self.denoiser else None
+
     def save_pipeline(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
         """Writes the checkpoint with these weights of the network, for `model.path` and diffusers. Raises OSError."""
         for name in self.components:
-            checkpoint_files.copy_component(
-                self.component_folder(name), folder / name, with_weights=name != self.denoiser
-            )
+            in_folder = name != self.denoiser and self.component_file(name) is None
+            checkpoint_files.copy_component(self.component_folder(name), folder / name, with_weights=in_folder)
+            if name != self.denoiser and not in_folder:
+                self.save_component(name, folder / name)
         checkpoint_files.copy_model_index(self.folder(), folder, self.components)
         config = self.component_config(self.denoiser)
         # The new weights are not quantized.
@@ -253,11 +224,29 @@ class Family:
         files.write_json(folder / self.denoiser / "config.json", config)
         save_shards(tensors, folder / self.denoiser)
 
+    def save_component(self, component: str, folder: Path) -> None:
+        """Writes the weights of a component of a single file as diffusers reads them. Raises OSError."""
+        weights = self.component_weights(component)
+        save_shards(((name, weights.read(name)) for name in self.meta_component(component).state_dict()), folder)
+
+    def save_single_file(self, read: Callable[[str], torch.Tensor], dtype: torch.dtype, path: Path) -> None:
+        """Writes the checkpoint as one file in the layout of the original program. Raises OSError.
+
+        `read` returns the tensors of the network by name, in `dtype`.
+        """
+        from trainer.model.single_file_writer import SingleFileWriter
+
+        SingleFileWriter(self, read, dtype).save(path)
+
+    def single_file_marks(self) -> tuple[str, ...]:
+        """Returns the names of empty tensors that tell readers of a single file how it was trained."""
+        return ()
+
     # Checks
 
     def warnings(self) -> list[str]:
         """Returns a sentence about each setting that is allowed but may be a mistake."""
-        return []
+        return self.checkpoint_warnings()
 
     @classmethod
     def save_tiny_checkpoint(cls, folder: Path) -> list[str]:

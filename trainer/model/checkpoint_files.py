@@ -36,8 +36,8 @@ def locate(setting: str, path: str, revision: str | None, patterns: list[str]) -
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise WeightsError(
-            f"model.{setting}={path}: there is no such folder, and it is not a hub id (owner/name); type the path of "
-            "a diffusers folder"
+            f"model.{setting}={path}: there is no such folder or file, and it is not a hub id (owner/name); type the "
+            "path of a diffusers folder or a safetensors file"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -72,22 +72,28 @@ def recipe_digest(*ingredients: object) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def folder_digest(folder: Path, digests: Digests) -> str:
-    """Returns a digest of the names and contents of a component's files. Raises errors.WeightsError, DataError."""
+def folder_digest(folder: Path, digests: Digests, with_weights: bool = True) -> str:
+    """Returns a digest of the names and contents of a component's files. Raises errors.WeightsError, DataError.
+
+    With `with_weights=False`, files of weights are left out.
+    """
     if not folder.is_dir():
         raise WeightsError(
             f"{folder.parent} has no folder {folder.name}/, so it is not a checkpoint of this model; type a different "
             "model.path"
         )
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in SUFFIXES)
+    if not with_weights:
+        paths = [path for path in paths if ".safetensors" not in path.name]
     for path in paths:
         if path.suffix == ".safetensors":
             # Checked here because few libraries name the damaged file when they fail to read it.
             check_safetensors(path)
-    return recipe_digest([(path.relative_to(folder).as_posix(), _file_digest(path, digests)) for path in paths])
+    return recipe_digest([(path.relative_to(folder).as_posix(), file_digest(path, digests)) for path in paths])
 
 
-def _file_digest(path: Path, digests: Digests) -> str:
+def file_digest(path: Path, digests: Digests) -> str:
+    """Returns the sha256 of a file."""
     # The hub's cache names large files by their sha256, so they need not be read again.
     blob = path.resolve()
     if path.is_symlink() and len(blob.name) == 64 and blob.parent.name == "blobs":

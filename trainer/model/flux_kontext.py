@@ -24,6 +24,7 @@ from trainer.model.flux.tokens import (
     unpack,
 )
 from trainer.model.pretrained import quiet_libraries
+from trainer.model.single_file import Layout
 from trainer.model.weights import on_meta_device
 from trainer.objective import Flow
 
@@ -97,6 +98,11 @@ class FluxKontext(Family):
 
         with on_meta_device():
             return FluxTransformer2DModel.from_config(self.component_config("transformer"))
+
+    def original_layout(self, component: str) -> Layout:
+        from trainer.model.flux.original import transformer_layout
+
+        return transformer_layout
 
     def time_shift(self, height: int, width: int) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)

@@ -16,7 +16,6 @@ from trainer.core.errors import UsageError
 from trainer.model.checkpoint_files import SUFFIXES, locate, recipe_digest
 from trainer.model.unet.family import UNetFamily
 from trainer.model.weights import (
-    DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
     CombinedWeights,
     ComponentWeights,
@@ -41,6 +40,8 @@ class PMG(UNetFamily):
     llm_revision: str | None = None
     max_sequence_length: int = 600
 
+    default_config = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    unused_file_keys = ("cond_stage_model.",)
     methods = ("soft_prompt",)
     components = ("llm", "vae", "unet", "scheduler")
     target_modules = ()
@@ -76,18 +77,17 @@ class PMG(UNetFamily):
         with on_meta_device():
             return LLMConditionedUNet(AutoModel.from_config(self._llm_config()), unet)
 
-    def weights(self, folder: Path | None = None) -> WeightReader:
+    def weights(self, checkpoint: Path | None = None) -> WeightReader:
+        return CombinedWeights({name: self.component_weights(name, checkpoint) for name in ("llm", "unet")})
+
+    def folder_weights(self, component: str, folder: Path) -> WeightReader:
+        if component != "llm":
+            return UNetFamily.folder_weights(self, component, folder)
         from transformers import AutoModel
 
         # The checkpoint of a causal model has a head, and calls the decoder by this name.
         model_class: Any = AutoModel._model_mapping[type(self._llm_config())]
-        prefix = f"{model_class.base_model_prefix}."
-        return CombinedWeights(
-            {
-                "llm": ComponentWeights(self.component_folder("llm"), TRANSFORMERS_WEIGHTS, prefix),
-                "unet": ComponentWeights((folder or self.folder()) / "unet", DIFFUSERS_WEIGHTS),
-            }
-        )
+        return ComponentWeights(folder, TRANSFORMERS_WEIGHTS, f"{model_class.base_model_prefix}.")
 
     def _llm_config(self) -> Any:
         from transformers import AutoConfig

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SD15(UNetFamily):
+    default_config = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
     @classmethod
     def text_encoder_class(cls, suffix: str) -> Any:
         from transformers import CLIPTextModel

@@ -5,14 +5,15 @@ It also reads the pooled output of the second encoder and the sizes of the image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.core import documents
 from trainer.model import Recipe
 from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.single_file import Layout
 from trainer.model.unet.family import UNetFamily
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SDXL(UNetFamily):
+    default_config = "stabilityai/stable-diffusion-xl-base-1.0"
+    file_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **UNetFamily.file_prefixes,
+        "text_encoder": ("conditioner.embedders.0.transformer.",),
+        "text_encoder_2": ("conditioner.embedders.1.model.",),
+    }
     text_suffixes = ("", "_2")
     caption_tensors = ("prompt", "pooled")
 
@@ -37,6 +44,11 @@ class SDXL(UNetFamily):
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline
+
+    def original_layout(self, component: str) -> Layout:
+        from trainer.model.unet.original import open_clip_layout
+
+        return open_clip_layout if component == "text_encoder_2" else UNetFamily.original_layout(self, component)
 
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
         sizes = Recipe(("geometry",), recipe_digest("sizes"))

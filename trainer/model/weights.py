@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -89,7 +89,7 @@ class ComponentWeights:
 class CombinedWeights:
     """The weights of a network with several components, where each name starts with the name of its component."""
 
-    def __init__(self, components: dict[str, ComponentWeights]):
+    def __init__(self, components: Mapping[str, WeightReader]):
         self._components = components
 
     def read(self, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.core.errors import DataError
-from trainer.model.pretrained import load_vae, pixels_to_vae, vae_to_images
+from trainer.model.pretrained import pixels_to_vae, vae_to_images
 
 if TYPE_CHECKING:
     from trainer.dataset.transform import TransformedSample
@@ -56,9 +56,7 @@ class UNetEncoder:
 
     @cached_property
     def _vae(self) -> Any:
-        from diffusers import AutoencoderKL
-
-        vae = load_vae(AutoencoderKL, self.family.component_folder("vae"), self.vae_dtype, self.device)
+        vae = self.family.load_vae(self.vae_dtype, self.device)
         # One image at a time: at 1024 px each takes gigabytes.
         vae.enable_slicing()
         return vae

@@ -5,7 +5,7 @@ Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline: the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.core import files
 from trainer.core.dtypes import Dtype
-from trainer.model import Family, Recipe, lora_files
-from trainer.model.checkpoint_files import locate, recipe_digest
-from trainer.model.pretrained import load_text_encoder, quiet_libraries
-from trainer.model.unet.names import TEXT_MODEL, kohya_key, published_name
-from trainer.model.weights import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    CombinedWeights,
-    ComponentWeights,
-    WeightReader,
-    empty_model,
-    on_meta_device,
-    save_shards,
-)
+from trainer.model import Family, Recipe, checkpoint_files, lora_files
+from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.pretrained import quiet_libraries
+from trainer.model.single_file_contents import scheduler_mark_names
+from trainer.model.unet.checkpoint import UNetCheckpoint
+from trainer.model.unet.names import kohya_key, published_name
+from trainer.model.weights import TRANSFORMERS_WEIGHTS, empty_model, save_shards
 from trainer.objective import Diffusion
 
 if TYPE_CHECKING:
@@ -49,30 +42,16 @@ class Posterior(Enum):
 
 
 @dataclass(slots=True)
-class UNetFamily(Family):
-    """`vae` replaces the checkpoint's VAE: a diffusers folder or a hub id.
-
-    With `train_text_encoder` the method applies to the text encoders too, and each step runs them on token ids.
-    """
+class UNetFamily(UNetCheckpoint):
+    """Base class of Stable Diffusion and SDXL."""
 
     objective: Diffusion = field(default_factory=Diffusion)
-    vae: str | None = None
     vae_dtype: Dtype = Dtype.float32
     posterior: Posterior = Posterior.sample
-    train_text_encoder: bool = False
 
-    denoiser = "unet"
     classifier_free_guidance = True
-    text_suffixes: ClassVar[tuple[str, ...]] = ("",)
-    """One for each text encoder: what follows "text_encoder", "tokenizer" and "tokens" in its names."""
     caption_tensors: ClassVar[tuple[str, ...]] = ("prompt",)
     """Cached tensors that the text encoders compute from a caption."""
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        encoders = [f"text_encoder{suffix}" for suffix in self.text_suffixes]
-        tokenizers = [f"tokenizer{suffix}" for suffix in self.text_suffixes]
-        return ("vae", *encoders, *tokenizers, "unet", "scheduler")
 
     @property
     def size_multiple(self) -> int:
@@ -91,11 +70,6 @@ class UNetFamily(Family):
         return tuple(f"{prefix}{name}" for name in ("time_embedding", "add_embedding", "*.time_emb_proj"))
 
     # Implemented by each family
-
-    @classmethod
-    def text_encoder_class(cls, suffix: str) -> Any:
-        """Returns the transformers class of a text encoder."""
-        raise NotImplementedError
 
     def encode_tokens(self, encoders: Sequence[Any], token_ids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns `caption_tensors` (B, ...) from the token ids (B, L) for each text encoder."""
@@ -167,40 +141,7 @@ class UNetFamily(Family):
         )
         return tokens.input_ids[0]
 
-    def load_text_encoder(self, suffix: str, dtype: torch.dtype, device: torch.device) -> Any:
-        """Returns a frozen text encoder."""
-        folder = self.component_folder(f"text_encoder{suffix}")
-        return load_text_encoder(self.text_encoder_class(suffix), folder, dtype, device)
-
     # The network
-
-    def meta_model(self) -> torch.nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        with on_meta_device():
-            unet = UNet2DConditionModel.from_config(self.component_config("unet"))
-            if not self.train_text_encoder:
-                return unet
-            from trainer.model.unet.network import UNetWithTextEncoders
-
-            encoders = {}
-            for suffix in self.text_suffixes:
-                name, kind = f"text_encoder{suffix}", self.text_encoder_class(suffix)
-                encoders[name] = kind(kind.config_class(**self.component_config(name)))
-            return UNetWithTextEncoders(unet, encoders)
-
-    def weights(self, folder: Path | None = None) -> WeightReader:
-        folder = folder or self.folder()
-        unet = ComponentWeights(folder / "unet", DIFFUSERS_WEIGHTS)
-        if not self.train_text_encoder:
-            return unet
-        readers = {"unet": unet}
-        for suffix in self.text_suffixes:
-            name, kind = f"text_encoder{suffix}", self.text_encoder_class(suffix)
-            # In classes with a head, the names in the network start with it too.
-            prefix = "" if f"{kind.base_model_prefix}." == TEXT_MODEL else TEXT_MODEL
-            readers[name] = ComponentWeights(folder / name, TRANSFORMERS_WEIGHTS, prefix)
-        return CombinedWeights(readers)
 
     def predict(
         self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
@@ -219,13 +160,6 @@ class UNetFamily(Family):
         )[0]
 
     # Files
-
-    def component_folder(self, component: str) -> Path:
-        if component != "vae" or self.vae is None:
-            return Family.component_folder(self, component)
-        patterns = ["config.json", f"{DIFFUSERS_WEIGHTS}.safetensors"]
-        folder = locate("vae", self.vae, None, [*patterns, *(f"vae/{pattern}" for pattern in patterns)])
-        return folder / "vae" if (folder / "vae").is_dir() else folder
 
     def save_lora(self, weights: dict[str, torch.Tensor], config: dict[str, Any], path: Path) -> None:
         components: dict[str, dict[str, torch.Tensor]] = {}
@@ -256,19 +190,11 @@ class UNetFamily(Family):
                 ((published_name(name), tensor) for _, name, tensor in group), folder / component, TRANSFORMERS_WEIGHTS
             )
         scheduler = self.component_config("scheduler")
-        if scheduler | self.scheduler_config() != scheduler:
+        if scheduler | self.scheduler_config() != checkpoint_files.read_config(folder / "scheduler"):
             files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler | self.scheduler_config())
 
-    def _split_by_component(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Yields (component, name in the component, tensor) for tensors of the network."""
-        for name, tensor in tensors:
-            if self.train_text_encoder:
-                component, _, own_name = name.partition(".")
-                yield component, own_name, tensor
-            else:
-                yield "unet", name, tensor
+    def single_file_marks(self) -> tuple[str, ...]:
+        return scheduler_mark_names(self.component_config("scheduler") | self.scheduler_config())
 
     def warnings(self) -> list[str]:
         scheduler = self.component_config("scheduler")
@@ -277,12 +203,14 @@ class UNetFamily(Family):
             for name, value in self.scheduler_config().items()
             if scheduler.get(name, value) != value
         ]
+        warnings = self.checkpoint_warnings()
         if not differences:
-            return []
+            return warnings
         return [
+            *warnings,
             f"The checkpoint was trained with {', '.join(differences)}. A LoRA would be sampled with the checkpoint's "
             "settings, and a full fine-tune first has to learn the new ones. Set model.objective to the checkpoint's "
-            "settings, unless the difference is intended"
+            "settings, unless the difference is intended",
         ]
 
     def scheduler_config(self) -> dict[str, object]:
