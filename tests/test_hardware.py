@@ -62,13 +62,17 @@ def test_profile_has_all_capabilities_of_its_card(name: str):
     assert set(read_profile(name)) <= {field.name for field in fields(Hardware)}
     if name == "auto":
         assert card == Card()
-    elif hardware.device is Device.cuda:
+    elif hardware.device is Device.cuda and card.name.startswith("NVIDIA"):
         assert None not in [getattr(card, field.name) for field in fields(Card)]
         # developer.nvidia.com/cuda-gpus; bfloat16 from 8.0, float8 from 8.9
         assert card.bfloat16 == (card.compute_capability >= 8.0)
         assert card.float8 == (card.compute_capability >= 8.9)
     else:
-        assert None not in (card.name, card.bfloat16, card.float16, card.float8, card.bitsandbytes)
+        assert None not in (card.name, card.bfloat16, card.float16, card.float8)
+    if name not in ("auto", "cpu"):
+        assert card.bandwidth
+        supported = {"bfloat16": card.bfloat16, "float16": card.float16, "float8": card.float8}
+        assert set(card.tflops) == {"float32", *(dtype for dtype, works in supported.items() if works)}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_8bit_optimizers_are_refused_on_a_mac(run: Run, optimizer: Optimizer):
         rules.check(replace(run, hardware=build_hardware("m2_max"), optimizer=optimizer))
 
 
-@pytest.mark.parametrize("name", sorted({*GROUPS["hardware"]} - {"auto", "cpu", "m2_max", "t4"}))
+@pytest.mark.parametrize("name", sorted({*GROUPS["hardware"]} - {"auto", "cpu", "m2_max", "m3_max", "m4_max", "t4"}))
 @pytest.mark.parametrize("precision", [Precision(), BF16, FP16, FP8, MIXED])
 def test_newer_cards_support_every_precision_and_optimizer(run: Run, name: str, precision: Precision):
     rules.check(replace(run, hardware=build_hardware(name), precision=precision, optimizer=AdamW8bit(lr=1e-4)))

@@ -38,6 +38,11 @@ class Card:
     """Whether the device can multiply float8 numbers. Every device can store them."""
     bitsandbytes: bool | None = None
     """Whether the 8-bit optimizers and 4-bit weights of bitsandbytes run on the device."""
+    bandwidth: float | None = None
+    """Peak rate at which memory is read, in GB/s."""
+    tflops: dict[str, float] = field(default_factory=dict)
+    """Peak rate of dense matrix products by the name of their dtype, in 10^12 operations per second. Products of 16-bit
+    numbers are summed in float32."""
 
 
 @dataclass(slots=True)
