@@ -24,9 +24,12 @@ from trainer.method.lora import Lora
 from trainer.method.trainable import trainable_parameters
 from trainer.model import Family
 from trainer.model.flux_kontext import FluxKontext
+from trainer.model.llm_unet.tiny import save_tiny_llm
+from trainer.model.pmg import PMG
 from trainer.model.tiny_components import WORDS, clip_config, save_clip_tokenizer
 from trainer.model.unet.family import UNetFamily
-from trainer.precision import Precision
+from trainer.precision import Precision, Storage
+from trainer.precision.checkpoint_types import quantized_layers
 
 CPU = torch.device("cpu")
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -148,6 +151,13 @@ def test_a_file_that_diffusers_did_not_name_like_itself_is_read(single: UNetFami
         family = dataclasses.replace(single, path=single.config, config=None, denoiser_path=str(path))
         assert_same(family.load_network(torch.float32).state_dict(), expected)
         assert family.not_read() == {path: set()}
+    projection = "conditioner.embedders.1.model.text_projection"
+    if projection in tensors:
+        other_name = {projection: None, f"{projection}.weight": tensors[projection].T}
+        path = edit(Path(single.path), other_name, tmp_path / "projection.safetensors")
+        family = dataclasses.replace(single, path=str(path), train_text_encoder=True)
+        expected = dataclasses.replace(single, train_text_encoder=True).load_network(torch.float32).state_dict()
+        assert_same(family.load_network(torch.float32).state_dict(), expected)
     vae = {key.partition(".")[2]: 2 * tensor for key, tensor in tensors.items() if key.startswith("first_stage")}
     save_file(vae, tmp_path / "vae.safetensors")
     family = dataclasses.replace(single, vae=str(tmp_path / "vae.safetensors"))
@@ -244,8 +254,8 @@ def test_files_of_another_kind_are_refused_in_words(single: UNetFamily, tmp_path
         ({"path": "a.ckpt"}, "no such file"),
         ({"path": "pickle.ckpt"}, "save_file"),
         ({"path": "x.gguf"}, "made from"),
-        ({"path": "base.safetensors", "config": "no/where/at/all"}, "model.config=no/where/at/all: there is no such"),
-        ({"path": "base.safetensors"}, "any diffusers folder|Any diffusers folder"),
+        ({"path": "base.safetensors", "config": "no/where/at/all"}, "there is no such folder"),
+        ({"path": "base.safetensors"}, "cannot be read .* type model.config=FOLDER, any diffusers folder"),
     ],
 )
 def test_what_cannot_be_read_says_what_to_type(
@@ -290,3 +300,46 @@ def test_layout_of_flux_is_that_of_diffusers():
             parts.setdefault(piece.key, {})[piece.first] = part
     original = {key: torch.cat([found[first] for first in sorted(found)]) for key, found in parts.items()}
     assert_same(convert_flux_transformer_checkpoint_to_diffusers(original), expected)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_float8_file_is_read_as_it_is(scaled: bool, tmp_path: Path):
+    """As in ComfyUI's files, the tensors that several of diffusers' layers share have one scale."""
+    family = FluxKontext(path=str(tmp_path / "folder"), text_length=8)
+    FluxKontext.save_tiny_checkpoint(tmp_path / "folder")
+    path = save_single_file(family, tmp_path / "flux.safetensors")
+    tensors = {}
+    for key, tensor in load_file(path).items():
+        scale = tensor.abs().max() / 448 if scaled and tensor.ndim == 2 else torch.tensor(1.0)
+        tensors[f"model.diffusion_model.{key}"] = (tensor / scale).to(torch.float8_e4m3fn)
+        if scaled and tensor.ndim == 2:
+            tensors[f"model.diffusion_model.{key.removesuffix('weight')}scale_weight"] = scale
+    save_tensors(path, tensors | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)})
+    family = dataclasses.replace(family, denoiser_path=str(path))
+    assert family.not_read() == {path: {"scaled_fp8"}}
+    dtypes = family.weights().dtypes()
+    assert quantized_layers(dtypes) == {
+        name: "fp8" for name, layer in family.meta_model().named_modules() if getattr(layer, "weight", None) is not None
+    }
+    quantizer = Precision(Storage.native).quantizer((), CPU, dtypes)
+    network, plain = family.load_network(torch.float32, quantize=quantizer), load_plain(tmp_path / "folder")
+    for name, layer in plain.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            error = (network.get_submodule(name).weight - layer.weight).norm() / layer.weight.norm()
+            assert error < 0.05, name
+
+
+def load_plain(folder: Path) -> torch.nn.Module:
+    return FluxKontext(path=str(folder), text_length=8).load_network(torch.float32)
+
+
+def test_a_family_that_uses_a_part_of_a_file_reads_that_part(tmp_path: Path):
+    sd15 = save_checkpoint("sd15", tmp_path / "folder")
+    path = save_single_file(sd15, tmp_path / "base.safetensors")
+    llm = tmp_path / "llm"
+    save_tiny_llm(llm)
+    family = PMG(path=str(path), config=sd15.path, llm=str(llm))
+    assert all(key.startswith("cond_stage_model.") for key in family.not_read()[path])
+    assert family.component_digests(Digests(tmp_path / "digests")).keys() == {*family.components}
+    unet = family.load_network(torch.float32).unet.state_dict()
+    assert_same(unet, sd15.load_network(torch.float32).state_dict())

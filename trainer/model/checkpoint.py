@@ -70,6 +70,10 @@ class Checkpoint:
         """Returns where the tensors of a component are in a single file, without the prefix."""
         return single_file.same_names
 
+    def readable_layouts(self, component: str) -> tuple[Layout, ...]:
+        """Returns the layouts in which a component is looked for in a single file, the usual one first."""
+        return (self.original_layout(component), single_file.same_names)
+
     def meta_component(self, component: str) -> torch.nn.Module:
         """Returns a component of `file_prefixes` on the meta device, without weights."""
         raise NotImplementedError
@@ -92,16 +96,25 @@ class Checkpoint:
                 f"type model.denoiser_path={self.path} to take the {self.denoiser} from it, and the model.path of a "
                 "diffusers folder or a hub id for the rest"
             )
-        patterns = [pattern for pattern in patterns if not pattern.endswith(single_file.SUFFIX)]
+        return self._config_folder([pattern for pattern in patterns if not pattern.endswith(single_file.SUFFIX)])
+
+    def _config_folder(self, patterns: list[str]) -> Path:
+        """Returns the folder with the configs and tokenizers for a single file."""
+        source = self.config or self.default_config
+        assert source is not None
+        remedy = "type model.config=FOLDER, any diffusers folder of this kind of model; its weights are not read"
         try:
-            source = self.config or self.default_config
-            return checkpoint_files.locate("config", source, self.revision, ["model_index.json", *patterns])
+            folder = checkpoint_files.locate("config", source, self.revision, ["model_index.json", *patterns])
         except WeightsError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise WeightsError(
-                f"model.path={self.path} holds weights only; the configs and tokenizers come from "
-                f"model.config={self.config or self.default_config}, but: {error}. Any diffusers folder of the same "
-                "kind of model will do: its weights are not read"
+                f"model.path={self.path} holds weights only. Its configs and tokenizers come from "
+                f"model.config={source}, which cannot be read ({reason}); {remedy}"
             ) from error
+        absent = [name for name in self.components if name not in self.replacements and not (folder / name).is_dir()]
+        if absent:
+            raise WeightsError(f"model.config={source} has no folder {absent[0]}/; {remedy}")
+        return folder
 
     def component_folder(self, component: str) -> Path:
         """Returns the folder with a component's config or tokenizer, and with its weights unless they are in a file."""
@@ -148,8 +161,7 @@ class Checkpoint:
         from trainer.model.single_file_contents import describe_kind
 
         shapes = {name: tuple(tensor.shape) for name, tensor in self.meta_component(component).state_dict().items()}
-        layouts = (self.original_layout(component), single_file.same_names)
-        found = single_file.find_weights(file, shapes, layouts, self.file_prefixes[component])
+        found = single_file.find_weights(file, shapes, self.readable_layouts(component), self.file_prefixes[component])
         wrong = [f"it lacks {name}" for name in found.missing] or found.wrong_shapes()
         if wrong:
             setting, _ = self.replacements.get(component, ("path", self.path))
@@ -181,7 +193,7 @@ class Checkpoint:
         for path, keys in found.items():
             # A file that replaces a component may hold others. So may a base whose component is replaced.
             is_base = path == self.base_file()
-            replaced = [prefix for name in self.replacements for prefix in self.file_prefixes[name] if prefix]
+            replaced = [prefix for name in self.replacements for prefix in self.file_prefixes.get(name, ()) if prefix]
             unused = (*self.unused_file_keys, *replaced) if is_base else self.unused_file_keys
             unknown = sorted(
                 key

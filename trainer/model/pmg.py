@@ -62,6 +62,12 @@ class PMG(UNetFamily):
         if self.train_text_encoder:
             raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
 
+    @property
+    def replacements(self) -> dict[str, tuple[str, str]]:
+        assert self.llm is not None
+        # `super()` fails in dataclasses with slots.
+        return UNetFamily.replacements.fget(self) | {"llm": ("llm", self.llm)}  # type: ignore[attr-defined]
+
     def component_folder(self, component: str) -> Path:
         if component == "llm":
             assert self.llm is not None

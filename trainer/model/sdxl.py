@@ -50,6 +50,12 @@ class SDXL(UNetFamily):
 
         return open_clip_layout if component == "text_encoder_2" else UNetFamily.original_layout(self, component)
 
+    def readable_layouts(self, component: str) -> tuple[Layout, ...]:
+        from trainer.model.unet.original import untransposed_open_clip_layout
+
+        layouts = UNetFamily.readable_layouts(self, component)
+        return (*layouts, untransposed_open_clip_layout) if component == "text_encoder_2" else layouts
+
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
         sizes = Recipe(("geometry",), recipe_digest("sizes"))
         return UNetFamily.recipes(self, digests, controls) | {"time_ids": sizes}

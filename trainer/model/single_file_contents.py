@@ -32,7 +32,7 @@ NOT_READ = {
 DROPPED = ("model_ema.*", "v_pred", "ztsnr", "scaled_fp8", "*.comfy_quant", "*.scale_input", "*.input_scale")
 """Those of them that are not copied into an export, because they describe the weights or the training of the base."""
 KINDS = {
-    "a LoRA or another adapter; train on it with method.init_from": ("*lora_*", "*.lokr_*", "*.hada_*", "*.oft_*"),
+    "a LoRA or another adapter (which method.init_from continues)": ("*lora_*", "*.lokr_*", "*.hada_*", "*.oft_*"),
     "a ControlNet": ("control_model.*", "controlnet_cond_embedding.*", "control_all_x_embedder.*"),
     "an embedding (textual inversion)": ("emb_params", "clip_l", "string_to_param*"),
 }

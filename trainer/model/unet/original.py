@@ -116,3 +116,10 @@ def open_clip_layout(name: str) -> Location:
         return Location((Piece(key),))
     row = "qkv".index(found[2])
     return Location((Piece(f"{found[1]}in_proj_{found[3]}", row, row + 1, 3),))
+
+
+def untransposed_open_clip_layout(name: str) -> Location:
+    """The same in files that diffusers' scripts have written, which keep the projection as it is in diffusers."""
+    if name == "text_projection.weight":
+        return Location((Piece(name),))
+    return open_clip_layout(name)
