@@ -8,6 +8,7 @@ a crash or a hang is a failure.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -89,7 +90,7 @@ def mutate_json(value: Any, number: int) -> bytes:
 def _mutate_value(value: Any, random_state: random.Random) -> Any:
     """Changes a random part of a value: walks down and stops at each level with probability 1/3."""
     if not isinstance(value, dict | list) or not value or random_state.randrange(3) == 0:
-        return random_state.choice(VALUES)
+        return copy.deepcopy(random_state.choice(VALUES))
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = random_state.choice(keys)
     kind = random_state.randrange(6)
@@ -98,7 +99,7 @@ def _mutate_value(value: Any, random_state: random.Random) -> Any:
     elif kind == 1 and isinstance(value, dict):
         value[random_state.choice(["", "x", "../x", "\ud800", *value])] = value.pop(key)
     elif kind == 1:
-        value.append(value[key])
+        value.append(copy.deepcopy(value[key]))
     else:
         value[key] = _mutate_value(value[key], random_state)
     return value

@@ -155,7 +155,7 @@ def test_every_fault_of_an_imagefolder_is_listed_with_its_line(folder: Path, dig
         "line 10: the caption is empty",
         "line 11: the caption is 7, not text",
         "line 12: has the same column twice",
-        "line 13: 'utf-8' codec can't decode",
+        "line 13: it is not UTF-8 text",
     )
     assert "in 13 samples" in message
 

@@ -102,11 +102,11 @@ def test_every_fault_of_captioned_images_is_listed(folder: Path, digests: Digest
     captioned(folder / "latin.jpg", 4)
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     captioned(folder / "wide.jpg", 5)
-    (folder / "wide.txt").write_text("wide", encoding="utf-16")
+    (folder / "wide.txt").write_text("wide", encoding="utf-16-le")
     captioned(folder / "blank.jpg", 6, " \n")
     captioned(folder / "twice.jpg", 7)
     save_image(folder / "twice.png", 8)
-    (folder / "phone.HEIC").write_bytes(b"heic")
+    (folder / "phone.DNG").write_bytes(b"heic")
     (folder / "phone.txt").write_text("from a phone")
     (folder / "0.psd").write_bytes(b"the source of 0.jpg")
     captioned(folder / "page.jpg", 9)
@@ -120,11 +120,11 @@ def test_every_fault_of_captioned_images_is_listed(folder: Path, digests: Digest
         "sub/bare.png: has no caption; there is no bare.txt beside it",
         "10_/bare.png: has no caption; there is no bare.txt beside it",
         "alone.caption: there is no image of this name",
-        "latin.txt: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data; save it as UTF-8",
-        "wide.txt: is UTF-16 or not text; save it as UTF-8",
+        "latin.txt: it is not UTF-8 text (byte 4: unexpected end of data); save it as UTF-8",
+        "wide.txt: is UTF-16 without a byte order mark, or not text; save it as UTF-8",
         "blank.txt: the caption is empty",
         "twice.png: is the same sample as twice.jpg",
-        "phone.HEIC: is in a format that is not read; save it as .jpg or .png",
+        "phone.DNG: is in a format that is not read; save it as .jpg or .png",
         "page.jpg: is an HTML page",
         "link: is a link out of the dataset's folder; put the folder itself there",
         "pipe.jpg: is not a file",
@@ -231,17 +231,17 @@ def test_every_layout_names_what_it_does_not_use(layout: str, folder: Path, dige
     # The first items of a history are nobody's target, but they are in captions.
     assert (used.unused, used.faults) == ([], [])
     place = "clock/" if layout == "concepts" else ""
-    for name in ("phone.heic", "new.jxl", "other/masks/nobody.PNG", "notes.md", ".DS_Store"):
+    for name in ("phone.dng", "new.psd", "other/masks/nobody.PNG", "notes.md", ".DS_Store"):
         path = folder / place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"?")
     listing = settings.read(digests)
     assert listing.unused == [
-        f"{place}{name}" for name in ("new.jxl", "notes.md", "phone.heic", "other/masks/nobody.PNG")
+        f"{place}{name}" for name in ("new.psd", "notes.md", "phone.dng", "other/masks/nobody.PNG")
     ]
     assert listing.notes[-3:] == [
         f"1 mask fits no image (1 .png): {place}other/masks/nobody.PNG",
-        f"2 images are in formats that are not read (1 .jxl, 1 .heic): {place}new.jxl, {place}phone.heic; "
+        f"2 images are in formats that are not read (1 .psd, 1 .dng): {place}new.psd, {place}phone.dng; "
         "save them as .jpg or .png",
         f"1 other file is not used (1 .md): {place}notes.md",
     ]

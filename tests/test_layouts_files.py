@@ -96,7 +96,7 @@ def test_arrays_of_objects_are_refused_unopened_with_a_command_that_converts_the
     assert os.system(command) == 0
     assert len(read_samples(settings, digests)) == 4
     (folder / "test_images.npy").write_bytes(pickle.dumps(Payload()))
-    assert "test_images.npy: is not a .npy file" in read_faults(settings, digests)
+    assert "It must be a .npy file" in read_faults(settings, digests)
     assert not (tmp_path / "executed").exists()
 
 

@@ -71,7 +71,9 @@ class Digests:
     def flush(self) -> None:
         """Writes new facts to the database. Call this after the last file."""
         unsaved, self._unsaved = self._unsaved, {}
-        rows = [(name, state, value) for name, (state, value) in list(unsaved.items())]
+        rows = [
+            (name, f"{state} {_check(name, state, value)}", value) for name, (state, value) in list(unsaved.items())
+        ]
         if not rows:
             return
         # A failure does no harm: the next process reads those files again.
@@ -91,8 +93,21 @@ class Digests:
             if self.path.is_file():
                 with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database:
                     rows = database.execute("SELECT file, state, sha256 FROM digests").fetchall()
-                return {file: (state, value) for file, state, value in rows}
+                return {row[0]: fact for row in rows if (fact := _parse_row(*row)) is not None}
         return {}
+
+
+def _parse_row(name: object, state_and_check: object, value: object) -> tuple[str, str] | None:
+    """Returns the state and the value of a row; None if the row was damaged."""
+    if not isinstance(name, str) or not isinstance(state_and_check, str) or not isinstance(value, str):
+        return None
+    state, _, check = state_and_check.rpartition(" ")
+    return (state, value) if check == _check(name, state, value) else None
+
+
+def _check(name: str, state: str, value: str) -> str:
+    """Returns a digest of a row. SQLite does not notice when bytes of a row change."""
+    return hashlib.sha256(f"{name}\0{state}\0{value}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _row_of(status: os.stat_result, key: str = "") -> tuple[str, str]:

@@ -52,15 +52,22 @@ def read_yaml(path: Path) -> Any:
     return _read(path, "YAML", parse_yaml, MAX_YAML)
 
 
-def _read(path: Path, language: str, parse: Callable[[bytes], Any], max_bytes: int) -> Any:
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a file.
+
+    Raises errors.DataError if it is larger than `max_bytes` or not a file, errors.StorageError if it cannot be read.
+    """
     with files.storage_errors("read", path):
         status = path.stat()
         if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
-            data = path.read_bytes()
-        else:
-            # Reading a pipe could take forever.
-            size = f"is larger than {max_bytes // MIB} MiB" if stat.S_ISREG(status.st_mode) else "is not a file"
-            raise errors.DataError(f"{path} {size}. Restore it, or move it away.")
+            return path.read_bytes()
+    # Reading a pipe could take forever.
+    size = f"is larger than {max_bytes // MIB} MiB" if stat.S_ISREG(status.st_mode) else "is not a file"
+    raise errors.DataError(f"{path} {size}. Restore it, or move it away.")
+
+
+def _read(path: Path, language: str, parse: Callable[[bytes], Any], max_bytes: int) -> Any:
+    data = read_bytes(path, max_bytes)
     try:
         return parse(data)
     except ValueError as error:
@@ -98,6 +105,16 @@ def decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
         raise ValueError(f"it is not {name} text (byte {error.start + 1}: {error.reason})") from None
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """Returns the lines of a text as `decode` reads it, each in UTF-8, so that a faulty one does not hide the others.
+
+    Raises ValueError if a text in UTF-16 or UTF-32 is damaged.
+    """
+    if any(data.startswith(bom) for bom, _ in BOMS):
+        data = decode(data).encode()
+    return data.removeprefix(codecs.BOM_UTF8).split(b"\n")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

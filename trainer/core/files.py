@@ -141,6 +141,26 @@ def storage_errors(verb: str, path: Path, setting: str = "out") -> Iterator[None
 
 
 @contextlib.contextmanager
+def library_errors(path: Path, remedy: str = "Restore it, or type a different one") -> Iterator[None]:
+    """Turns whatever a library raises while it reads `path` inside the block into an exception that names the file.
+
+    A file that somebody else wrote makes libraries raise all kinds of exceptions. They become errors.DataError, and
+    errors of the disk become errors.StorageError. Passes on errors of this program, and failed allocations.
+    """
+    with storage_errors("read", path):
+        try:
+            yield
+        except errors.TrainerError:
+            raise
+        except Exception as error:
+            # Some libraries raise an OSError of their own, without a number, about the content of a file.
+            if errors.is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise errors.DataError(f"{path} cannot be read ({reason}). {remedy}.") from error
+
+
+@contextlib.contextmanager
 def full_disk_errors() -> Iterator[None]:
     """Turns an OSError of a full, read-only or faulty disk inside the block into errors.StorageError with a remedy.
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
-from trainer.core.files import storage_errors
+from trainer.core.files import library_errors
 from trainer.dataset.buckets import Size
 from trainer.dataset.image import check_size
 from trainer.dataset.sample import check_caption
@@ -78,22 +78,16 @@ def read_description(descriptions: np.ndarray, index: int) -> str:
 def _open_array(path: Path) -> np.ndarray:
     """Maps the array in a file into memory. Never unpickles anything. Raises errors.DataError."""
     _refuse_objects(path)
-    with storage_errors("read", path):
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path}: cannot be read as an array ({error})") from None
+    with library_errors(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _refuse_objects(path: Path) -> None:
     """Refuses an array of Python objects by its header: it is a pickle, which could run any code."""
-    with storage_errors("read", path), open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            dtype = header(file)[2]
-        except ValueError as error:
-            raise DataError(f"{path}: is not a .npy file ({error})") from None
+    with library_errors(path, "It must be a .npy file"), open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        dtype = header(file)[2]
     if dtype.hasobject:
         command = f"import numpy as np; np.save('{path}', np.load('{path}', allow_pickle=True).astype(str))"
         raise DataError(

@@ -16,7 +16,7 @@ from trainer.dataset.collector import SampleCollector, read_caption
 from trainer.dataset.listing import plural
 from trainer.dataset.paths import FOLDER_LINK_OUTSIDE, WalkedFolder, is_inside, walk
 from trainer.dataset.sample import Sample, check_caption, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_FORMAT, UNREAD_SUFFIXES, FileSource
+from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, FileSource, describe_unread
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
 from trainer.dataset.unused import CAPTION_SUFFIXES, MASKS
 
@@ -190,7 +190,7 @@ class CaptionedFolder:
             unread = self.unread.get(id, [])
             captions = [path for groups in self.captions.values() for path in groups.get(id, [])]
             collector.mark_used(*unread)
-            reason = UNREAD_FORMAT if unread else "there is no image of this name"
+            reason = describe_unread(unread[0]) if unread else "there is no image of this name"
             collector.add_fault(f"{collector.relative_name((unread or captions)[0])}: {reason}")
             return
         faults_before = len(collector.faults)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
@@ -48,8 +48,8 @@ def _read_rows(settings: CaptionsJson, table: Path) -> Iterator[tuple[str, Row |
         data = table.read_bytes()
     try:
         # An object becomes a list of (name, value) tuples, so that a name that occurs twice is not lost.
-        entries = json.loads(data.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
+        entries = documents.parse_json(data, list)
+    except ValueError as error:
         raise DataError(f"{table} is not the JSON file it claims to be: {error}. Fix the file.") from None
     if not isinstance(entries, list):
         raise DataError(

@@ -5,22 +5,22 @@ It gathers samples, and every fault instead of only the first.
 
 from __future__ import annotations
 
-import codecs
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ParamSpec, TypeVar
 
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
 from trainer.dataset.listing import Listing, plural
-from trainer.dataset.paths import LINK_OUTSIDE, is_hidden, is_inside
+from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption
 from trainer.dataset.source import IMAGE_SUFFIXES, FileSource, Source
-from trainer.dataset.unused import FileKey, describe_unused, file_key, find_unused
+from trainer.dataset.unused import CAPTION_SUFFIXES, FileKey, describe_unused, file_key, find_unused
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +50,8 @@ class SampleCollector:
         self._used: set[FileKey] = set()
         self._images: dict[Path, dict[str, list[Path]]] = {}
         """Folder -> name without suffix -> images; see `images_named`."""
+        self._names: dict[Path, dict[str, list[str]]] = {}
+        """Folder -> name in one Unicode form -> names; see `_find_form`."""
         self._ids: dict[str, tuple[str, str]] = {}
         """Case-folded id -> id, location."""
 
@@ -145,9 +147,39 @@ class SampleCollector:
                 groups.setdefault(id_of(path), []).append(path)
         return groups
 
+    def find_file(self, name: object, *folders: Path) -> Path | None:
+        """Returns the file of a name in a table, relative to the first of the folders that has it; None if none has.
+
+        Names may differ from those of files in their Unicode form. Raises ValueError if a name leads out of the root;
+        does not touch a file there.
+        """
+        path = check_relative_path(name)
+        for folder in folders:
+            candidate = self._find_form(folder, path)
+            if not is_inside(self.root, candidate):
+                raise ValueError(f"{str(path)!r} {LINK_OUTSIDE}")
+            if os.path.isfile(candidate):
+                return candidate
+        return None
+
+    def _find_form(self, folder: Path, path: PurePath) -> Path:
+        """Returns the path in a folder, with each part in the Unicode form that it has there, if there is only one."""
+        for part in path.parts:
+            if not part.isascii() and not os.path.lexists(folder / part) and is_inside(self.root, folder):
+                if folder not in self._names:
+                    names = self._names[folder] = {}
+                    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+                        names.setdefault(_comparable(name), []).append(name)
+                found = self._names[folder].get(_comparable(part), [])
+                part = found[0] if len(found) == 1 else part
+            folder /= part
+        return folder
+
     def images_named(self, path: Path) -> list[Path]:
         """Returns the images whose path without suffix is `path`; suffixes may be in capitals."""
         folder = path.parent
+        if folder.is_relative_to(self.root):
+            folder = self._find_form(self.root, folder.relative_to(self.root))
         if folder not in self._images:
             groups = self._images[folder] = {}
             for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -174,6 +206,15 @@ class SampleCollector:
         return self.image_source(images[0]) if images else None
 
 
+def group_captions(collector: SampleCollector, folder: Path, id_of: Callable[[Path], str]) -> dict[str, list[Path]]:
+    """Returns the caption files in a folder by sample id, in order of preference; see `group_files`."""
+    groups: dict[str, list[Path]] = {}
+    for suffix in CAPTION_SUFFIXES:
+        for id, paths in collector.group_files(folder, (suffix,), id_of).items():
+            groups.setdefault(id, []).extend(paths)
+    return groups
+
+
 def read_caption(path: Path) -> str:
     """Returns the caption in a text file. Raises ValueError, errors.StorageError."""
     with storage_errors("read", path):
@@ -182,13 +223,14 @@ def read_caption(path: Path) -> str:
 
 
 def decode_caption(data: bytes) -> str:
-    """Returns the caption that UTF-8 bytes contain, with or without a byte order mark. Raises ValueError."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise ValueError("is UTF-16 or not text; save it as UTF-8")
+    """Returns the caption in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError."""
     try:
-        return check_caption(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
+        text = documents.decode(data)
+    except ValueError as error:
         raise ValueError(f"{error}; save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("is UTF-16 without a byte order mark, or not text; save it as UTF-8")
+    return check_caption(text)
 
 
 def _comparable(name: str) -> str:

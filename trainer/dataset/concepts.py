@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Dataset
-from trainer.dataset.collector import SampleCollector, read_caption
+from trainer.dataset.collector import SampleCollector, group_captions, read_caption
 from trainer.dataset.listing import Listing
 from trainer.dataset.paths import FOLDER_LINK_OUTSIDE, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES
+from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.unused import MASKS
 
 
@@ -52,9 +53,10 @@ class Concepts(Dataset):
         """
         collector = SampleCollector(self.require_folder(), digests, ignored)
         folders = [path for path in sorted(collector.root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
-        concepts = {path.name: path for path in folders if is_inside(collector.root, path)}
+        # macOS decomposes the names of folders.
+        concepts = {_normalize(path.name): path for path in folders if is_inside(collector.root, path)}
         for path in folders:
-            if path.name not in concepts:
+            if path not in concepts.values():
                 collector.add_fault(f"{path.name}: {FOLDER_LINK_OUTSIDE}")
         if not concepts:
             raise DataError(
@@ -62,14 +64,25 @@ class Concepts(Dataset):
                 "Each concept is one: NAME/images/*.jpg, with a .txt beside each."
             )
         for key in ("triggers", "weights", "repeats"):
-            unknown = [name for name in getattr(self, key) if name not in concepts]
+            unknown = [name for name in getattr(self, key) if _normalize(name) not in concepts]
             if unknown:
                 raise UsageError(
                     f"dataset.{key} names {', '.join(unknown)}; the concepts in {self.path} are {', '.join(concepts)}"
                 )
+        normalized = replace(
+            self,
+            **{
+                key: {_normalize(name): value for name, value in getattr(self, key).items()}
+                for key in ("triggers", "weights", "repeats")
+            },
+        )
         for name, folder in concepts.items():
-            _collect_concept(collector, self, name, folder)
+            _collect_concept(collector, normalized, name, folder)
         return collector.to_listing()
+
+
+def _normalize(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _collect_concept(collector: SampleCollector, settings: Concepts, concept: str, folder: Path) -> None:
@@ -78,7 +91,8 @@ def _collect_concept(collector: SampleCollector, settings: Concepts, concept: st
 
     image_folder = folder / "images" if (folder / "images").is_dir() else folder
     images = collector.group_files(image_folder, IMAGE_SUFFIXES, id_of)
-    captions = collector.group_files(image_folder, (".txt",), id_of)
+    captions = group_captions(collector, image_folder, id_of)
+    unread = collector.group_files(image_folder, UNREAD_SUFFIXES, id_of)
     if not images:
         collector.add_fault(f"{concept}: there is no image in it, nor in {concept}/images")
     if images and not captions:
@@ -87,11 +101,13 @@ def _collect_concept(collector: SampleCollector, settings: Concepts, concept: st
             f"{concept}: no image has a .txt, so the caption of all is {word!r} "
             f"(dataset.triggers={{{concept}: WORD}} sets another)"
         )
-    for id in sorted({*images, *captions}):
+    for id in sorted({*images, *captions, *unread}):
         collector.found += 1
         faults_before = len(collector.faults)
         if id not in images:
-            collector.add_fault(f"{id}.txt: there is no such image")
+            files = unread.get(id) or captions[id]
+            reason = describe_unread(files[0]) if id in unread else "there is no such image"
+            collector.add_fault(f"{collector.relative_name(files[0])}: {reason}")
             continue
         first, *others = images[id]
         location = collector.relative_name(first)

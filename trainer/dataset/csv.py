@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.core.files import storage_errors
@@ -18,13 +20,15 @@ from trainer.dataset.splitting import assign_splits
 from trainer.dataset.table import Row, Table, collect_rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATOR_LINE = re.compile('sep=([^"\\w\\s]|\t)')
+"""First line with which Excel says what separates the columns."""
 
 
 @dataclass(slots=True)
 class Csv(Table):
     """Images, and a table of them.
 
-    `path` may be the table itself. `delimiter`: null for a comma (.csv) or a tab (.tsv).
+    `path` may be the table itself. `delimiter`: null for the one in the header line, a comma, semicolon or tab.
     """
 
     delimiter: str | None = None
@@ -77,10 +81,10 @@ def _read_rows(settings: Csv, table: Path, collector: SampleCollector) -> Iterat
     with storage_errors("read", table):
         data = table.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = documents.decode(data)
+    except ValueError as error:
         raise DataError(f"{table}: {error}; save it as UTF-8") from None
-    delimiter = settings.delimiter or DELIMITERS.get(table.suffix.lower(), ",")
+    delimiter = settings.delimiter or _find_delimiter(settings, table, collector, text)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -93,7 +97,7 @@ def _read_rows(settings: Csv, table: Path, collector: SampleCollector) -> Iterat
         if cells is None:
             return
         cells = [cell.strip() for cell in cells]
-        if not any(cells):
+        if not any(cells) or (lines.line_num == 1 and SEPARATOR_LINE.fullmatch(delimiter.join(cells))):
             continue
         if not header:
             header = cells
@@ -104,3 +108,21 @@ def _read_rows(settings: Csv, table: Path, collector: SampleCollector) -> Iterat
         else:
             counts = f"has {len(cells)} cells, and the header line has {len(header)}"
             yield location, ValueError(f"{counts}; put cells that contain a {delimiter!r} in quotes")
+
+
+def _find_delimiter(settings: Csv, table: Path, collector: SampleCollector, text: str) -> str:
+    """Returns the delimiter that is usual for the ending of a table, unless its header line has another one.
+
+    Spreadsheets write semicolons or tabs where a comma is the decimal separator.
+    """
+    usual = DELIMITERS.get(table.suffix.lower(), ",")
+    first = text.lstrip().partition("\n")[0].strip()
+    if match := SEPARATOR_LINE.fullmatch(first):
+        return match[1]
+    for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        if {settings.image_column, settings.caption_column} <= {*cells}:
+            if delimiter != usual:
+                collector.notes.append(f"{table.name}: its columns are separated by {delimiter!r}")
+            return delimiter
+    return usual

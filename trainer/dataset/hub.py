@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,67 @@ class CellSource:
 
     def _bytes(self) -> bytes:
         value = self.table.data.column(self.column)[self.index].as_py()
-        return (value if self.position is None else value[self.position])["bytes"]
+        value = value if self.position is None else value[self.position]
+        return value if isinstance(value, bytes) else value["bytes"]
+
+
+@dataclass(slots=True, frozen=True)
+class _ImageCell:
+    """An image in a cell, or in the list of a cell, which is not opened yet."""
+
+    open: Callable[[], Source]
+
+    def __repr__(self) -> str:
+        return "an image"
+
+
+@dataclass(slots=True, frozen=True)
+class _Row(Mapping[str, object]):
+    """A row of a table, each of whose cells is read when it is asked for; images are `_ImageCell`s.
+
+    `file` is that of the table, for which digests of images are stored.
+    """
+
+    collector: SampleCollector
+    table: datasets.Dataset
+    file: Path
+    index: int
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table.column_names)
+
+    def __len__(self) -> int:
+        return len(self.table.column_names)
+
+    def __getitem__(self, column: str) -> object:
+        """Returns the value of a cell. Raises KeyError, ValueError."""
+        if column not in self.table.column_names:
+            raise KeyError(column)
+        try:
+            value = self.table.data.column(column)[self.index].as_py()
+        # Values that Python cannot hold, such as dates after the year 9999.
+        except Exception as error:
+            raise ValueError(f"its {column} cannot be read ({error})") from None
+        if isinstance(value, list):
+            return [self._to_cell(column, item, position) for position, item in enumerate(value)]
+        return self._to_cell(column, value, None)
+
+    def _to_cell(self, column: str, value: Any, position: int | None) -> object:
+        """Returns a value, or what opens the image in it: bytes, or a struct of bytes or a path as in `datasets`."""
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(content, bytes) and content:
+            collector = self.collector
+            source = CellSource(self.file, column, self.index, position, self.table, collector.digests)
+            return _ImageCell(lambda: source)
+        if not isinstance(value, dict) or not value.keys() <= {"bytes", "path"}:
+            return value
+        if isinstance(content, str):
+            raise ValueError(f"its {column} has text for the bytes of an image; write it as a file, or to Parquet")
+        return _ImageCell(lambda: self._open_file(path)) if isinstance(path, str) and path else None
+
+    def _open_file(self, path: str) -> Source:
+        # The library makes the paths of the files that it finds absolute.
+        return self.collector.image_source(self.collector.root / path)
 
 
 def _collect_rows(
@@ -131,7 +191,7 @@ def _collect_rows(
         collector.found += 1
         faults_before = len(collector.faults)
         location = f"{name} row {index}"
-        row = {column: _read_cell(collector, table, file, column, index) for column in table.column_names}
+        row = _Row(collector, table, file, index)
         image = collector.attempt(location, _open_image_cell, row, settings.image_column)
         caption = collector.attempt(location, read_caption_cell, row, settings)
         controls, mask = read_controls_and_mask(collector, settings, location, row, _open_cell)
@@ -139,30 +199,14 @@ def _collect_rows(
             collector.add(Sample(f"{name}-{index:08d}", image, caption, controls, split, mask), location)
 
 
-def _read_cell(collector: SampleCollector, table: datasets.Dataset, file: Path, column: str, index: int) -> Any:
-    """Returns the value of a cell, in which a function that returns its source takes the place of each image."""
-
-    def replace_image(value: Any, position: int | None) -> Any:
-        if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-            return value
-        if value["bytes"]:
-            return lambda: CellSource(file, column, index, position, table, collector.digests)
-        return (lambda: collector.image_source(Path(value["path"]))) if value["path"] else None
-
-    value = table.data.column(column)[index].as_py()
-    if isinstance(value, list):
-        return [replace_image(item, position) for position, item in enumerate(value)]
-    return replace_image(value, None)
-
-
-def _open_image_cell(row: dict[str, Any], column: str) -> Source:
+def _open_image_cell(row: Mapping[str, object], column: str) -> Source:
     return _open_cell(read_cell(row, column, "image_column"), column)
 
 
-def _open_cell(value: Any, column: str = "cell") -> Source:
+def _open_cell(value: object, column: str = "cell") -> Source:
     """Returns the image of a cell after a check of its header. Raises ValueError, errors.DataError."""
-    if not callable(value):
+    if not isinstance(value, _ImageCell):
         raise ValueError(f"its {column} is {value!r:.60}, not an image; name another column")
-    source = value()
+    source = value.open()
     source.size()
     return source

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, WeightsError
 from trainer.dataset.paths import is_inside
@@ -17,6 +20,7 @@ from trainer.dataset.source import IMAGE_SUFFIXES
 
 BUILDERS = {"arrow", "csv", "imagefolder", "json", "parquet"}
 """The builders of the library that read tables and images."""
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 
 
 def load_folder(folder: Path, subset: str | None, digests: Digests) -> tuple[datasets.DatasetDict, list[Path]]:
@@ -30,13 +34,17 @@ def load_folder(folder: Path, subset: str | None, digests: Digests) -> tuple[dat
     digests.flush()
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     try:
-        with _no_progress_bars():
-            builder = datasets.load_dataset_builder(
-                str(folder), subset, cache_dir=str(digests.path.parent / "tables" / name)
-            )
+        with _quiet_library():
+            cache = str(digests.path.parent / "tables" / name)
+            builder = datasets.load_dataset_builder(str(folder), subset, cache_dir=cache)
             tables = _check_builder(builder, folder)
+            if (
+                any(JSON_SUFFIXES.intersection(path.suffixes) for path in tables)
+                and not Path(builder.cache_dir).exists()
+            ):
+                _prepare_in_child(folder, subset, cache, tables)
             builder.download_and_prepare()
-            return builder.as_dataset(), tables
+            return _validate(builder.as_dataset()), tables
     except (DataError, MemoryError):
         raise
     # The library raises many kinds of errors.
@@ -67,10 +75,54 @@ def _check_builder(builder: datasets.DatasetBuilder, folder: Path) -> list[Path]
     return found
 
 
+def _prepare_in_child(folder: Path, subset: str | None, cache: str, tables: list[Path]) -> None:
+    """Prepares a dataset in a process of its own. The parser of JSON crashes for some inputs, such as deep nesting.
+
+    Raises errors.DataError.
+    """
+    command = [sys.executable, "-m", __name__, str(folder), cache, *([subset] if subset else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        reason = done.stdout.strip() or _find_faulty_line(tables) or f"the reader crashed with {done.returncode}"
+        raise DataError(f"dataset.path={folder}: cannot be read as a dataset ({reason}). Fix the file.")
+
+
+def _find_faulty_line(tables: list[Path]) -> str | None:
+    """Returns the first line of the JSON files that is not an object, and the reason, if there is one."""
+    for path in (path for path in tables if path.suffix in JSON_SUFFIXES):
+        for number, line in enumerate(documents.split_lines(path.read_bytes()), 1):
+            try:
+                if line.strip() and not isinstance(documents.parse_json(line), dict):
+                    return f"{path.name} line {number}: is not a JSON object"
+            except ValueError as error:
+                return f"{path.name} line {number}: {error}"
+    return None
+
+
+def _prepare(folder: str, cache: str, subset: str | None = None) -> int:
+    """Main function of the child: prepares a dataset. Returns 0, or prints the reason and returns 1."""
+    try:
+        datasets.load_dataset_builder(folder, subset, cache_dir=cache).download_and_prepare()
+    except Exception as error:
+        print(_reason(error))
+        return 1
+    return 0
+
+
+def _validate(tables: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Returns the tables. Raises an error of the library if values in them would crash the process when they are read.
+
+    The library maps the files into memory as they are.
+    """
+    for table in tables.values():
+        table.data.validate(full=True)
+    return tables
+
+
 def load_from_hub(path: str, subset: str | None, revision: str | None) -> datasets.DatasetDict:
     """Loads a dataset of the hub. Raises errors.WeightsError."""
     try:
-        return datasets.load_dataset(path, subset, revision=revision)
+        return _validate(datasets.load_dataset(path, subset, revision=revision))
     except (DataError, MemoryError):
         raise
     except Exception as error:
@@ -92,11 +144,18 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    enabled = datasets.is_progress_bar_enabled()
+def _quiet_library() -> Iterator[None]:
+    """Turns off the progress bars of the library, and its messages on errors that it raises in any case."""
+    shows_bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        if enabled:
+        datasets.logging.set_verbosity(verbosity)
+        if shows_bars:
             datasets.enable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(_prepare(*sys.argv[1:]))

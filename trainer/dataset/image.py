@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -14,9 +16,28 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from trainer.core.errors import DataError
 from trainer.dataset.buckets import Size
+from trainer.dataset.source import PLUGIN_MODULES
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+
+def _add_plugins() -> list[str]:
+    """Adds the formats of the plugins that are installed to Pillow. Returns their names there."""
+    found = []
+    if find_spec(PLUGIN_MODULES["pillow-heif"]):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        found.append("HEIF")
+    if find_spec(PLUGIN_MODULES["pillow-jxl-plugin"]):
+        importlib.import_module("pillow_jxl")
+        found.append("JXL")
+    return found
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", *_add_plugins())
 """Without this list, Pillow would pass a file to Ghostscript (EPS) or HDF5 if its first bytes say so."""
+PLUGIN_STARTS = {
+    "pillow-heif": [(4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")],
+    "pillow-jxl-plugin": [(0, b"\xff\x0a"), (4, b"JXL ")],
+}
+"""Package -> position and bytes by which a file of its format is recognized if it is not installed."""
 MAX_PIXELS = 178_956_970
 """Half a GiB as RGB. A larger image is a decompression bomb, or a scan that should be made smaller first."""
 MIN_SIDE = 8
@@ -111,9 +132,11 @@ def _describe_non_image(file: Path | BytesIO) -> str:
             start = stream.read(512)
     else:
         start = file.getvalue()[:512]
-    start = start.lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, not an image (a download that failed?)"
+    for plugin, starts in PLUGIN_STARTS.items():
+        if any(start.startswith(begin, offset) for offset, begin in starts):
+            return f"is in a format that is not read; type pip install {plugin}, or save it as .jpg or .png"
     return f"is not an image that can be read ({', '.join(FORMATS)})"
 
 

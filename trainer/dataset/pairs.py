@@ -15,10 +15,10 @@ from pathlib import Path
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.dataset import Dataset
-from trainer.dataset.collector import SampleCollector, read_caption
+from trainer.dataset.collector import SampleCollector, group_captions, read_caption
 from trainer.dataset.listing import Listing
 from trainer.dataset.sample import Sample, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, FileSource
+from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, FileSource, describe_unread
 from trainer.dataset.splitting import find_split_folders
 from trainer.dataset.unused import MASKS
 
@@ -55,7 +55,8 @@ class _PairsFolder:
 
     def __init__(self, collector: SampleCollector, folder: Path):
         self.collector, self.folder = collector, folder
-        self.captions = self._group(TARGETS, (".txt",))
+        self.captions = group_captions(collector, folder / TARGETS, _id)
+        self.unread = self._group(TARGETS, UNREAD_SUFFIXES)
         targets = self._group(TARGETS)
         self.masks = self._group(MASKS) if (folder / MASKS).is_dir() else {}
         # The name of a sample is never the mask or a control of another sample.
@@ -73,7 +74,7 @@ class _PairsFolder:
             self.control_patterns[1:] = [f"{CONTROLS}/NAME_control_{i}.*" for i in range(1, len(self.controls))]
 
     def collect(self, split: str | None) -> None:
-        for name in sorted({*self.targets, *self.captions, *self.masks}.union(*self.controls)):
+        for name in sorted({*self.targets, *self.captions, *self.masks, *self.unread}.union(*self.controls)):
             self.collector.found += 1
             self._collect_sample(name, split)
 
@@ -85,7 +86,10 @@ class _PairsFolder:
             fault = f"{pattern.replace('NAME', name)}: there is no such control image"
             if (control := self._find_image(group, name, fault)) is not None:
                 controls.append(control)
-        target = self._find_image(self.targets, name, f"{TARGETS}/{name}.*: there is no such target image")
+        fault = f"{TARGETS}/{name}.*: there is no such target image"
+        if unread := self.unread.get(name):
+            fault = f"{TARGETS}/{unread[0].name}: {describe_unread(unread[0])}"
+        target = self._find_image(self.targets, name, fault)
         caption = collector.attempt(f"{self._shown(TARGETS)}/{name}.txt", _read_instruction, self.captions.get(name))
         mask = self._find_image(self.masks, name, "") if name in self.masks else None
         for group in (self.targets, *self.controls, self.masks):
@@ -99,7 +103,7 @@ class _PairsFolder:
             collector.add(Sample(id, target, caption, tuple(controls), split, mask), f"{TARGETS}/{name}")
 
     def _group(self, name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Groups:
-        return self.collector.group_files(self.folder / name, suffixes, lambda path: sample_id(Path(path.name)))
+        return self.collector.group_files(self.folder / name, suffixes, _id)
 
     def _find_image(self, group: Groups, name: str, fault: str) -> FileSource | None:
         """Returns the first image of a sample in a group; adds a fault if there is none."""
@@ -134,6 +138,10 @@ class _PairsFolder:
             while len(self.controls) <= int(match[2]):
                 self.controls.append({})
             self.controls[int(match[2])][match[1]] = first.pop(name)
+
+
+def _id(path: Path) -> str:
+    return sample_id(Path(path.name))
 
 
 def _base_name(name: str, names: set[str]) -> str | None:

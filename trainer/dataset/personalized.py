@@ -5,7 +5,6 @@ train.json, val.json and test.json are lists of records.
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.digests import Digests
-from trainer.core.documents import read_json
+from trainer.core.documents import expect, read_json
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing
-from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
 from trainer.dataset.sample import Sample, check_caption
 from trainer.dataset.source import FileSource
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
@@ -56,10 +54,7 @@ class Personalized(Dataset):
         for name, split in assign_splits(collector, names).items():
             path = collector.root / f"{name}.json"
             collector.mark_used(path)
-            records = read_json(path)
-            if not isinstance(records, list):
-                raise DataError(f"{path} is not a list of records. Fix the file.")
-            for number, record in enumerate(records):
+            for number, record in enumerate(expect(read_json(path), list, f"{path}")):
                 collector.found += 1
                 _RecordReader(collector, self, record, name, number, styles).collect(split)
         return collector.to_listing()
@@ -202,9 +197,7 @@ class _RecordReader:
         return caption, image
 
     def _image_source(self, name: object) -> FileSource:
-        path = self.collector.root / Path(check_relative_path(name))
-        if not is_inside(self.collector.root, path):
-            raise ValueError(f"{name!r} {LINK_OUTSIDE}")
-        if not os.path.isfile(path):
+        path = self.collector.find_file(name, self.collector.root)
+        if path is None:
             raise ValueError(f"there is no file {name!r}")
         return self.collector.image_source(path)

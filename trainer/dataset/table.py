@@ -5,16 +5,15 @@ How a table is stored differs by layout.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.core import documents
+from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
-from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_inside
 from trainer.dataset.sample import Sample, check_caption, sample_id
 from trainer.dataset.source import Source
 from trainer.dataset.unused import MASKS
@@ -61,14 +60,18 @@ def read_json_lines(table: Path, collector: SampleCollector) -> Iterator[tuple[s
     """Yields a location for messages and the row of each line of a JSON lines file; see `collect_rows`."""
     with storage_errors("read", table):
         data = table.read_bytes()
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    try:
+        lines = documents.split_lines(data)
+    except ValueError as error:
+        raise DataError(f"{table}: {error}; save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         location = f"{collector.relative_name(table)} line {number}"
         try:
-            row = json.loads(line.decode(), object_pairs_hook=to_row)
-        except (ValueError, RecursionError) as error:
-            yield location, ValueError(error)
+            row = documents.parse_json(line, to_row)
+        except ValueError as error:
+            yield location, error
             continue
         yield location, row if isinstance(row, dict) else ValueError("is not a JSON object")
 
@@ -139,7 +142,7 @@ def read_caption_cell(row: Row, settings: Table) -> str:
 
 
 def to_row(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Returns a JSON object, for the `object_pairs_hook` of json.loads. Raises ValueError if a name occurs twice."""
+    """Returns a JSON object; a `pairs_hook` of `documents.parse_json`. Raises ValueError if a name occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("has the same column twice")
@@ -152,13 +155,10 @@ def _find_image(collector: SampleCollector, folder: Path, row: Row, column: str)
 
 def _find_file(collector: SampleCollector, folder: Path, name: object) -> Path:
     """Returns the file that a row names. Raises ValueError; does not touch a file outside the dataset's folder."""
-    path = check_relative_path(name)
-    for candidate in (folder / path, folder / "images" / path):
-        if not is_inside(collector.root, candidate):
-            raise ValueError(f"{str(path)!r} {LINK_OUTSIDE}")
-        if os.path.isfile(candidate):
-            return candidate
-    raise ValueError(f"there is no file {str(path)!r}, here or in images/")
+    path = collector.find_file(name, folder, folder / "images")
+    if path is None:
+        raise ValueError(f"there is no file {name!r}, here or in images/")
+    return path
 
 
 def _find_mask(collector: SampleCollector, folder: Path, image: Path) -> Source | None:

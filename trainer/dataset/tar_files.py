@@ -65,11 +65,7 @@ class TarSource:
 
     def size(self) -> Size:
         # Remembered, because the header of an image cannot be read without the rest of the member.
-        text = self.memoize("size", self._read_size)
-        if not re.fullmatch("[0-9]{1,9}x[0-9]{1,9}", text):
-            # The database was damaged.
-            text = self._read_size()
-        width, _, height = text.partition("x")
+        width, _, height = self.memoize("size", self._read_size).partition("x")
         return int(width), int(height)
 
     def open(self) -> Image:

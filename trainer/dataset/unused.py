@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from trainer.dataset.paths import walk
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from trainer.dataset.source import IMAGE_SUFFIXES, PLUGINS, UNREAD_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of caption files, in order of preference."""
@@ -54,7 +54,13 @@ def describe_unused(names: Iterable[str], caption_table: str | None) -> Iterator
         ("other", "other file is not used", "other files are not used"),
     ):
         if found := groups[kind]:
-            remedy = "; save them as .jpg or .png" if kind == "unread" else ""
+            remedy = ""
+            if kind == "unread":
+                plugins = {
+                    PLUGINS[suffix] for name in found if (suffix := PurePosixPath(name).suffix.lower()) in PLUGINS
+                }
+                install = f"type pip install {' '.join(sorted(plugins))}, or " if plugins else ""
+                remedy = f"; {install}save them as .jpg or .png"
             what = one if len(found) == 1 else several
             yield f"{len(found)} {what} ({_count_endings(found)}): {_show(found)}{remedy}"
 

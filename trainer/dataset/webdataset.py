@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.dataset import Dataset
@@ -17,7 +16,7 @@ from trainer.dataset.collector import SampleCollector, decode_caption
 from trainer.dataset.listing import Listing
 from trainer.dataset.paths import check_relative_path, is_hidden
 from trainer.dataset.sample import Sample, check_caption, control_names, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_FORMAT, UNREAD_SUFFIXES
+from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits, find_split_folders
 from trainer.dataset.table import read_cell, to_row
 from trainer.dataset.tar_files import MAX_TEXT, Member, TarSource, read_member, read_members
@@ -130,6 +129,8 @@ class _Shard:
         if path is None or any(is_hidden(part) for part in path.parts):
             return
         key, ending = split_name(path)
+        # macOS decomposes file names.
+        key = unicodedata.normalize("NFC", key)
         members = self.samples.setdefault(key, {})
         if ending in members:
             self.collector.add_fault(f"{self._location(member)}: is in the archive twice")
@@ -149,7 +150,7 @@ class _Shard:
             return
         for ending in images[1:]:
             collector.add_fault(f"{location}.{ending}: is the same sample as {location}.{images[0]}")
-        id = f"{sample_id(PurePosixPath(self._name))}/{unicodedata.normalize('NFC', key)}"
+        id = f"{sample_id(PurePosixPath(self._name))}/{key}"
         collector.register_id(id, f"{location}.{images[0]}")
         caption_ending = next((ending for ending in self._caption_endings() if ending in members), None)
         caption = collector.attempt(location, self._read_caption, members, caption_ending)
@@ -186,11 +187,11 @@ class _Shard:
             data = read_member(self.path, members[ending], MAX_TEXT)
             if ending != JSON:
                 return decode_caption(data)
-            row = json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=to_row)
+            row = documents.parse_json(data, to_row)
             if not isinstance(row, dict):
                 raise ValueError("is not a JSON object")
             return check_caption(read_cell(row, self.settings.caption_column or JSON_KEY, "caption_column"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"its .{ending}: {error}") from None
 
     def _note_unused(self, members: Iterable[Member]) -> None:
@@ -223,8 +224,8 @@ def _is_part(ending: str) -> bool:
 
 
 def _why_no_image(members: dict[str, Member]) -> str:
-    if any(f".{ending}" in UNREAD_SUFFIXES for ending in members):
-        return f"its image {UNREAD_FORMAT}"
+    if unread := next((ending for ending in sorted(members) if f".{ending}" in UNREAD_SUFFIXES), None):
+        return f"its image {describe_unread(Path(members[unread].name))}"
     longer = next((ending for ending in sorted(members) if _is_part(ending) and "." in ending), None)
     reason = f"; .{longer} is not it, because names are split at their first dot" if longer else ""
     return f"has no image ({', '.join(f'.{ending}' for ending in sorted(members))}){reason}"
