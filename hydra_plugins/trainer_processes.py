@@ -49,10 +49,16 @@ class Processes(Launcher):
             config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir) / id)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from trainer.core.errors import UsageError
         from trainer.sweep.executors.local import LocalExecutor
         from trainer.sweep.sweep import Sweep
         from trainer.tracking import Tracking
 
+        if not job_overrides:
+            raise UsageError(
+                "This sweep has no members, because a setting has an empty range of values; type values such as "
+                "optimizer.lr=1e-4,1e-3."
+            )
         flags = config_dir_flags(self.config)
         tracking = OmegaConf.to_object(self.config.tracking)
         assert isinstance(tracking, Tracking)
@@ -77,5 +83,5 @@ def member_return(member: Member, verdict: str) -> MemberReturn:
 
 def config_dir_flags(config: DictConfig) -> list[str]:
     """Returns the `--config-dir` flags of this command line, which the members need as well."""
-    paths = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
-    return [text for path in paths for text in ("--config-dir", path.removeprefix("file://"))]
+    paths = [source.path for source in config.hydra.runtime.config_sources if source.schema == "recipes"]
+    return [text for path in paths for text in ("--config-dir", path)]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from fault_table import AVERAGE, FORWARD, ONE_BY_ONE, SAVE, assert_continues, fault, stop_run
 from program import (
+    DEMO,
+    SCHEDULE,
+    TIMEOUT,
     Harness,
     Result,
     at_call,
@@ -168,6 +173,54 @@ def signal_while_importing(harness: Harness, out: Path, trial: int) -> None:
         assert time.monotonic() - start_time < 5
 
 
+WATCH_IMPORTS = """
+import os, signal, sys, threading, time
+from trainer.__main__ import main
+folder, chosen = sys.argv[1:3]
+class Watch:
+    def find_spec(module, path=None, target=None):
+        if threading.current_thread() is threading.main_thread():
+            with open(folder + "/imports", "a") as file:
+                print(module, file=file)
+            if module == chosen:
+                sys.meta_path.remove(Watch)
+                with open(folder + "/signaled", "w") as file:
+                    print(time.monotonic(), file=file)
+                os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Watch)
+sys.exit(main(sys.argv[3:]))
+"""
+"""A program that writes down each module before it imports it, and receives SIGTERM before the chosen one."""
+SPREAD, LAST = 60, 20
+"""Numbers of modules: from all over a run, and from its end, when the curves are drawn."""
+
+
+def run_watched(harness: Harness, out: Path, chosen: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program in a new interpreter, which has imported nothing."""
+    arguments = [*harness.settings, *DEMO, *SCHEDULE, f"out={out}/runs"]
+    command = [sys.executable, "-c", WATCH_IMPORTS, str(out), chosen, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scale_timeout(TIMEOUT))
+
+
+@fault("F36", "SIGTERM in the import of a module, until after the end of training", 1 + SPREAD + LAST, [0])
+def signal_in_import(harness: Harness, out: Path, trial: int) -> None:
+    def list_imports(folder: Path) -> Path:
+        assert run_watched(harness, folder, "").returncode == 0
+        return folder / "imports"
+
+    if trial == 0:
+        chosen = "matplotlib.axes"
+    else:
+        modules = list(dict.fromkeys(harness.template("imports", list_imports).read_text().splitlines()))
+        numbers = [i * len(modules) // SPREAD for i in range(SPREAD)] + list(range(-20 * LAST, 0, 20))
+        chosen = modules[numbers[trial - 1]]
+    done = run_watched(harness, out, chosen)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, (chosen, done)
+    assert time.monotonic() - float((out / "signaled").read_text()) < scale_timeout(5), (chosen, done)
+    assert_continues(harness, out / "runs")
+
+
 @fault("F13", "a second signal", 2, [1])
 def second_signal(harness: Harness, out: Path, trial: int) -> None:
     numbers = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)][trial]
@@ -236,3 +289,33 @@ def member_fails(harness: Harness, out: Path, trial: int) -> None:
     members = json.loads(state.read_text())["members"]
     assert [member["status"] for member in members] == ["finished", "failed" if trial == 0 else "finished", "finished"]
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
+
+
+@fault("F37", "the process of a sweep is killed, hung up, or stopped; then the same sweep again", 5, [])
+def sweep_dies(harness: Harness, out: Path, trial: int) -> None:
+    slots = (1, 2, 1, 1, 1)[trial]
+    number = (signal.SIGKILL, signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)[trial]
+    sweep = ["-m", "seed=1,2,3", f"hydra.launcher.slots={slots}", "steps=40"]
+    run = harness.start(out, *sweep)
+    deadline = time.monotonic() + scale_timeout(60)
+    while len(running := training_members(out)) < slots:
+        assert time.monotonic() < deadline, "the members do not start"
+        time.sleep(0.005)
+    run.signal(number)
+    if number in (signal.SIGTERM, signal.SIGINT):
+        assert run.wait().code == 128 + number
+    # The members may still be saving.
+    result = harness.run(out, *sweep)
+    assert result.code == 0 and "failed" not in result.output, result
+    (state,) = out.glob("sweeps/*/sweep.json")
+    assert [member["status"] for member in json.loads(state.read_text())["members"]] == ["finished"] * 3
+    for folder in running:
+        records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+        kinds = [record["kind"] for record in records if record["kind"] in ("attempt", "stopped", "failed", "finished")]
+        assert kinds in (["attempt", "stopped", "attempt", "finished"], ["attempt", "finished"]), kinds
+    assert len(list(out.glob("*/run.json"))) == 3
+
+
+def training_members(out: Path) -> list[Path]:
+    """Returns the run folders in which a member has logged a step of training."""
+    return [path.parent for path in out.glob("*/journal.jsonl") if '"train/loss"' in path.read_text()]

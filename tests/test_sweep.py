@@ -11,15 +11,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow_helpers import view_state
 
 from trainer.config.groups import GROUPS
+from trainer.dataset import image_grid
+from trainer.sweep import pictures
 from trainer.sweep.executors.local import LocalExecutor
 from trainer.sweep.members import Member, State, set_varied
-from trainer.sweep.ranking import csv_table, markdown_table
+from trainer.sweep.ranking import csv_table, edge_advice, markdown_table
 from trainer.sweep.sweep import sweep_id
 from trainer.tracking.mlflow_store import connect
+from trainer.training import reference_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -90,7 +94,12 @@ def test_a_refused_member_stops_no_other_and_mlflow_nests_the_members(settings: 
     artifacts = {file.path for file in client.list_artifacts(top.info.run_id)}
     assert artifacts >= {"ranking.csv", "ranking.md", "samples.png"}
     description = top.data.tags["mlflow.note.content"]
-    for part in ("**Best: rank=2**", "| rank | method.rank |", "#/compare-runs?", "get-artifact?path=samples.png"):
+    for part in (
+        "**Best: rank=2**",
+        "| place | member | method.rank |",
+        "#/compare-runs?",
+        "get-artifact?path=samples.png",
+    ):
         assert part in description
 
     assert f"viewStateShareKey={top.info.run_id}" in text
@@ -122,8 +131,10 @@ def test_a_signal_stops_the_sweep_and_the_same_command_continues_it(settings: li
     assert code == 0 and "continuing at step" in logs(tmp_path)[1], text
     assert [member["status"] for member in members(tmp_path)] == ["finished"] * 3
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/weights.safetensors")}
+    logs_before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweeps/*/*.log")}
     code, text = wait_for_end(start(tmp_path, *many))
-    assert code == 0 and all("is finished" in log for log in logs(tmp_path).values()), text
+    assert code == 0 and "is finished (3 members)" in text and "val/loss best" in text and "started" not in text, text
+    assert logs_before == {path: path.stat().st_mtime_ns for path in logs_before}
     assert weights == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/weights.safetensors")}
 
 
@@ -154,7 +165,7 @@ def test_members_are_nested_and_ranked_and_fill_the_cache_once(settings: list[st
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {file.path for file in client.list_artifacts(top.info.run_id)} >= {"heat_map.png", "samples.png"}
     table = [line.split() for line in text.splitlines() if line[:1] in "1234" and line[1:2] == " "]
-    losses = [float(row[3]) for row in table]
+    losses = [float(row[4]) for row in table]
     assert len(losses) == 4 and losses == sorted(losses)
     assert encoded_count(logs(tmp_path)[1]) > 0 and [encoded_count(logs(tmp_path)[i]) for i in (2, 3, 4)] == [0, 0, 0]
 
@@ -219,14 +230,89 @@ def test_the_ranking_shows_varied_settings_and_lists_members_without_loss_last()
     set_varied(all_members)
     assert all_members[0].varied == {"method.rank": "4"}
     rows = markdown_table(all_members).splitlines()
-    assert [row.split("|")[1:3] for row in rows[2:6]] == [
-        [" 1 ", " 16 "],
-        [" 2 ", " 4 "],
-        ["  ", " 8 "],
-        ["  ", " 32 "],
+    assert rows[0].startswith("| place | member | method.rank |")
+    assert [row.split("|")[1:4] for row in rows[2:6]] == [
+        [" 1 ", " 3 ", " 16 "],
+        [" 2 ", " 1 ", " 4 "],
+        ["  ", " 2 ", " 8 "],
+        ["  ", " 4 ", " 32 "],
     ]
-    assert rows[-1] == "- method.rank=8: the loss is not finite (log `2.log`)"
+    assert rows[-1] == "- member 2, method.rank=8: the loss is not finite (log `2.log`)"
     assert csv_table(all_members).splitlines()[1].startswith("1,3,16,0.3,0.5,20.0,1.0,finished,")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["lr=1e-4 rank=64", "lr=1e-3 rank=16"], "lr=1e-4 is the lowest tried and rank=64 is the highest tried"),
+        (["lr=1e-4 rank=64", "lr=1e-3 rank=16"], "-m lr=1e-05,1e-4 rank=64,256"),
+        (["dropout=0.2", "dropout=0", "dropout=0.1"], "-m dropout=0.2,0.3"),
+        (["rank=2", "rank=1", "rank=8"], None),
+        (["rank=1", "rank=8"], None),  # there is no lower rank
+        (["dropout=0", "dropout=0.1"], None),
+        (["seed=3", "seed=1"], None),
+        (["optimizer=adamw", "optimizer=sgd"], None),
+    ],
+)
+def test_the_summary_says_how_to_widen_a_grid_with_the_best_member_at_its_edge(
+    overrides: list[str], advice: str | None
+):
+    ranked = [
+        member(number, text, status=State.FINISHED, best_loss=float(number)) for number, text in enumerate(overrides)
+    ]
+    set_varied(ranked)
+    assert (advice in (edge_advice(ranked) or "")) if advice else edge_advice(ranked) is None
+
+
+def test_samples_show_control_and_target_and_say_which_members_they_show(tmp_path: Path):
+    def pixels(value: int) -> np.ndarray:
+        return np.full((8, 8, 3), value, np.uint8)
+
+    all_members = []
+    for number in range(1, 11):
+        folder = tmp_path / f"run-{number}"
+        for sample in (1, 2):
+            image_grid.save_png(folder / f"pictures/step-00000002/{sample}.png", pixels(10 * number))
+            reference_images.save(folder, sample, {"control": pixels(200), "target": pixels(250)})
+        fields = {"status": State.FINISHED, "best_loss": 1 / number, "folder": str(folder)}
+        all_members.append(member(number, f"seed={number}", **fields))
+    set_varied(all_members)
+    pictures.draw_samples(tmp_path, all_members)
+    image = image_grid.load_png(tmp_path / "samples.png")
+    cell = image_grid.MIN_SIDE + 4
+    colors = [int(image[100, 20 + cell * column].mean()) for column in range(10)]
+    assert colors == [200, 250, 100, 90, 80, 70, 60, 50, 40, 30]
+    assert pictures.describe_shown(all_members).startswith("The best 8 of 10")
+
+
+def test_members_end_with_a_killed_sweep_and_the_next_one_waits_for_them(tmp_path: Path):
+    log, executor = tmp_path / "1.log", LocalExecutor()
+    member_script = (
+        "import signal, sys, time\n"
+        "from trainer.sweep.members import end_with_sweep\n"
+        "def stop(*_): time.sleep(1); print('saved', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop); end_with_sweep(); print('trains', flush=True); time.sleep(120)\n"
+    )
+    sweep_script = (
+        "import os, sys, time; from pathlib import Path; from trainer.sweep.executors.local import LocalExecutor\n"
+        "executor = LocalExecutor()\n"
+        "executor.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), Path(sys.argv[2])); time.sleep(120)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, "-c", sweep_script, member_script, str(log)], env=environment)
+    wait(lambda: log.exists() and "trains" in log.read_text(), sweep)
+    sweep.kill()
+    sweep.wait()
+    command = [sys.executable, "-c", "print('second')"]
+    assert executor.start(command, environment, log) is None
+    deadline = time.monotonic() + 60
+    while (handle := executor.start(command, environment, log)) is None:
+        text = log.read_text()
+        assert text.startswith("trains") and time.monotonic() < deadline
+        time.sleep(0.02)
+    while executor.poll(handle) is None:
+        time.sleep(0.02)
+    assert log.read_text() == "second\n"
 
 
 def test_the_local_executor_shares_the_machine_and_reports_how_members_end(

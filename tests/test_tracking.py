@@ -49,7 +49,7 @@ def test_no_tracking_imports_no_mlflow_and_writes_no_files(tmp_path: Path):
         "with NoTracking().open(journal, folder, name='', params={}, tags={}) as tracker:\n"
         "    journal.log_metrics(1, {'train/loss': 1.0})\n"
         "    assert tracker.flush() and tracker.run_id is None and tracker.errors == 0\n"
-        "    tracker.log_children([], description=''); assert tracker.links([folder]) == {}\n"
+        "    assert tracker.log_children([], description='')\n"
         "assert not {'mlflow', 'trainer.tracking.mlflow_tracker', 'matplotlib', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
@@ -313,7 +313,8 @@ def test_database_moved_with_its_runs_keeps_its_images(folder: Path, tmp_path: P
 
 def test_a_tracker_that_has_not_reached_mlflow_has_no_links(folder: Path):
     with Journal(folder) as journal:
-        assert open_tracker(folder, journal).links([]) == {}
+        open_tracker(folder, journal)
+        assert MLflow().sweep_links(folder, []) == {}
 
 
 def test_comparison_url_has_the_runs_first_as_mlflow_requires():
@@ -335,7 +336,7 @@ def test_experiment_without_the_view_of_its_runs_gets_it(tmp_path: Path):
 
 
 def test_view_of_children_has_columns_and_images_of_the_sweep():
-    state = view_state(mlflow_internals.children_view("an id", ["optimizer.lr"], ["samples/1_night"], 40))
+    state = view_state(mlflow_internals.children_view("an id", ["optimizer.lr"], ["samples/1_night"], 40, 4))
     assert state["searchFilter"] == "tags.mlflow.parentRunId = 'an id'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
     assert "params.`optimizer.lr`" in state["selectedColumns"]

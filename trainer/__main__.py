@@ -20,6 +20,7 @@ from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.core.version import __version__
 from trainer.distributed.processes import owns_stderr
+from trainer.sweep.members import end_with_sweep
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0, or the exit code of the error (see trainer.core.errors).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    end_with_sweep()
     try:
         if arguments[:1] == ["ui"]:
             return serve_ui(arguments[1:])

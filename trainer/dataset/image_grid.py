@@ -56,6 +56,19 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def add_caption(image: np.ndarray, text: str) -> np.ndarray:
+    """Returns an image (H, W, 3) uint8 with text below it, in as many lines as its width needs."""
+    font = ImageFont.load_default(14)
+    line_height = int(font.getbbox("Ag")[3]) + 2
+    lines = _wrap(text, font, image.shape[1] - 8, max_lines=4)
+    result = Image.new("RGB", (image.shape[1], image.shape[0] + line_height * len(lines) + 6), "white")
+    result.paste(Image.fromarray(image), (0, 0))
+    pen = ImageDraw.Draw(result)
+    for number, line in enumerate(lines):
+        pen.text((4, image.shape[0] + 3 + number * line_height), line, fill="black", font=font)
+    return np.asarray(result)
+
+
 def contact_sheet(
     cells: Sequence[tuple[Sequence[np.ndarray], str]], columns: int = 4, side: int = 192, lines: int = 3
 ) -> np.ndarray:

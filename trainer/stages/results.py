@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.core import documents, files
+from trainer.core import files
+from trainer.training.run_folder import RunSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +34,16 @@ class TrainingResult:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads the result of a run from its folder, which must have a summary."""
-        summary = documents.read_json(folder / "summary.json")
+        summary = RunSummary.read(folder)
         evaluations = sorted((folder / "pictures").glob("step-*"))
         exports = (folder / "export").glob("*")
         return cls(
             id=folder.name,
             folder=folder,
-            steps=summary["steps"],
-            last_loss=summary["last_val_loss"],
-            best_loss=summary["best_val_loss"],
-            psnr=summary["final"].get("val/psnr"),
+            steps=summary.steps,
+            last_loss=summary.last_loss,
+            best_loss=summary.best_loss,
+            psnr=summary.psnr,
             images=strips(evaluations[-1]) if evaluations else [],
             exports=sorted(path for path in exports if not path.name.startswith(files.PARTIAL_PREFIX)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,12 @@ from trainer.config.rules import check_sharded, open_device
 from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import print_line
-from trainer.core.errors import UsageError
+from trainer.core.errors import LockedError, UsageError
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
 from trainer.stages.data_report import describe_long_captions, describe_many_visits, describe_upscaling
 from trainer.stages.results import TrainingResult
-from trainer.sweep.members import parent_run_id, report_folder
+from trainer.sweep.members import is_member, parent_run_id, report_folder
 from trainer.tracking.journal import Journal
 from trainer.training.build import check_buildable
 from trainer.training.checkpoint import CHECKPOINTS
@@ -26,10 +27,13 @@ from trainer.training.data import TrainingData, prepare, required_samples
 from trainer.training.encoding import encode_missing
 from trainer.training.out_of_memory import out_of_memory_errors
 from trainer.training.recorder import Recorder
-from trainer.training.run_folder import RunFolder, acquire_run_folder
+from trainer.training.run_folder import RunFolder, RunSummary, acquire_run_folder
 from trainer.training.run_log import log_to_folder
 from trainer.training.session import Session
 from trainer.training.tracked_run import open_tracker, send_missing_records
+
+LOCK_POLL_SECONDS = 0.5
+"""Seconds between two attempts of a member of a sweep to lock its run folder."""
 
 
 def execute(run: Run, signals: Signals, overrides: list[str]) -> TrainingResult | None:
@@ -39,6 +43,7 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> TrainingResult 
         check_sharded(run)
     with processes:
         data = processes.main_first(lambda: prepare(run))
+        run.lr_scheduler.check(data.total_steps(run))
         return train(run, data, signals, processes, overrides)
 
 
@@ -55,7 +60,7 @@ def train(
         def start() -> bool:
             """Runs on the main process. Returns whether the run is finished already."""
             nonlocal recorder, folder
-            run_folder = stack.enter_context(acquire_run_folder(run, data.digests))
+            run_folder = _acquire(stack, run, data)
             folder = run_folder.path
             report_folder(folder)
             if run_folder.finished:
@@ -78,11 +83,26 @@ def train(
         return TrainingResult.read(folder) if folder else None
 
 
+def _acquire(stack: ExitStack, run: Run, data: TrainingData) -> RunFolder:
+    """Acquires the run folder. A member of a sweep waits for a process that trains the same run, others refuse."""
+    is_waiting = False
+    while True:
+        try:
+            return stack.enter_context(acquire_run_folder(run, data.digests))
+        except LockedError as error:
+            if not is_member():
+                raise
+            if not is_waiting:
+                print_line(f"waiting: {error}")
+            is_waiting = True
+        time.sleep(LOCK_POLL_SECONDS)
+
+
 def _show_finished(run: Run, run_folder: RunFolder, overrides: list[str]) -> None:
     """Says that there is nothing to do."""
-    summary = run_folder.summary()
+    steps = RunSummary.read(run_folder.path).steps
     print_line(
-        f"{run_folder.path} is finished ({summary['steps']} steps); nothing to do. "
+        f"{run_folder.path} is finished ({steps} steps); nothing to do. "
         "Type fresh=true to run it again in a new folder."
     )
     send_missing_records(run, run_folder, overrides, parent_run_id())

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from trainer.core import files
+from trainer.core import documents, files
+from trainer.core.errors import TrainerError
+from trainer.tracking import journal as journal_file
 
 PARENT_RUN_VARIABLE = "TRAINER_PARENT_RUN"
 """Environment variable with the tracker's ID of the sweep."""
 REPORT_VARIABLE = "TRAINER_RESULT"
 """Environment variable with the path of the JSON file in which a member reports its run folder."""
+
+LIFELINE_VARIABLE = "TRAINER_LIFELINE"
+"""Environment variable with the descriptor of a pipe that is closed when the sweep ends, however it ends."""
 
 
 class State(StrEnum):
@@ -115,7 +122,58 @@ def parent_run_id() -> str | None:
     return os.environ.get(PARENT_RUN_VARIABLE) or None
 
 
+def is_member() -> bool:
+    """Returns whether a sweep has started this process."""
+    return REPORT_VARIABLE in os.environ
+
+
+def end_with_sweep() -> None:
+    """Makes this process receive SIGTERM, so that it saves and exits, when the sweep that started it has died.
+
+    Does nothing in a process that no sweep has started.
+    """
+    descriptor = os.environ.pop(LIFELINE_VARIABLE, "")
+    if not descriptor.isdecimal():
+        return
+
+    def wait_for_end() -> None:
+        with contextlib.suppress(OSError):
+            os.set_inheritable(int(descriptor), False)
+            # Nothing is ever written to the pipe. Reading returns when its other end is closed.
+            if not os.read(int(descriptor), 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_end, name="lifeline", daemon=True).start()
+
+
 def report_folder(folder: Path) -> None:
-    """Reports the run folder of this process to the sweep that started it, if any."""
+    """Reports the run folder of this process, before it writes to it, to the sweep that started it, if any."""
     if path := os.environ.get(REPORT_VARIABLE):
-        files.write_json(Path(path), {"folder": str(folder)})
+        journal = folder / journal_file.FILE_NAME
+        size = journal.stat().st_size if journal.exists() else 0
+        files.write_json(Path(path), {"folder": str(folder), "journal_bytes": size})
+
+
+class WarningReader:
+    """Reads the warnings that a member writes to the journal of its run, after the member has reported its folder."""
+
+    def __init__(self, report: Path):
+        self._report = report
+        self._journal: Path | None = None
+        self._offset = 0
+
+    def read(self) -> list[str]:
+        """Returns the new warnings, each on one line."""
+        if self._journal is None:
+            try:
+                report = documents.read_json(self._report)
+            except TrainerError:
+                return []
+            self._journal = Path(report["folder"]) / journal_file.FILE_NAME
+            self._offset = report["journal_bytes"]
+        warnings = []
+        for offset, record in journal_file.read_records(self._journal, self._offset):
+            self._offset = offset
+            if record["kind"] == "warning":
+                warnings.append(" ".join(str(record.get("text")).split()))
+        return warnings

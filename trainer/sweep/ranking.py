@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -48,15 +49,21 @@ def unranked(members: Sequence[Member]) -> list[Member]:
 def markdown_table(members: Sequence[Member]) -> str:
     """Returns a table of the ranked members and then the others, and below it the reasons why members failed."""
     keys = list(varied_values(members))
-    rows = [["rank", *keys, "val/loss best", "last", "val/psnr", "minutes", "status", "folder"]]
+    # Not "rank", the name of a setting that sweeps often vary.
+    rows = [["place", "member", *keys, "val/loss best", "last", "val/psnr", "minutes", "status", "folder"]]
     rows.append(["---"] * len(rows[0]))
     for place, member in enumerate(rank(members), 1):
-        rows.append([f"{place}", *_cells(member, keys), member.status, f"`{member.folder}`"])
+        rows.append([f"{place}", f"{member.number}", *_cells(member, keys), member.status, f"`{member.folder}`"])
     others = unranked(members)
     for member in others:
-        rows.append(["", *_cells(member, keys), member.status, f"`{member.folder}`" if member.folder else ""])
+        folder = f"`{member.folder}`" if member.folder else ""
+        rows.append(["", f"{member.number}", *_cells(member, keys), member.status, folder])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    reasons = "\n".join(f"- {member.title}: {member.reason} (log `{member.log}`)" for member in others if member.reason)
+    reasons = "\n".join(
+        f"- member {member.number}, {member.title}: {member.reason} (log `{member.log}`)"
+        for member in others
+        if member.reason
+    )
     return f"{table}\n\n{reasons}\n" if reasons else f"{table}\n"
 
 
@@ -65,7 +72,7 @@ def csv_table(members: Sequence[Member]) -> str:
     keys, ranked = list(varied_values(members)), rank(members)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["rank", "member", *keys, *CSV_FIELDS])
+    table.writerow(["place", "member", *keys, *CSV_FIELDS])
     places = [*range(1, len(ranked) + 1), *[""] * (len(members) - len(ranked))]
     for place, member in zip(places, [*ranked, *unranked(members)], strict=True):
         values = [member.varied.get(key, "") for key in keys]
@@ -99,6 +106,43 @@ def heat_map(members: Sequence[Member]) -> HeatMap | None:
         assert member.best_loss is not None
         losses[rows.index(float(member.varied[y]))][columns.index(float(member.varied[x]))] = member.best_loss
     return HeatMap((x, columns), (y, rows), losses)
+
+
+def edge_advice(members: Sequence[Member]) -> str | None:
+    """Returns how to widen the grid if the best member has the lowest or highest tried value of a numeric setting.
+
+    None if it lies inside the grid, or if no member has a rank.
+    """
+    ranked = rank(members)
+    if not ranked:
+        return None
+    edges, wider = [], []
+    for key, texts in varied_values(members).items():
+        best = ranked[0].varied.get(key)
+        if best is None or key.rpartition(".")[2] == "seed":
+            continue  # a seed is no quantity
+        try:
+            values = sorted({float(text) for text in texts})
+        except ValueError:
+            continue
+        at_top = float(best) == values[-1]
+        if len(values) < 2 or not (at_top or float(best) == values[0]):
+            continue
+        # As far beyond the edge as the value before it is inside.
+        value, inner = (values[-1], values[-2]) if at_top else (values[0], values[1])
+        beyond = value * value / inner if values[0] > 0 else 2 * value - inner
+        is_whole = all(re.fullmatch(r"[+-]?\d+", text) for text in texts)
+        text = f"{round(beyond)}" if is_whole else f"{beyond:.3g}"
+        if float(text) == value or float(text) <= 0 < value or float(text) < 0 <= values[0]:
+            continue  # there is no such value, for example below rank 1
+        edges.append(f"{key}={best} is the {'highest' if at_top else 'lowest'} tried")
+        wider.append(f"{key}={','.join([best, text] if at_top else [text, best])}")
+    if not edges:
+        return None
+    return (
+        f"The best member lies at the edge of the grid: {' and '.join(edges)}. To widen it, type the same command with "
+        f"-m {' '.join(wider)}"
+    )
 
 
 def _cells(member: Member, keys: Sequence[str]) -> list[str]:

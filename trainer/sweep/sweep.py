@@ -14,20 +14,31 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import command_line
+from trainer.config.request import requested_run
 from trainer.core import documents, files
 from trainer.core.console import print_line
 from trainer.core.errors import Interrupted, TrainerError
 from trainer.core.lock import Lock
 from trainer.sweep.executors import Executor
-from trainer.sweep.members import Member, State, failure_reason, member_environment, set_varied, varied_values
-from trainer.sweep.summary import summarize
+from trainer.sweep.members import (
+    Member,
+    State,
+    WarningReader,
+    failure_reason,
+    member_environment,
+    set_varied,
+    varied_values,
+)
+from trainer.sweep.summary import print_summary, summarize
 from trainer.tracking import Tracking
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
+from trainer.training.run_folder import RunSummary, find_run_folder, finished_folder
 from trainer.training.tracked_run import shorten_overrides
 
 IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "save", "cache", "hydra")
@@ -52,6 +63,16 @@ def sweep_id(overrides: Sequence[str], sweeper: object) -> str:
     return hashlib.sha256(json.dumps([relevant, sweeper], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+@dataclass(slots=True)
+class Running:
+    """A member that runs."""
+
+    handle: Any
+    """What the executor knows about it."""
+    member: Member
+    warnings: WarningReader
+
+
 class Sweep:
     """A sweep, whose members are processes that an executor runs.
 
@@ -67,8 +88,8 @@ class Sweep:
         self.folder, self.out, self.tracking, self.executor, self.flags = folder, out, tracking, executor, list(flags)
         self.members: list[Member] = []
         self._folder_id = ""
-        self._running: dict[int, tuple[Any, Member]] = {}
-        """Number of a member -> its handle and the member."""
+        self._running: dict[int, Running] = {}
+        """Running members by number."""
         self._signal = 0
         self._parent_run: str | None = None
 
@@ -84,10 +105,18 @@ class Sweep:
             stack.enter_context(Lock(self.folder / "lock"))
             stack.enter_context(self._handle_signals())
             new = [Member(first + i, list(texts)) for i, texts in enumerate(overrides, 1)]
+            if (finished := self._finished_members(new, first)) is not None:
+                self.members = finished
+                print_line(
+                    f"sweep {self.folder.name} is finished ({_count(finished)}); nothing to do. Its data were not read "
+                    "again."
+                )
+                print_summary(self.folder, finished, self.tracking, self.out)
+                return finished[first:]
             self._load(new, first)
-            print_line(
-                f"sweep {self.folder.name}: {len(new)} members, {self.executor.slots} at a time, in {self.folder}"
-            )
+            print_line(f"sweep {self.folder.name}: {_count(new)}, {self.executor.slots} at a time, in {self.folder}")
+            if not any(member.varied for member in self.members):
+                print_line("no setting has several values, such as optimizer.lr=1e-4,1e-3, so this is a single run")
             # The exception tells the tracker that the sweep has failed. The caller looks at the members instead.
             stack.enter_context(contextlib.suppress(MembersFailedError))
             journal = stack.enter_context(Journal(self.folder))
@@ -95,7 +124,8 @@ class Sweep:
             journal.log_event("sweep", members=[member.title for member in new])
             self._parent_run = self._wait_for_run_id(tracker)
             self._run_members(deque(new))
-            summarize(self.folder, self.members, tracker, journal, self.tracking.page(self.out))
+            has_arrived = summarize(self.folder, self.members, self.tracking, self.out, tracker, journal)
+            self._save(complete=has_arrived and all(member.status == State.FINISHED for member in self.members))
             if self._signal:
                 raise Interrupted(self._signal)
             if any(member.status == State.FAILED for member in new):
@@ -115,10 +145,24 @@ class Sweep:
     # Running members
 
     def _run_members(self, waiting: deque[Member]) -> None:
+        try:
+            self._start_and_poll(waiting)
+        except BaseException:
+            # For example, the disk is full. The members save before this process ends and nobody watches them.
+            for running in self._running.values():
+                self.executor.stop(running.handle, signal.SIGTERM)
+            while any(self.executor.poll(running.handle) is None for running in self._running.values()):
+                time.sleep(POLL_SECONDS)
+            raise
+
+    def _start_and_poll(self, waiting: deque[Member]) -> None:
         forwarded = False
         while self._running or (waiting and not self._signal):
-            while waiting and not self._signal and len(self._running) < self.executor.slots:
-                self._start(waiting.popleft())
+            for _ in range(len(waiting)):
+                if not self._signal and len(self._running) < self.executor.slots:
+                    member = waiting.popleft()
+                    if not self._start(member):
+                        waiting.append(member)
             if self._signal and not forwarded:
                 # Not in the signal handler, which would miss a member that is just being started.
                 forwarded = True
@@ -126,26 +170,35 @@ class Sweep:
                     f"stopping: waiting for {len(self._running)} running member(s) to save; a second signal ends them "
                     "at once"
                 )
-                for handle, _ in self._running.values():
-                    self.executor.stop(handle, self._signal)
-            for handle, member in list(self._running.values()):
-                code = self.executor.poll(handle)
+                for running in self._running.values():
+                    self.executor.stop(running.handle, self._signal)
+            for running in list(self._running.values()):
+                code = self.executor.poll(running.handle)
+                for text in running.warnings.read():
+                    self._print(running.member, f"warning: {text}")
                 if code is not None:
-                    del self._running[member.number]
-                    self._record_end(member, code)
+                    del self._running[running.member.number]
+                    self._record_end(running.member, code)
             time.sleep(POLL_SECONDS)
 
-    def _start(self, member: Member) -> None:
+    def _start(self, member: Member) -> bool:
+        """Starts a member. Returns False if it still runs because an earlier process of the sweep was killed."""
         log, report = self.folder / f"{member.number}.log", self._report_file(member)
-        report.unlink(missing_ok=True)
-        member.status, member.log = State.RUNNING, str(log)
         # Varied settings first: the title of a run lists its overrides in this order, and trackers cut it off.
         overrides = sorted(member.overrides, key=lambda text: text.lstrip("+").partition("=")[0] not in member.varied)
         command = [sys.executable, "-m", "trainer", *self.flags, *overrides, "hydra.mode=RUN"]
+        report.unlink(missing_ok=True)
         handle = self.executor.start(command, member_environment(report, self._parent_run), log)
-        self._running[member.number] = handle, member
+        if handle is None:
+            if not member.log:
+                self._print(member, f"waiting for an earlier process of this member, which still writes to {log}")
+            member.log = str(log)
+            return False
+        member.status, member.log = State.RUNNING, str(log)
+        self._running[member.number] = Running(handle, member, WarningReader(report))
         self._print(member, f"started, log {log}")
         self._save()
+        return True
 
     def _record_end(self, member: Member, code: int) -> None:
         member.code = code
@@ -155,9 +208,9 @@ class Sweep:
         with contextlib.suppress(TrainerError):  # The member ended before it had a run folder or a loss.
             member.folder = documents.read_json(self._report_file(member))["folder"]
             self._report_file(member).unlink()
-            summary = documents.read_json(Path(member.folder) / "summary.json")
-            member.best_loss, member.last_loss = summary["best_val_loss"], summary["last_val_loss"]
-            member.psnr, member.minutes = summary["final"].get("val/psnr"), round(summary["seconds"] / 60, 1)
+            summary = RunSummary.read(Path(member.folder))
+            member.best_loss, member.last_loss = summary.best_loss, summary.last_loss
+            member.psnr, member.minutes = summary.psnr, round(summary.seconds / 60, 1)
         loss = f", held-out loss {member.best_loss:.4f}" if member.best_loss is not None else ""
         reason = f": {member.reason}" if member.reason else ""
         self._print(member, f"{member.status}{loss}{reason}")
@@ -173,18 +226,47 @@ class Sweep:
 
     def _load(self, new: list[Member], first: int) -> None:
         """Reads the members of earlier batches, adds the new ones and writes `sweep.json`."""
-        try:
-            record = documents.read_json(self.folder / "sweep.json")
-        except TrainerError:
-            record = {}
+        record = self._read_record()
         self.members = [Member.from_json(fields) for fields in record.get("members", [])[:first]] + new
         self._folder_id = record.get("folder_id") or uuid.uuid4().hex
         set_varied(self.members)
         self._save()
 
-    def _save(self) -> None:
+    def _finished_members(self, new: list[Member], first: int) -> list[Member] | None:
+        """Returns the members of earlier batches and the `new` ones, as recorded, if nothing about them is left to do.
+
+        None if one of them would train, or if the tracker does not have everything.
+        """
+        record = self._read_record()
+        if not record.get("complete") or not self.tracking.is_complete(self.folder):
+            return None
+        members = [Member.from_json(fields) for fields in record["members"][: first + len(new)]]
+        if [member.overrides for member in members[first:]] != [member.overrides for member in new]:
+            return None
+        for member in members:
+            try:
+                # The same overrides may mean other settings if a yaml file has changed.
+                arguments = [*self.flags, *member.overrides, "hydra.mode=RUN"]
+                request = requested_run(command_line.parse(arguments), find_run_folder)
+                folder = finished_folder(request.run) if request else None
+            except TrainerError:
+                return None
+            if folder is None or member.folder is None or folder.absolute() != Path(member.folder).absolute():
+                return None
+            if not self.tracking.is_complete(folder):
+                return None
+        return members
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            return documents.read_json(self.folder / "sweep.json")
+        except TrainerError:
+            return {}
+
+    def _save(self, complete: bool = False) -> None:
+        """Writes `sweep.json`. `complete`: all members are finished, and the tracker has everything."""
         members = [asdict(member) for member in self.members]
-        record = {"id": self.folder.name, "folder_id": self._folder_id, "members": members}
+        record = {"id": self.folder.name, "folder_id": self._folder_id, "complete": complete, "members": members}
         files.write_json(self.folder / "sweep.json", record)
 
     def _open_tracker(self, journal: Journal) -> Tracker:
@@ -222,8 +304,8 @@ class Sweep:
             if not self._signal:
                 self._signal = number
                 return
-            for member_handle, _ in self._running.values():
-                self.executor.stop(member_handle, signal.SIGKILL)
+            for running in self._running.values():
+                self.executor.stop(running.handle, signal.SIGKILL)
             os._exit(128 + number)
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -232,3 +314,7 @@ class Sweep:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _count(members: Sequence[Member]) -> str:
+    return f"{len(members)} member{'' if len(members) == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,13 @@ class Tracking:
 
     def links(self, folder: Path) -> dict[str, str]:
         """Returns the pages, title -> URL, that show the run in `folder`; empty until the tracker has all of it."""
+        return {}
+
+    def sweep_links(self, folder: Path, run_folders: Sequence[Path]) -> dict[str, str]:
+        """Returns the pages, title -> URL, that show the sweep in `folder` and compare its runs in `run_folders`.
+
+        Empty until the tracker has answered.
+        """
         return {}
 
     def is_complete(self, folder: Path) -> bool:

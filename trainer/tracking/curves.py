@@ -114,13 +114,15 @@ def draw_curves(folder: Path, title: str = "") -> Path:
 def draw_heat_map(
     path: Path, title: str, across: tuple[str, list[float]], down: tuple[str, list[float]], values: list[list[float]]
 ) -> Path:
-    """Draws `values` as a colored table and frames the smallest value; cells with NaN are empty.
+    """Draws `values`, of which lower ones are better, as a colored table and frames the best one.
+
+    Cells with NaN are empty.
 
     Raises errors.StorageError.
 
     Args:
         path: PNG file to write.
-        title: Text above the table.
+        title: What the values are; the text above the table and beside the scale of colors.
         across: Label and values of the columns.
         down: Label and values of the rows, the last one on top.
         values: `values[row][column]`.
@@ -128,11 +130,11 @@ def draw_heat_map(
     from matplotlib.patches import Rectangle
 
     (x_label, columns), (y_label, rows) = across, down
-    figure = _new_figure(2.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows))
+    figure = _new_figure(3.5 + 1.1 * len(columns), 1.8 + 0.8 * len(rows))
     axes = figure.add_subplot()
     # As on any axis that points upwards, larger values are above.
-    axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
-    axes.set_title(title, fontsize=11, color=GRAY, loc="left")
+    image = axes.imshow(values, cmap="viridis_r", origin="lower", aspect="auto")
+    axes.set_title(f"{title} (lower is better)", fontsize=11, color=GRAY, loc="left")
     axes.set_xlabel(x_label, fontsize=9, color=GRAY)
     axes.set_ylabel(y_label, fontsize=9, color=GRAY)
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
@@ -142,6 +144,10 @@ def draw_heat_map(
     cells = [(value, i, j) for i, row in enumerate(values) for j, value in enumerate(row) if math.isfinite(value)]
     if cells:
         (lowest, i, j), (highest, _, _) = min(cells), max(cells)
+        scale = figure.colorbar(image, ax=axes)
+        scale.set_label(f"{title}, best at the bottom", fontsize=9, color=GRAY)
+        scale.ax.tick_params(labelsize=8, colors=GRAY, length=0)
+        scale.outline.set_visible(False)
         axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3, clip_on=False))
         for value, i, j in cells:
             color = "white" if value > (lowest + highest) / 2 else "black"  # on a dark or light background

@@ -14,13 +14,14 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.core import files
+from trainer.core import documents, errors, files
 
 FILE_NAME = "journal.jsonl"
 METRICS = "metrics"
@@ -55,7 +56,7 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, An
 
 
 class Journal:
-    """The journal in a run folder, open for appending by one thread of the process that owns the folder.
+    """The journal in a run folder, open for appending by the process that owns the folder.
 
     A resumed run repeats the steps since its last checkpoint; values and images that the journal already has are not
     written again. While the disk is full, records are kept in memory and written with a later record, or at the latest
@@ -68,7 +69,7 @@ class Journal:
     Raises errors.StorageError if the file cannot be opened or written.
     """
 
-    __slots__ = ("_descriptor", "_image_steps", "_metric_steps", "_unwritten", "counts", "path")
+    __slots__ = ("_descriptor", "_image_steps", "_lock", "_metric_steps", "_unwritten", "counts", "path")
 
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
@@ -77,6 +78,8 @@ class Journal:
         self._metric_steps: dict[str, int] = {}
         self._image_steps: dict[str, int] = {}
         self._unwritten = bytearray()
+        # Any thread may log a warning. The warning about a full disk comes from this class itself.
+        self._lock = threading.RLock()
         with files.storage_errors("open", self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             self._repair_last_line()
@@ -133,9 +136,9 @@ class Journal:
         # this process. Only a power failure loses them, and then at most the steps since the last synced checkpoint,
         # which are repeated anyway. An fsync per line would take longer than a step of a small model.
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str)
-        was_full = bool(self._unwritten)
-        self._unwritten += text.encode("utf-8", "backslashreplace") + b"\n"
-        with files.storage_errors("write", self.path):
+        with self._lock, files.storage_errors("write", self.path):
+            was_full = bool(self._unwritten)
+            self._unwritten += text.encode("utf-8", "backslashreplace") + b"\n"
             try:
                 while self._unwritten:
                     del self._unwritten[: os.write(self._descriptor, self._unwritten)]
@@ -146,7 +149,7 @@ class Journal:
                     log.warning(
                         "%s: %s. Records are kept in memory and written when there is space.", self.path, error.strerror
                     )
-        self._count(record)
+            self._count(record)
 
     def _count(self, record: dict[str, Any]) -> None:
         self.counts[record["kind"]] += 1
@@ -175,16 +178,18 @@ class Journal:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Returns the record on a line of a journal; None if the line is damaged."""
     try:
-        record = json.loads(line)
-        if not isinstance(record["kind"], str) or not isinstance(record["time"], (int, float)):
-            return None
-        if record["kind"] == METRICS:
-            record["step"] = int(record["step"])
-            record["values"] = {key: float(value) for key, value in record["values"].items()}
-        elif record["kind"] == IMAGE:
-            record["step"], record["key"], record["path"] = int(record["step"]), str(record["key"]), str(record["path"])
+        record = documents.expect(documents.parse_json(line), dict, "")
+        kind = documents.entry(record, "kind", str, "")
+        documents.entry(record, "time", float, "")
+        if kind in (METRICS, IMAGE):
+            record["step"] = int(documents.entry(record, "step", float, ""))
+        if kind == METRICS:
+            values = documents.entry(record, "values", dict, "")
+            record["values"] = {key: float(value) for key, value in values.items()}
+        elif kind == IMAGE:
+            record["key"], record["path"] = (documents.entry(record, name, str, "") for name in ("key", "path"))
         return record
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (errors.DataError, ValueError, TypeError, OverflowError):
         return None
 
 

@@ -6,12 +6,14 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import path_setting
 from trainer.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class MLflow(Tracking):
     password or if MLflow does not support it.
     """
 
-    uri: str | None = None
+    uri: str | None = path_setting(None)
 
     def __post_init__(self) -> None:
         if self.uri is not None:
@@ -77,6 +79,21 @@ class MLflow(Tracking):
             "images and curves": mlflow_internals.charts_url(address, note["experiment_id"], note["run_id"]),
             "all runs": mlflow_internals.runs_url(address, note["experiment_id"]),
         }
+
+    def sweep_links(self, folder: Path, run_folders: Sequence[Path]) -> dict[str, str]:
+        from trainer.tracking import mlflow_internals, mlflow_note, mlflow_store
+
+        note = mlflow_note.read_note(folder)
+        if not note.get("run_id") or not note.get("experiment_id"):
+            return {}
+        address = mlflow_store.page_address(note["uri"])
+        urls = {
+            "summary": mlflow_internals.run_url(address, note["experiment_id"], note["run_id"]),
+            "curves and pictures": mlflow_internals.charts_url(address, note["experiment_id"], note["run_id"]),
+        }
+        if runs := mlflow_note.run_ids(run_folders, note["experiment_id"]):
+            urls["comparison"] = mlflow_internals.comparison_url(address, note["experiment_id"], runs)
+        return urls
 
     def is_complete(self, folder: Path) -> bool:
         from trainer.tracking import mlflow_note

@@ -211,13 +211,19 @@ def run_view(run_id: str, images: Sequence[str], step: int) -> str:
     return _view(_COLUMNS, images, step, search_filter, "metrics.`val/loss`", show_runs=False, layout=_LAYOUT_OF_RUN)
 
 
-def children_view(run_id: str, params: Sequence[str], images: Sequence[str], step: int) -> str:
-    """Returns the view of the children of a run, those with the lowest held-out loss first.
+def children_view(run_id: str, params: Sequence[str], images: Sequence[str], step: int, count: int) -> str:
+    """Returns the view of the `count` children of a run, those with the lowest held-out loss first.
 
-    The view has columns for the `params` and shows the `images` (keys) of `step`.
+    The view has columns for the `params` and shows the `images` (keys) of `step`. MLflow itself lists the images of a
+    chart in the reverse order.
     """
     # If the children were sorted by time, MLflow would hide them below their collapsed parent.
-    return _view(params, images, step, f"tags.mlflow.parentRunId = '{run_id}'", "metrics.`val/loss`")
+    search_filter = f"tags.mlflow.parentRunId = '{run_id}'"
+    # A chart as wide as the page shows three whole thumbnails per row. The images of the best child come last, so
+    # there is room for all rows.
+    rows = min(4, -(-count // 3))
+    layout = {"val": {"columns": 2, "cardHeight": 400}, "samples": {"columns": 1, "cardHeight": 110 + 360 * rows}}
+    return _view(params, images, step, search_filter, "metrics.`val/loss`", layout=layout)
 
 
 def _view(

@@ -83,18 +83,6 @@ class MLflowTracker(Tracker):
             time.sleep(0.02)
         return self._sent >= size
 
-    def links(self, folders: Sequence[Path]) -> dict[str, str]:
-        if self.run_id is None or self.experiment_id is None:
-            return {}
-        address = mlflow_store.page_address(self.uri)
-        urls = {
-            "summary": mlflow_internals.run_url(address, self.experiment_id, self.run_id),
-            "curves and pictures": mlflow_internals.charts_url(address, self.experiment_id, self.run_id),
-        }
-        if runs := run_ids(folders, self.experiment_id):
-            urls["comparison"] = mlflow_internals.comparison_url(address, self.experiment_id, runs)
-        return urls
-
     def log_children(
         self,
         folders: Sequence[Path],
@@ -102,9 +90,9 @@ class MLflowTracker(Tracker):
         description: str,
         artifacts: Sequence[Path] = (),
         varied: Sequence[str] = (),
-    ) -> None:
+    ) -> bool:
         if self.run_id is None:
-            return
+            return False
         try:
             client = mlflow_store.import_mlflow().MlflowClient(self.uri, self.uri)
             for run_id in run_ids(folders, self.experiment_id):
@@ -117,15 +105,17 @@ class MLflowTracker(Tracker):
             note = "\n\n".join([shorten(description, 7000), *shown])
             client.set_tag(self.run_id, "mlflow.note.content", note, synchronous=True)
             view = mlflow_internals.children_view(
-                self.run_id, [clean_name(name) for name in varied], *_last_images(folders)
+                self.run_id, [clean_name(name) for name in varied], *_last_images(folders), len(folders)
             )
             client.set_experiment_tag(self.experiment_id, mlflow_internals.view_tag(self.run_id), view)
+            return True
         except Exception as error:  # the runs are complete and the tables are written, whatever fails here
             log.warning(
                 "MLflow at %s: %s. It does not have the summary of this sweep; run the same command again to send it.",
                 self.uri,
                 root_cause(error),
             )
+            return False
 
     # In the thread
 

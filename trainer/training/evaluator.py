@@ -164,20 +164,24 @@ def _save_image(
 ) -> Path:
     """Saves an image alone, and in a strip with its controls, the image before training, and the target.
 
-    Returns the path of the strip.
+    A sweep shows the controls and the target beside the images of its members, so they are saved alone, too. Returns
+    the path of the strip.
     """
     from trainer.dataset import image_grid
+    from trainer.training import reference_images
 
     image_folder = folder / "pictures" / f"step-{step:08d}"
     untrained = before / "pictures" / "step-00000000" / f"{number}.png"
-    images = {name.replace("_", " "): sample.pixels(name) for name in sample.control_names}
+    references = {name.replace("_", " "): sample.pixels(name) for name in sample.control_names}
+    images = dict(references)
     if step and untrained.exists():
         images["before training"] = image_grid.load_png(untrained)
     images[f"step {step}"] = image
     if comparable:
-        images["target"] = sample.pixels()
+        images["target"] = references["target"] = sample.pixels()
     path = image_folder / f"{number}-strip.png"
     image_grid.save_png(image_folder / f"{number}.png", image)
+    reference_images.save(folder, number, references)
     # Nearly square, since MLflow shows images in square frames.
     image_grid.save_png(path, image_grid.label_grid(images, columns=math.ceil(math.sqrt(len(images)))))
     return path

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from trainer.config.identity import differences, identity_settings, run_id
 from trainer.config.schema import Run
@@ -36,8 +37,74 @@ class RunFolder:
     """Folder of the run whose last checkpoint this run starts from, if any."""
     finished: bool
 
-    def summary(self) -> dict[str, Any]:
-        return documents.read_json(self.path / SUMMARY)
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """How the last attempt at a run ended: what `summary.json` says to this program."""
+
+    status: str
+    """"finished" or "stopped"."""
+    steps: int
+    """Number of steps trained so far."""
+    seconds: float
+    """Duration of all attempts."""
+    best_loss: float | None
+    """Lowest held-out loss; None if no samples are held out."""
+    last_loss: float | None
+    psnr: float | None
+    """Mean PSNR of the last generated images against their targets, in dB; None if there are no targets."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the summary of the run in `folder`.
+
+        Raises errors.StorageError if there is none and errors.DataError if it is damaged.
+        """
+        where = str(folder / SUMMARY)
+        summary = documents.expect(documents.read_json(folder / SUMMARY), dict, where)
+        final = documents.entry(summary, "final", dict, where)
+        return cls(
+            status=documents.entry(summary, "status", str, where),
+            steps=documents.entry(summary, "steps", int, where),
+            seconds=documents.entry(summary, "seconds", float, where),
+            best_loss=_optional_number(summary, "best_val_loss", where),
+            last_loss=_optional_number(summary, "last_val_loss", where),
+            psnr=_optional_number(final, "val/psnr", where),
+        )
+
+
+def _optional_number(mapping: dict[str, Any], name: str, where: str) -> float | None:
+    """Returns a number that may be missing, or not finite. Raises errors.DataError for any other value."""
+    value = mapping.get(name)
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return documents.expect(value, float | None, f"{where}: {name}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the content of `run.json`. Raises errors.StorageError, and errors.DataError if it is damaged."""
+    where = str(folder / MANIFEST)
+    manifest = documents.expect(documents.read_json(folder / MANIFEST), dict, where)
+    for name, kind in (("settings", dict), ("digests", dict), ("folder_id", str)):
+        documents.entry(manifest, name, kind, where)
+    documents.expect(manifest.get("parent"), str | None, f"{where}: parent")
+    for name in ("data", "program"):
+        documents.entry(manifest["digests"], name, str, f"{where}: digests")
+    return manifest
+
+
+def finished_folder(run: Run) -> Path | None:
+    """Returns the folder of a run that this version of the program has finished; None if training has work to do.
+
+    Reads neither data nor weights, which may have changed since. Raises errors.DataError if a file is damaged.
+    """
+    if run.fresh or run.resume is not None:
+        return None
+    folder = _latest_folder(Path(run.out), run_id(run), fresh=False)
+    if not (folder / MANIFEST).exists() or not _is_finished(folder):
+        return None
+    manifest = read_manifest(folder)
+    return folder if manifest["digests"]["program"] == __version__ else None
 
 
 @contextmanager
@@ -60,7 +127,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
     with Lock(folder / "lock"):
         digests = digests | {"program": __version__}
         if (folder / MANIFEST).exists():
-            manifest = documents.read_json(folder / MANIFEST)
+            manifest = read_manifest(folder)
             _check_digests(folder, manifest["digests"], digests)
         else:
             manifest = {
@@ -72,11 +139,14 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
                 "created": timestamp(),
             }
             files.write_json(folder / MANIFEST, manifest)
-        summary = folder / SUMMARY
-        finished = summary.exists() and documents.read_json(summary).get("status") == "finished"
+        finished = _is_finished(folder)
         if not finished:
             files.remove_temporary(folder)
         yield RunFolder(folder, id, manifest, parent, finished)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / SUMMARY).exists() and RunSummary.read(folder).status == "finished"
 
 
 def _check_digests(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -105,7 +175,7 @@ def _resumed_folder(run: Run, settings: dict[str, Any]) -> tuple[Path, Path | No
     """
     assert run.resume is not None
     folder = find_run_folder(run.resume, run.out)
-    old_settings = documents.read_json(folder / MANIFEST)["settings"]
+    old_settings = read_manifest(folder)["settings"]
     changes = differences(old_settings, settings)
     only_steps_changed = [change.partition(":")[0] for change in changes] == ["steps"]
     if only_steps_changed and (run.steps or 0) > (old_settings["steps"] or 0) > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
 
     So do Python's warnings, which therefore do not run into the progress bar.
 
+    Warnings of this program go to the journal as well, where a sweep finds those of its members.
+
     If the block raises, the traceback goes to `log.txt` and the reason to the journal.
     """
     file_handler = logging.FileHandler(folder / "log.txt")
@@ -32,7 +35,9 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
     root_logger, program_logger = logging.getLogger(), logging.getLogger("trainer")
     warnings_logger = logging.getLogger("py.warnings")
     show_warning = warnings.showwarning
+    journal_handler = _JournalHandler(journal)
     root_logger.addHandler(file_handler)
+    program_logger.addHandler(journal_handler)
     program_logger.addHandler(stderr_handler)
     program_logger.setLevel(logging.INFO)
     warnings_logger.addHandler(stderr_handler)
@@ -51,8 +56,25 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
         warnings.showwarning = show_warning
         warnings_logger.removeHandler(stderr_handler)
         program_logger.removeHandler(stderr_handler)
+        program_logger.removeHandler(journal_handler)
         root_logger.removeHandler(file_handler)
         file_handler.close()
+
+
+class _JournalHandler(logging.Handler):
+    """Writes warnings to the journal, from the process that has opened it."""
+
+    def __init__(self, journal: Journal):
+        super().__init__(logging.WARNING)
+        self._journal, self._process = journal, os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.getpid() != self._process:
+            return  # a loader worker
+        try:
+            self._journal.log_event("warning", text=redaction.redact(record.getMessage()))
+        except Exception:
+            self.handleError(record)
 
 
 def _log_warning(

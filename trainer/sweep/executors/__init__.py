@@ -25,8 +25,11 @@ class Executor(ABC, Generic[Handle]):
     """Number of members that may run at the same time."""
 
     @abstractmethod
-    def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> Handle:
+    def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> Handle | None:
         """Starts a member and returns at once. Called only while fewer than `slots` members run.
+
+        A member must not outlive the process of the sweep by more than the time it needs to save. Returns None, and
+        starts nothing, while a member that an earlier process of the sweep has started still writes to `log`.
 
         Args:
             command: Command line of the member.

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from trainer.core import files
 from trainer.sweep.executors import Executor
+from trainer.sweep.members import LIFELINE_VARIABLE
+
+
+@cache
+def lifeline() -> int:
+    """Returns the end of a pipe for members to read from, whose other end closes when this process ends or is killed.
+
+    Every system has pipes, and the members notice the end of a process that had no time to tell them.
+    """
+    reading_end, _ = os.pipe()
+    return reading_end
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,13 +42,20 @@ class LocalExecutor(Executor[LocalProcess]):
         self.slots = max(1, slots)
         self._free = set(range(self.slots))
 
-    def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> LocalProcess:
+    def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> LocalProcess | None:
         slot = min(self._free)
-        with files.storage_errors("write", log), open(log, "wb") as output:
+        with files.storage_errors("write", log), open(log, "ab") as output:
+            # The member inherits the open file, and with it the lock, which lasts until all its processes have ended.
+            try:
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            output.truncate(0)
             # In a session of its own: Ctrl-C in a terminal then reaches the member only once, through the sweep.
             process = subprocess.Popen(
                 command,
-                env=environment | self._machine_share(slot),
+                env=environment | self._machine_share(slot) | {LIFELINE_VARIABLE: str(lifeline())},
+                pass_fds=(lifeline(),),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
