@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, run: Run, run_folder: RunFolder, journal: Journal, open_tracker: Callable[[], Tracker]):
         self.run, self.run_folder, self.journal, self.open_tracker = run, run_folder, journal, open_tracker
         self.folder = run_folder.path
+        self.finished = False
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.save.keep, self.warn)
 
     def warn(self, text: str) -> None:
@@ -70,6 +71,9 @@ class Recorder:
 
     def stop_attempt(self, stop: Interrupted, step: int, total_steps: int, state: TrainingState) -> None:
         """Records that a signal has ended the attempt after `step`, which is saved, and says so in `stop`."""
+        if self.finished:
+            stop.add_outcome("the run is finished.")
+            return
         self._write_summary("stopped", str(stop), step, state)
         # Not printed here: whoever handles `stop` shows its message.
         stop.add_outcome(f"saved at step {step} of {total_steps}. The same command continues from there.")
@@ -80,6 +84,7 @@ class Recorder:
         """Records that the run is finished. `outcome` is "done" or "stopped early"; `memory` as in `memory_metrics`."""
         self.journal.log_event("finished", step=step, how=outcome)
         self._write_summary("finished", outcome, step, state)
+        self.finished = True
         losses = ", ".join(_describe_losses(state))
         print_line(f"{outcome} at step {step}{losses and f': {losses}'}")
         names = {name: name.removeprefix("system/").removesuffix("_gib").replace("_", " ") for name in memory}
