@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING
 
-from trainer.core import redaction
+from trainer.core import garbage, redaction
 from trainer.core.errors import FollowerExit, Interrupted, TrainerError, UsageError
 from trainer.core.files import full_disk_errors
 from trainer.core.installation import missing_package
+from trainer.core.libraries import hidden_scipy
 from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
 from trainer.core.version import __version__
@@ -107,7 +108,8 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
             deliver_signals()
             from trainer.run import execute
 
-            execute(request.run, signals, request.overrides)
+            with hidden_scipy():
+                execute(request.run, signals, request.overrides)
             return 0
         if rank_and_world_size()[1] > 1:
             raise UsageError(
@@ -217,7 +219,10 @@ def stdout_is_closed() -> bool:
 
 def script() -> None:
     """The console script `trainer`."""
-    sys.exit(main())
+    garbage.collect_seldom()
+    code = main()
+    garbage.skip_last_collection()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

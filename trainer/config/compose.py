@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hydra
 import yaml
@@ -36,12 +36,13 @@ def register() -> None:
     store.store(group="schema", name="run", node=Run)
     for group, options in GROUPS.items():
         for option, settings in options.items():
-            schema = OmegaConf.structured(settings)
-            for field in fields(settings):
-                if OmegaConf.get_type(schema, field.name) is dict:
-                    # The user chooses the keys of this dictionary, and `key={name: value}` should not need a +.
-                    OmegaConf.set_struct(schema[field.name], False)
-            store.store(group=f"schema/{group}", name=option, node=schema)
+            # Hydra converts a class, too, so this is done only if something must be changed.
+            dictionaries = [field.name for field in fields(settings) if str(field.type).startswith("dict")]
+            node: Any = OmegaConf.structured(settings) if dictionaries else settings
+            for name in dictionaries:
+                # The user chooses the keys of this dictionary, and `key={name: value}` should not need a +.
+                OmegaConf.set_struct(node[name], False)
+            store.store(group=f"schema/{group}", name=option, node=node)
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:

@@ -1,10 +1,12 @@
-"""Control over when and how bitsandbytes is imported."""
+"""Control over when and how optional libraries are imported."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -36,3 +38,19 @@ def import_bitsandbytes() -> ModuleType:
             # transformers has cached that bitsandbytes was not available.
             import_utils.is_bitsandbytes_available.cache_clear()
     return sys.modules["bitsandbytes"]
+
+
+@contextmanager
+def hidden_scipy() -> Iterator[None]:
+    """Inside, scipy looks as if it were not installed, unless it is imported already.
+
+    diffusers and transformers import it whenever it is installed, which takes almost a second, for schedulers and
+    losses that the program does not use. They do not look for it again later, so this is not for a process of the
+    user's, such as a notebook.
+    """
+    hides = sys.modules.setdefault("scipy", None) is None  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules["scipy"]

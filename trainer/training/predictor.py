@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainer.config.schema import Run
+from trainer.core import garbage
 from trainer.core.batch import Batch, get_conditions
 from trainer.objective import denoising_losses
 
@@ -17,6 +18,8 @@ class Predictor:
 
     def __init__(self, run: Run, network: torch.nn.Module, device: torch.device):
         self.run, self.network, self.device = run, network, device
+        # All libraries are imported, and forward passes begin.
+        garbage.collect_as_usual()
 
     def predict(
         self, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
