@@ -53,14 +53,36 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file. Raises errors.DataError if it cannot be read."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _reading(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Returns the metadata of a safetensors file and the names of its tensors.
+
+    Raises errors.DataError if it cannot be read.
+    """
+    import safetensors
+
+    with _reading(path), safetensors.safe_open(path, "np") as file:
+        return file.metadata() or {}, list(file.keys())
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what safetensors raises for a damaged file, or torch for a type that it lacks, into errors.DataError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        if errors.is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
         raise errors.DataError(
-            f"{path} cannot be read as safetensors, the only format for weights that is accepted ({error})"
+            f"{path} cannot be read as safetensors, the only format for weights that is accepted ({reason})"
         ) from error
 
 
@@ -111,6 +133,25 @@ def writing_safetensors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from None
     # safetensors makes files that only their owner can read. Give the file the permissions of its folder instead.
     path.chmod(path.parent.stat().st_mode & 0o666)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, so that files with the same content are equal. Raises OSError.
+
+    safetensors writes several entries in an order that differs from file to file.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = header.get("__metadata__", {})
+        if len(metadata) < 2:
+            return
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(data) == length, "the same entries take the same space"
+        file.seek(8)
+        file.write(data)
 
 
 def check_safetensors(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Export formats of adapters.
 
-Files are read back with the loaders of diffusers and peft, into a network without weights, so that the check needs no
-memory for a second model.
+Files are read back, with the loaders of diffusers and peft where they have one, into a network without weights, so that
+the check needs no memory for a second model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from trainer.core.dtypes import Dtype
 from trainer.export import verify
 from trainer.export.format import ExportFormat
 from trainer.export.read import read_adapter
+from trainer.method.adapter import Adapter
 from trainer.method.adapter_formats import load_peft, save_peft, to_comfyui, to_peft
 from trainer.method.adapter_layers import layer_adapters
 from trainer.method.adapter_loading import load_into
@@ -82,12 +83,10 @@ class ComfyUIFormat(AdapterFormat):
         tensor_files.save_tensors(path, _cast(tensors, dtype) | alphas, {"format": "pt"})
 
     def load(self, run: Run, path: Path) -> torch.nn.Module:
-        if "diffusers" in run.method.formats:
-            # diffusers reads ComfyUI's LoRA files as well.
-            return run.model.load_lora(path)
         network = empty_model(run.model.meta_model())
         run.method.attach(network, run.model.target_modules, run.seed)
-        load_into(read_adapter(path, run.model), network, path)
+        assert isinstance(run.method, Adapter)
+        load_into(read_adapter(path, run.model), network, run.method, path)
         return network
 
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from trainer.core.errors import UsageError
+from trainer.method.adapter import Adapter
 from trainer.method.adapter_layers import LayerAdapter, layer_adapters
 
+Shapes = dict[str, tuple[int, ...]]
 
-def load_into(adapters: dict[str, LayerAdapter], network: torch.nn.Module, source: object) -> None:
-    """Copies `adapters` (by the name of the layer) into the attached adapter, even if their alphas differ.
 
-    Raises errors.UsageError, which says what to type, if the methods, ranks or layers differ. `source` names `adapters`
-    in the message.
+def load_into(
+    adapters: dict[str, LayerAdapter], network: torch.nn.Module, method: Adapter, source: object = None
+) -> None:
+    """Copies `adapters` (by the name of the layer) into the adapter of `method` that is attached to the network.
+
+    The effect stays the same even if alpha differs. Raises errors.UsageError, which says what to type, if the methods,
+    ranks or layers differ. `source` names `adapters` in the message; None: `method.init_from`.
     """
+    source = source or method.init_from
     own = layer_adapters(network)
     _check_method(adapters, own, source)
     _check_layers(adapters, own, network, source)
-    _check_shapes(adapters, own, source)
+    _check_shapes(adapters, own, network, method, source)
     with torch.no_grad():
         for name, adapter in adapters.items():
             for leaf, tensor in adapter.rescaled(own[name].scale).items():
@@ -49,20 +59,76 @@ def _check_layers(
         )
 
 
-def _check_shapes(adapters: dict[str, LayerAdapter], own: dict[str, LayerAdapter], source: object) -> None:
-    def shapes(adapter: LayerAdapter) -> dict[str, tuple[int, ...]]:
-        return {leaf: tuple(tensor.shape) for leaf, tensor in adapter.tensors.items()}
-
-    wrong = [name for name, adapter in adapters.items() if shapes(adapter) != shapes(own[name])]
+def _check_shapes(
+    adapters: dict[str, LayerAdapter],
+    own: dict[str, LayerAdapter],
+    network: torch.nn.Module,
+    method: Adapter,
+    source: object,
+) -> None:
+    wrong = [name for name, adapter in adapters.items() if _shapes(adapter) != _shapes(own[name])]
     if not wrong:
         return
     ranks = sorted({rank for adapter in adapters.values() if (rank := adapter.rank()) is not None})
-    remedy = f"type method.rank={ranks[0]}" if len(ranks) == 1 else "only one rank for all layers is supported"
+    if settings := _fitting_settings(adapters, network, method, ranks):
+        remedy = f"type {settings}"
+    elif len(ranks) > 1:
+        remedy = "only one rank for all layers is supported"
+    else:
+        remedy = "no settings of this method give these shapes: it is of another model, or was trained by another rule"
+    factors = "whole factors" if not ranks else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     raise UsageError(
-        f"method.init_from={source} has rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks)) or 'none'}, "
-        f"and its shapes do not fit method.rank={own[wrong[0]].rank()} in {len(wrong)} of {len(own)} layers "
-        f"(for example {wrong[0]}: {shapes(adapters[wrong[0]])}); {remedy}"
+        f"method.init_from={source} has {factors}, and its shapes do not fit method.rank={method.rank} in {len(wrong)} "
+        f"of {len(own)} layers (for example {wrong[0]}: {_shapes(adapters[wrong[0]])}); {remedy}"
     )
+
+
+def _shapes(adapter: LayerAdapter) -> Shapes:
+    return {leaf: tuple(tensor.shape) for leaf, tensor in adapter.tensors.items()}
+
+
+def _fitting_settings(
+    adapters: dict[str, LayerAdapter], network: torch.nn.Module, method: Adapter, ranks: list[int]
+) -> str | None:
+    """Returns the settings to type with which `method` gives all adapters their shapes; None if there are none.
+
+    Tries them on layers of the same sizes.
+    """
+    wanted: list[tuple[torch.nn.Module, Shapes]] = []
+    for name, adapter in adapters.items():
+        layer: Any = network.get_submodule(name)
+        wanted.append((_stand_in(layer.get_base_layer()), _shapes(adapter)))
+    distinct = {(str(layer), tuple(sorted(shapes.items()))): (layer, shapes) for layer, shapes in wanted}
+    for settings in _candidates([shapes for _, shapes in distinct.values()], method, ranks):
+        layers = {f"layer{number}": layer for number, (layer, _) in enumerate(distinct.values())}
+        trial = torch.nn.ModuleDict({name: _stand_in(layer) for name, layer in layers.items()})
+        replace(method, **settings, targets=list(layers)).attach(trial, (), seed=0)
+        found = layer_adapters(trial)
+        if all(_shapes(found[name]) == shapes for name, (_, shapes) in zip(layers, distinct.values(), strict=True)):
+            changed = {name: value for name, value in settings.items() if value != getattr(method, name)}
+            return " ".join(f"method.{name}={str(value).lower()}" for name, value in changed.items())
+    return None
+
+
+def _stand_in(layer: Any) -> torch.nn.Module:
+    """Returns a layer of the same size without memory."""
+    if hasattr(layer, "kernel_size"):
+        return torch.nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, device="meta")
+    return torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
+
+
+def _candidates(shapes: list[Shapes], method: Adapter, ranks: list[int]) -> Iterator[dict[str, Any]]:
+    """Yields settings of the method that may give these shapes, the most likely first."""
+    if not hasattr(method, "decompose_factor"):
+        yield from ({"rank": rank} for rank in ranks[:1])
+        return
+    # A factor is whole if its side is at most twice the rank.
+    widest = max(size for layer in shapes for shape in layer.values() for size in shape)
+    sizes = {size for layer in shapes for leaf, shape in layer.items() if leaf.startswith("lokr_w1") for size in shape}
+    for rank in ranks[:1] or (method.rank, widest):
+        for factor in (method.decompose_factor, -1, *sorted(sizes - {1})):
+            for both in (False, True):
+                yield {"decompose_factor": factor, "decompose_both": both, "rank": rank}
 
 
 def _shortest_targets(adapters: dict[str, LayerAdapter], network: torch.nn.Module) -> list[str]:

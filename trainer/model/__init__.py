@@ -210,6 +210,14 @@ class Family(Checkpoint):
         """Returns the name in the network of a component's tensor; None if the network does not hold it."""
         return name if component == self.denoiser else None
 
+    def published_layer(self, component: str, layer: str) -> str:
+        """Returns the name of a component's layer in published files."""
+        return layer
+
+    def other_layer_names(self, name: str) -> tuple[str, ...]:
+        """Returns further names in adapter files of a layer with this name in the original program."""
+        return ()
+
     def save_pipeline(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
         """Writes the checkpoint with these weights of the network, for `model.path` and diffusers. Raises OSError."""
         for name in self.components:

@@ -104,6 +104,11 @@ class FluxKontext(Family):
 
         return transformer_layout
 
+    def other_layer_names(self, name: str) -> tuple[str, ...]:
+        from trainer.model.flux.original import xlabs_layer
+
+        return xlabs_layer(name)
+
     def time_shift(self, height: int, width: int) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)
 

@@ -33,7 +33,10 @@ def save_lora(
 
 
 def load_lora(pipeline: Any, models: Mapping[str, Any], path: Path) -> None:
-    """Loads a LoRA file into the models, by component, with the pipeline class's own loader."""
+    """Loads a LoRA file into the models, by component, with the pipeline class's own loader.
+
+    Raises ValueError if the pipeline's `load_lora_weights` would refuse the file.
+    """
     # Pipelines ignore options that they do not know.
     options = {"return_alphas": True} | ({"unet_config": models["unet"].config} if "unet" in models else {})
     # Some pipelines return no alphas.
@@ -45,6 +48,8 @@ def load_lora(pipeline: Any, models: Mapping[str, Any], path: Path) -> None:
         use_safetensors=True,
         **options,
     )
+    if wrong := [name for name in weights if "lora" not in name]:
+        raise ValueError(f"{path} has tensors that load_lora_weights refuses: {', '.join(wrong[:3])}")
     arguments: dict[str, Any] = {"metadata": metadata, "low_cpu_mem_usage": True}
     if alphas:
         arguments["network_alphas"] = alphas[0]

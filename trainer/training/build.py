@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.compose import read_run
+from trainer.config.groups import option_name
 from trainer.config.schema import Run
 from trainer.core import tensor_files
 from trainer.core.errors import UsageError
 from trainer.distributed.sharding import shard_like
-from trainer.export.read import is_adapter_path, read_adapter
-from trainer.method import Method
+from trainer.export.read import adapters_of, check_adapter, is_adapter_path, read_adapter
 from trainer.method.adapter import Adapter
 from trainer.training.checkpoint import load_best_weights
+from trainer.training.checkpoint_format import is_checkpoint
 from trainer.training.run_folder import find_run_folder
 
 if TYPE_CHECKING:
@@ -56,8 +57,13 @@ def check_buildable(run: Run, is_new: bool = True) -> None:
     run.precision.check_checkpoint(run.model.weights().dtypes())
     run.optimizer.check()
     init_from = run.method.init_from
-    if is_new and init_from is not None and not is_adapter_path(Path(init_from).expanduser()):
+    if not is_new or init_from is None:
+        return
+    path = Path(init_from).expanduser()
+    if not is_adapter_path(path):
         find_run_folder(init_from, run.out)
+    elif run.method.is_adapter:
+        check_adapter(path, run.model)
 
 
 def load_initial_weights(run: Run, network: torch.nn.Module) -> None:
@@ -67,7 +73,6 @@ def load_initial_weights(run: Run, network: torch.nn.Module) -> None:
     The new adapter starts with the same effect as the old one, even if their alphas differ. Raises errors.UsageError if
     the weights do not fit.
     """
-    from trainer.method.adapter_formats import from_checkpoint
     from trainer.method.adapter_loading import load_into
     from trainer.method.trainable import trainable_parameters
 
@@ -82,18 +87,31 @@ def load_initial_weights(run: Run, network: torch.nn.Module) -> None:
         copy_weights(trainable_parameters(network), weights, path)
         return
     if is_adapter_path(path):
-        adapters = read_adapter(path, run.model, _scale(method))
+        adapters = read_adapter(path, run.model, _scale_of_checkpoint(path))
     else:
         folder = find_run_folder(method.init_from, run.out)
-        scale = _scale(read_run(folder / "config.yaml").method)
-        adapters = from_checkpoint(load_best_weights(folder)[1], scale)
-    load_into(adapters, network, method.init_from)
+        source = read_run(folder / "config.yaml").method
+        if not isinstance(source, Adapter):
+            name = option_name(source)
+            raise UsageError(f"method.init_from={method.init_from} is a run with method={name}; type method={name}")
+        adapters = adapters_of(load_best_weights(folder)[1], run.model, method.init_from, scale=_scale(source))
+    load_into(adapters, network, method)
 
 
-def _scale(method: Method) -> float:
-    """Returns the factor of an adapter's update, alpha / rank; 1 for other methods."""
-    if not isinstance(method, Adapter):
-        return 1.0
+def _scale_of_checkpoint(path: Path) -> float | None:
+    """Returns the factor of the adapter's update in a file of a run's checkpoint; None for other files.
+
+    The tensors of a checkpoint do not say it, and those of other programs may have the same names.
+    """
+    config = path.absolute().parents[2] / "config.yaml" if len(path.absolute().parents) > 2 else path
+    if not is_checkpoint(path.absolute().parent) or not config.is_file():
+        return None
+    method = read_run(config).method
+    return _scale(method) if isinstance(method, Adapter) else None
+
+
+def _scale(method: Adapter) -> float:
+    """Returns the factor of an adapter's update, alpha / rank."""
     assert method.alpha is not None
     return method.alpha / method.rank
 

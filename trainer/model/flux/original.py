@@ -69,3 +69,12 @@ def transformer_layout(name: str) -> Location:
         return Location((Piece(f"{block}.{key}.{leaf}", row, row + 1, 3),))
     layers = SINGLE if single else DOUBLE
     return Location((Piece(f"{block}.{layers.get(part, part)}.{leaf}"),))
+
+
+def xlabs_layer(name: str) -> tuple[str, ...]:
+    """Returns the name of a layer of the original program in XLabs' LoRA files, which have few of them."""
+    found = re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", name)
+    if found is None:
+        return ()
+    block, stream, layer = found.groups()
+    return (f"{block}.processor.{layer}_lora{1 if stream == 'img' else 2}",)

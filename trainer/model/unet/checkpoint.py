@@ -143,6 +143,9 @@ class UNetCheckpoint(Family):
             return Family.network_name(self, component, name)
         return f"{component}.{name}" if component in ("unet", *self.text_encoder_names) else None
 
+    def published_layer(self, component: str, layer: str) -> str:
+        return layer if component == "unet" else published_name(layer)
+
     def _split_by_component(
         self, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, str, torch.Tensor]]:
