@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+from trainer.core import documents
 from trainer.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def verify(name: str, key: str, value: Tensor, data: bytes) -> None:
     """Raises ValueError or KeyError unless `data`, which holds `value`, is what `serialize` returns for this entry."""
     import torch
 
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    header = json.loads(metadata["entry"])
+    metadata = documents.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = documents.parse_json(metadata["entry"])
     if (header["part"], header["key"]) != (name, key):
         raise ValueError("it belongs to a different entry")
     if header["sha256"] != _digest(header, value):

@@ -1,9 +1,9 @@
-"""Reads JSON and YAML that somebody else wrote: limits on size and nesting, and values of the expected type.
+"""Reads JSON that somebody else wrote: limits on size and nesting, and values of the expected type.
 
 A damaged or hostile file raises an error that names the file, the place in it and what was expected there; it does not
-make the program hang, fill the memory, or fail where the value is used. `parse_json`, `parse_yaml` and `decode` raise
-ValueError with a reason that a caller puts behind the name of a line, a cell or a tag; `read_json`, `read_yaml`,
-`expect` and `entry` raise errors.DataError with a complete message.
+make the program hang, fill the memory, or fail where the value is used. `parse_json` and `decode` raise ValueError
+with a reason that a caller puts behind the name of a line, a cell or a tag; `read_json`, `expect` and `entry` raise
+errors.DataError with a complete message.
 """
 
 from __future__ import annotations
@@ -18,19 +18,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, overload
 
-import yaml
-
 from trainer.core import errors, files
 
 T = TypeVar("T")
 
 MIB = 2**20
 MAX_JSON = 512 * MIB
-MAX_YAML = MIB
 MAX_DEPTH = 100
 """Levels of lists and mappings inside each other."""
-MAX_VALUES = 100_000
-"""Values of a YAML document, with each alias counted as often as it is used."""
 BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -44,12 +39,11 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
 
     Raises errors.StorageError if it cannot be read, errors.DataError if it is not such a file.
     """
-    return _read(path, "JSON", parse_json, max_bytes)
-
-
-def read_yaml(path: Path) -> Any:
-    """Returns the value in a YAML file, see `parse_yaml`. Raises errors like `read_json`."""
-    return _read(path, "YAML", parse_yaml, MAX_YAML)
+    data = read_bytes(path, max_bytes)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise errors.DataError(f"{path} is not valid JSON: {error}. Restore it, or move it away.") from None
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -66,21 +60,16 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     raise errors.DataError(f"{path} {size}. Restore it, or move it away.")
 
 
-def _read(path: Path, language: str, parse: Callable[[bytes], Any], max_bytes: int) -> Any:
-    data = read_bytes(path, max_bytes)
-    try:
-        return parse(data)
-    except ValueError as error:
-        raise errors.DataError(f"{path} is not valid {language}: {error}. Restore it, or move it away.") from None
-
-
-def parse_json(data: bytes | str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    data: bytes | str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None, any_text: bool = False
+) -> Any:
     """Returns the value of a JSON document, text in UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     `pairs_hook` makes the value of an object from its pairs, like `object_pairs_hook` of json.loads; by default objects
     are dictionaries, in which no name may occur twice. NaN and infinity are accepted, see `expect`.
 
-    Raises ValueError if it is no JSON, is nested too deeply or holds text that is no Unicode.
+    Raises ValueError if it is no JSON, is nested too deeply or, unless `any_text` is set, holds text that is no
+    Unicode.
     """
     text = data if isinstance(data, str) else decode(data)
     try:
@@ -89,7 +78,7 @@ def parse_json(data: bytes | str, pairs_hook: Callable[[list[tuple[str, Any]]], 
         raise ValueError("it is nested too deeply") from None
     if _depth(value) > MAX_DEPTH:
         raise ValueError("it is nested too deeply")
-    if re.search(r"\\u[dD][89a-fA-F]", text):
+    if not any_text and re.search(r"\\u[dD][89a-fA-F]", text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -138,81 +127,6 @@ def _depth(value: Any) -> int:
 
 def _items(container: Any) -> Any:
     return container.values() if isinstance(container, dict) else container
-
-
-# The loader that is written in C is ten times as fast, but PyYAML does not have it everywhere.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TAG = "tag:yaml.org,2002:"
-_KEPT_TAGS = (f"{_TAG}null", f"{_TAG}merge")
-_ALLOWED_TAGS = (None, "!", *(f"{_TAG}{name}" for name in ("null", "str", "seq", "map")))
-
-
-class _TextLoader(_Loader):
-    """Keeps the characters of every scalar except null, and refuses a key that occurs twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _KEPT_TAGS[1]]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r:.80} occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_TextLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT_TAGS]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(data: bytes | str) -> Any:
-    """Returns the value of a YAML document with settings: null, text, lists and mappings; None if it is empty.
-
-    What looks like a number, a date or a boolean is text with the characters in the file, because 1.10 may be a name:
-    only the type of a setting says what it is.
-
-    Raises ValueError if it is no YAML, is nested too deeply, or grows too large once its aliases are replaced.
-    """
-    text = data if isinstance(data, str) else decode(data)
-    try:
-        _check_events(text)
-        return yaml.load(text, _TextLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{error.problem or error.context}{place}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
-def _check_events(text: str) -> None:
-    """Raises ValueError if a YAML document is too large. Builds no values, so this takes little time and memory."""
-    sizes: dict[str, int] = {}
-    # The anchor of each collection that is open, and the number of values in it so far.
-    open_collections: list[tuple[str | None, int]] = [(None, 0)]
-    for event in yaml.parse(text, _Loader):
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        anchor, size = getattr(event, "anchor", None), 1
-        if (tag := getattr(event, "tag", None)) not in _ALLOWED_TAGS:
-            raise ValueError(f"the tag {tag} cannot be used here (line {line})")
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_collections.append((anchor, 1))
-            if len(open_collections) > MAX_DEPTH:
-                raise ValueError(f"it is nested too deeply (line {line})")
-            continue
-        if isinstance(event, yaml.AliasEvent):
-            if anchor not in sizes:
-                raise ValueError(f"the alias *{anchor} has no value before it (line {line})")
-            size = sizes[anchor]
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_collections.pop()
-        elif not isinstance(event, yaml.ScalarEvent):
-            continue
-        if anchor is not None:
-            sizes[anchor] = size
-        outer, sum_of_sizes = open_collections[-1]
-        open_collections[-1] = outer, sum_of_sizes + size
-        if sum_of_sizes + size > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES} values (line {line})")
 
 
 @overload

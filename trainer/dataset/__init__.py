@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.core.errors import DataError, UsageError
+from trainer.core.settings import path_setting
 
 if TYPE_CHECKING:
     from trainer.core.digests import Digests
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Dataset:
     """Base class of the settings of a layout. `conf/dataset.yaml` explains the settings that all layouts share."""
 
-    path: str | None = None
+    path: str | None = path_setting(None)
     resolution: str | None = None
     validation_fraction: float = 0.15
     limit: int | None = None

@@ -71,10 +71,9 @@ class Concepts(Dataset):
                 )
         normalized = replace(
             self,
-            **{
-                key: {_normalize(name): value for name, value in getattr(self, key).items()}
-                for key in ("triggers", "weights", "repeats")
-            },
+            triggers={_normalize(name): trigger for name, trigger in self.triggers.items()},
+            weights={_normalize(name): weight for name, weight in self.weights.items()},
+            repeats={_normalize(name): count for name, count in self.repeats.items()},
         )
         for name, folder in concepts.items():
             _collect_concept(collector, normalized, name, folder)

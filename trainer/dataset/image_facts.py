@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.core import documents
 from trainer.core.errors import DataError
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import Source
@@ -60,7 +61,8 @@ def sample_sources(sample: Sample) -> list[Source]:
 
 def inspect_image(source: Source) -> ImageFacts:
     """Returns the facts about an image, which is decoded only if they are not known yet."""
-    return ImageFacts(*json.loads(source.memoize(f"facts {VERSION}", lambda: json.dumps(_compute_facts(source)))))
+    facts = source.memoize(f"facts {VERSION}", lambda: json.dumps(_compute_facts(source)))
+    return ImageFacts(*documents.parse_json(facts))
 
 
 def _compute_facts(source: Source) -> list:

@@ -178,7 +178,7 @@ class Journal:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Returns the record on a line of a journal; None if the line is damaged."""
     try:
-        record = documents.expect(documents.parse_json(line), dict, "")
+        record = documents.expect(documents.parse_json(line, any_text=True), dict, "")
         kind = documents.entry(record, "kind", str, "")
         documents.entry(record, "time", float, "")
         if kind in (METRICS, IMAGE):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.core import errors, files
+from trainer.core import documents, errors, files
 from trainer.tracking import journal
 
 FILE_NAME = "tracking.json"
@@ -20,11 +19,15 @@ def read_note(folder: Path) -> dict[str, Any]:
     Keys: `uri`, `experiment_id` and `run_id`; after the run has ended, MLflow's `status` and `sent`, the number of
     bytes of the journal that MLflow has received (None if some are missing).
     """
+    where = str(folder / FILE_NAME)
     try:
-        note = json.loads((folder / FILE_NAME).read_bytes())
-    except (OSError, ValueError):
+        note = documents.expect(documents.read_json(folder / FILE_NAME), dict, where)
+        for name in ("uri", "experiment_id", "run_id", "status"):
+            documents.expect(note.get(name), str | None, f"{where}: {name}")
+        documents.expect(note.get("sent"), int | None, f"{where}: sent")
+    except errors.TrainerError:
         return {}
-    return note if isinstance(note, dict) else {}
+    return note
 
 
 def write_note(folder: Path, note: dict[str, Any]) -> None:

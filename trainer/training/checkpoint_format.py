@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import files, tensor_files
+from trainer.core import documents, files, tensor_files
 from trainer.core.digests import sha256
 from trainer.core.errors import DataError, NonFiniteError
 from trainer.core.state_dicts import join_tensors, split_tensors
@@ -111,14 +111,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             ema=contents.get(EMA),
             state=contents[STATE]["state"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{STATE} is not the state of a checkpoint: {error!r}") from None
 
 
 def read_val_loss(folder: Path) -> float | None:
     """Returns the held-out loss in a checkpoint; None if there is none, it is not finite, or the file is damaged."""
     try:
-        loss = json.loads(_read_verified(folder, _read_manifest(folder), STATE))["state"].get("val_loss")
+        content = documents.parse_json(_read_verified(folder, _read_manifest(folder), STATE))
+        loss = content["state"].get("val_loss")
     except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
@@ -135,7 +136,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if data != _with_digest(body):
         raise DataError(f"{MANIFEST} is incomplete or altered")
     try:
-        manifest = json.loads(body)
+        manifest = documents.parse_json(body)
         step, schema, entries = manifest["step"], manifest["schema"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{MANIFEST} cannot be read: {error!r}") from None
@@ -152,8 +153,8 @@ def _read_content(folder: Path, manifest: dict[str, Any], name: str) -> dict[str
 
     data = _read_verified(folder, manifest, name)
     try:
-        return json.loads(data) if name == STATE else load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, AssertionError, RecursionError) as error:
+        return documents.parse_json(data) if name == STATE else load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, AssertionError) as error:
         raise DataError(f"{name} cannot be read: {error}") from None
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from trainer.config.groups import option_name
 from trainer.config.identity import flatten, to_plain
 from trainer.config.schema import Run
+from trainer.core import documents
 from trainer.core.console import print_line
+from trainer.core.errors import DataError
 from trainer.tracking import RESULT
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
@@ -33,7 +35,7 @@ def open_tracker(
 
     `parent_run` is the tracker's ID of the sweep that the run belongs to, if any.
     """
-    attempt = [record for record in journal.records() if record["kind"] == "attempt"][-1]
+    attempt = _last_attempt(journal)
     settings = flatten(run_folder.manifest["settings"])
     return run.tracking.open(
         journal,
@@ -46,12 +48,31 @@ def open_tracker(
     )
 
 
+def _last_attempt(journal: Journal) -> dict[str, Any]:
+    """Returns the record of the last attempt at a run. Raises errors.DataError if the journal has none, or damaged."""
+    attempts = [record for record in journal.records() if record["kind"] == "attempt"]
+    if not attempts:
+        raise DataError(
+            f"{journal.path} has no attempt at the run. Restore the file, or type fresh=true to start anew."
+        )
+    attempt, where = attempts[-1], f"{journal.path}: attempt"
+    documents.entry(attempt, "number", int, where)
+    documents.entry(attempt, "counts", str, where)
+    machine = documents.entry(attempt, "machine", dict, where)
+    for name in ("program", "host", "device", "platform", "python"):
+        documents.entry(machine, name, str, where)
+    documents.entry(machine, "threads", int, where)
+    documents.entry(machine, "packages", dict, where)
+    documents.expect(machine.get("git"), str | None, f"{where}: git")
+    return attempt
+
+
 def send_missing_records(run: Run, run_folder: RunFolder, overrides: Sequence[str], parent_run: str | None) -> None:
     """Sends the rest of a finished run to the tracker, which may have been unavailable during training.
 
     Prints the pages of the run.
     """
-    if not run.tracking.is_complete(run_folder.path):
+    if not run.tracking.is_complete(run_folder.path, Path(run.out)):
         with Journal(run_folder.path) as journal, open_tracker(run, run_folder, journal, overrides, parent_run):
             print_line("sending the rest of this run to the tracker")
     print_pages(run, run_folder.path)
@@ -60,7 +81,7 @@ def send_missing_records(run: Run, run_folder: RunFolder, overrides: Sequence[st
 def print_pages(run: Run, folder: Path) -> None:
     """Prints where the tracker shows the run in `folder`; nothing if there is no tracker."""
     page = run.tracking.page(Path(run.out))
-    links = run.tracking.links(folder)
+    links = run.tracking.links(folder, Path(run.out))
     for title, url in links.items():
         print_line(f"{title}: {url}")
     if page and not links:
@@ -108,7 +129,7 @@ def run_tags(run: Run, run_folder: RunFolder, attempt: int, environment: dict[st
     versions = {"trainer": environment["program"], **environment["packages"]}
     # One tag for each topic: MLflow shows all tags, and dozens would hide those above.
     attempt_tags = {
-        "git": environment["git"],
+        "git": environment.get("git"),
         "machine": (
             f"{environment['host']}: {environment['device']}, {environment['threads']} threads, "
             f"{environment['platform']}, Python {environment['python']}"
