@@ -97,3 +97,59 @@ def save_images(folder: Path, count: int) -> None:
         for i in range(count):
             Image.new("RGB", (40, 32), (i % 256, i // 256 % 256, 90)).save(folder / f"{i:05d}.png")
             table.write(json.dumps({"file_name": f"{i:05d}.png", "text": f"a photo of the night {i % 10}"}) + "\n")
+
+
+def save_kontext_model(folder: Path) -> None:
+    """Saves a small FLUX Kontext with the 16 latent channels of the published one."""
+    import torch
+
+    from trainer.model.flux.layout import save_checkpoint
+    from trainer.model.pretrained import quiet_libraries
+    from trainer.model.tiny_components import WORDS, build_vae
+
+    quiet_libraries()
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    vae = build_vae(
+        (16, 16, 16, 16),
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    save_checkpoint(folder, vae, transformer, WORDS, text_length=77, text_width=32)
+
+
+def save_pairs(folder: Path, table: Path, count: int) -> None:
+    """Saves a `pairs` dataset of images of 256 x 256 pixels, and in `table` the same for `datasets.load_dataset`."""
+    from datasets import Dataset, Features, Image, Value
+    from PIL.Image import linear_gradient
+
+    rows: dict[str, list[str]] = {"image": [], "control": [], "caption": []}
+    for name in ("training_images", "control_images"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        target, control = folder / f"training_images/{i:02d}.png", folder / f"control_images/{i:02d}.jpg"
+        gradient = linear_gradient("L").rotate(10 * i).convert("RGB")
+        gradient.save(target)
+        gradient.transpose(0).save(control)
+        caption = f"make it night {i}"
+        target.with_suffix(".txt").write_text(caption)
+        for column, value in zip(rows.values(), (str(target), str(control), caption), strict=True):
+            column.append(value)
+    table.mkdir()
+    features = Features({"image": Image(), "control": Image(), "caption": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(table / "train.parquet")

@@ -196,6 +196,22 @@ def startup(folder: Path) -> Iterator[Row]:
     yield row_of_processes("time, `--cfg job` / `import torch`", *zip(*pairs, strict=True), goal="at most 0.4")
 
 
+def whole_runs(folder: Path) -> Iterator[Row]:
+    """Compares whole runs with diffusers' script, if it is there: of 60 steps, and of one step."""
+    from bench import script
+
+    if not script.is_available():
+        print(f"The comparison with diffusers' script is left out: set {script.SCRIPT} (see bench/script.py).")
+        return
+    for steps, title, goal in (
+        (script.STEPS, f"time of a run of {script.STEPS} steps", "at most 0.8"),
+        (1, "time of a run of one step: start, caching and end", ""),
+    ):
+        pairs = script.compare(folder, steps)
+        title += ", trainer / diffusers' script, one thread"
+        yield row_of_processes(title, *zip(*pairs, strict=True), goal=goal)
+
+
 def resume(folder: Path) -> Iterator[Row]:
     """Compares the time from the command to the first step of a run that was stopped late and one stopped early."""
     stopped = {}
@@ -288,6 +304,7 @@ def describe_machine() -> str:
 
 PARTS = {
     "startup": startup,
+    "script": whole_runs,
     "loops": loops,
     "large": large,
     "memory": memory,
