@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from trainer.core.errors import UsageError
 from trainer.core.rng import normal
-from trainer.objective import Diffusion, Prediction, Schedule, denoising_losses
+from trainer.objective import Diffusion, NoiseScheduler, Prediction, Schedule, Spacing, denoising_losses
 from trainer.objective.diffusion import alphas_cumprod
 
 SHAPE = (6, 4, 5, 3)
@@ -148,3 +149,82 @@ def test_invalid_settings_are_refused(settings: dict, message: str):
 def test_more_sampling_steps_than_timesteps_are_refused():
     with pytest.raises(UsageError, match="type sample.steps=500"):
         Diffusion(timesteps=500).check_sample_steps(501)
+
+
+TRAINED_BETAS = tuple(np.linspace(0.001, 0.02, 900).tolist())
+
+
+@EACH_PREDICTION
+@pytest.mark.parametrize("kind", ["zero SNR", "trained betas"])
+def test_noise_of_a_followed_scheduler_equals_that_of_diffusers(prediction: Prediction, kind: str):
+    from diffusers import DDPMScheduler
+
+    options: dict[str, Any] = (
+        {"rescale_betas_zero_snr": True} if kind == "zero SNR" else {"trained_betas": TRAINED_BETAS}
+    )
+    settings = Diffusion(prediction=prediction, timesteps=900)
+    if kind == "zero SNR" and prediction is Prediction.epsilon:
+        with pytest.raises(UsageError, match=r"type model.objective.prediction=v_prediction"):
+            settings.follow(NoiseScheduler(**options))
+        return
+    objective = settings.follow(NoiseScheduler(**options))
+    scheduler = build_scheduler(DDPMScheduler, objective, **options)
+    latents, noise, t = normal(SHAPE, "latents"), normal(SHAPE, "noise"), torch.tensor([0, 1, 17, 240, 898, 899])
+    found = objective.add_noise(latents, noise, t.float())
+    torch.testing.assert_close(found, scheduler.add_noise(latents, noise, t), rtol=0, atol=1e-4)
+    if prediction is Prediction.v_prediction:
+        velocity = scheduler.get_velocity(latents, noise, t)
+        torch.testing.assert_close(objective.target(latents, noise, t.float()), velocity, rtol=0, atol=1e-4)
+    if kind == "zero SNR":
+        assert torch.equal(found[-1], noise[-1])
+        assert torch.isfinite(dataclasses.replace(objective, min_snr=5.0).weight_by_time(torch.ones(6), t)).all()
+
+
+def tanh_network(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(latents.roll(1, -1) + t.view(-1, 1, 1, 1) / 900)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("spacing", list(Spacing))
+@pytest.mark.parametrize("steps", [1, 6, 30])
+def test_sampling_with_every_spacing_equals_that_of_diffusers(spacing: Spacing, zero_snr: bool, steps: int):
+    """DDIM where the timesteps are evenly spaced, and elsewhere Euler's method, which solves the same equation."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    scheduled = NoiseScheduler(
+        timestep_spacing=spacing, rescale_betas_zero_snr=zero_snr, steps_offset=3, set_alpha_to_one=True
+    )
+    objective = Diffusion(prediction=Prediction.v_prediction, timesteps=900).follow(scheduled)
+    options = {"timestep_spacing": spacing.value, "rescale_betas_zero_snr": zero_snr, "steps_offset": 3}
+    noise = normal((2, 4, 6, 3), "noise")
+    if spacing is Spacing.linspace:
+        scheduler: Any = EulerDiscreteScheduler.from_config(build_scheduler(DDIMScheduler, objective, **options).config)
+        scheduler.set_timesteps(steps)
+        expected = noise * (scheduler.sigmas[0] ** 2 + 1).sqrt()
+        for t in scheduler.timesteps:
+            output = tanh_network(scheduler.scale_model_input(expected, t), torch.full((2,), t.item()))
+            expected = scheduler.step(output, t, expected).prev_sample
+    else:
+        scheduler = build_scheduler(DDIMScheduler, objective, set_alpha_to_one=True, **options)
+        scheduler.set_timesteps(steps)
+        expected = noise
+        for t in scheduler.timesteps:
+            output = tanh_network(expected, torch.full((2,), t.item()))
+            expected = scheduler.step(output, t, expected).prev_sample
+    torch.testing.assert_close(objective.sample(tanh_network, noise, steps, 1.0), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_clipped_sampling_equals_that_of_the_ddim_scheduler():
+    from diffusers import DDIMScheduler
+
+    objective = Diffusion().follow(NoiseScheduler(clip_sample_range=0.5))
+    scheduler: Any = DDIMScheduler.from_config(
+        build_scheduler(DDIMScheduler, objective, steps_offset=1, set_alpha_to_one=False).config,
+        clip_sample=True,
+        clip_sample_range=0.5,
+    )
+    scheduler.set_timesteps(5)
+    expected = noise = normal((2, 4, 6, 3), "noise")
+    for t in scheduler.timesteps:
+        expected = scheduler.step(tanh_network(expected, torch.full((2,), t.item())), t, expected).prev_sample
+    torch.testing.assert_close(objective.sample(tanh_network, noise, 5, 1.0), expected, rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ from trainer.method.full import Full
 from trainer.method.lora import Lora
 from trainer.method.trainable import trainable_parameters
 from trainer.model.unet.family import Posterior, UNetFamily
-from trainer.objective import Diffusion, Prediction, Schedule
+from trainer.objective import Diffusion, Prediction, Schedule, Spacing
 from trainer.precision import Precision
 
 HEIGHT, WIDTH = 32, 56
@@ -90,7 +90,7 @@ def our_images(family: UNetFamily, network: Any, guidance: float) -> np.ndarray:
         return family.apply_guidance(prediction, family.predict(network, latents, t, unconditional, guidance), guidance)
 
     with torch.no_grad():
-        latents = family.objective.sample(predict, initial_noise(family), STEPS, 1.0)
+        latents = family.resolved_objective().sample(predict, initial_noise(family), STEPS, 1.0)
     return family.build_encoder(CPU).decode(latents).permute(0, 2, 3, 1).numpy()
 
 
@@ -305,3 +305,30 @@ def test_trained_text_encoders_predict_as_cached_captions_do_and_get_gradients(f
         if parameter.grad is not None
     }
     assert with_gradients == {"unet", *(f"text_encoder{suffix}" for suffix in family.text_suffixes)}
+
+
+def test_zero_terminal_snr_is_exported_with_a_scheduler_that_knows_it(family: UNetFamily, tmp_path: Path):
+    shutil.copytree(Path(family.path), tmp_path / "base")
+    for name, changes in (
+        ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}),
+        ("model_index.json", {"scheduler": ["diffusers", "PNDMScheduler"]}),
+    ):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    objective = Diffusion(
+        prediction=Prediction.v_prediction,
+        timesteps=600,
+        rescale_betas_zero_snr=True,
+        timestep_spacing=Spacing.trailing,
+    )
+    trained = dataclasses.replace(family, path=str(tmp_path / "base"), objective=objective)
+    network = trained.load_network(torch.float32).eval()
+    trained.save_pipeline(network.state_dict().items(), tmp_path / "out")
+    exported = dataclasses.replace(family, path=str(tmp_path / "out"))
+    exported.objective = Diffusion(prediction=Prediction.v_prediction, timesteps=600)
+    exported.check_configs()
+    assert exported.resolved_objective() == dataclasses.replace(
+        trained.resolved_objective(), rescale_betas_zero_snr=None, timestep_spacing=None
+    )
+    expected = pipeline_images(exported, load_pipeline(exported), 3.0)
+    np.testing.assert_allclose(our_images(trained, network, 3.0), expected, atol=1e-3)

@@ -36,7 +36,7 @@ def held_out_loss(
     """
     import torch
 
-    objective = family.objective.unweighted()
+    objective = family.resolved_objective().unweighted()
     points = [(quantile, sample_id, example) for quantile in QUANTILES for sample_id, example in samples]
     losses = [0.0] * len(points)
     for indices in group_by_shape([example for _, _, example in points], batch_size):

@@ -38,6 +38,8 @@ def generate_images(
     """
     import torch
 
+    objective = family.resolved_objective()
+
     def collate_conditions(examples: list[Example], indices: list[int]) -> Batch:
         batch = collate([get_conditions(examples[i]) for i in indices])
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -59,8 +61,6 @@ def generate_images(
             return family.apply_guidance(prediction, predict(latents, t, without_captions, guidance), guidance)
 
         with torch.no_grad():
-            latents = family.objective.sample(
-                guided_prediction, noise.to(device), steps, family.time_shift(*noise.shape[2:])
-            )
+            latents = objective.sample(guided_prediction, noise.to(device), steps, family.time_shift(*noise.shape[2:]))
         images = encoder.decode(latents).permute(0, 2, 3, 1).mul(255).round().byte().cpu().numpy()
         yield from zip(indices, images, strict=True)

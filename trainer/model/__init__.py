@@ -9,7 +9,7 @@ Shapes: B samples, C latent channels, latents of h x w, images of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -18,6 +18,7 @@ from trainer.core import files
 from trainer.core.dtypes import Dtype
 from trainer.model import checkpoint_files, lora_files
 from trainer.model.checkpoint import Checkpoint
+from trainer.model.configs import ConfigRules, check_checkpoint
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.weights import Quantize, WeightReader, empty_model, load_weights, save_shards
 
@@ -75,6 +76,8 @@ class Family(Checkpoint):
     """Training methods (options of the config group `method`) that apply to this family."""
     classifier_free_guidance: ClassVar[bool] = False
     """Whether sampling with guidance also predicts without the caption."""
+    index_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of `model_index.json` besides the components, and what becomes of them."""
 
     # Data
 
@@ -160,6 +163,24 @@ class Family(Checkpoint):
     def objective(self) -> Objective:
         """The training objective; each family declares it as a setting."""
         raise NotImplementedError
+
+    def resolved_objective(self) -> Objective:
+        """Returns the objective, with what the settings leave to the checkpoint's scheduler.
+
+        Raises errors.DataError, UsageError.
+        """
+        return self.objective
+
+    def config_rules(self) -> dict[str, ConfigRules]:
+        """Returns component -> what its config may say. Components that are not here have no model."""
+        return {}
+
+    def check_configs(self) -> None:
+        """Checks that all that the checkpoint's configs say is followed. Raises errors.DataError, UsageError."""
+        folders = {name: self.component_folder(name) for name in self.components}
+        present = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        check_checkpoint(present, self.config_rules(), self.folder() / "model_index.json", self.index_keys)
+        self.resolved_objective()
 
     def time_shift(self, height: int, width: int) -> float:
         """Returns the shift of the times towards noise for latents of this size; 1 for none."""

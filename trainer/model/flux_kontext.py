@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import added
 from trainer.dataset.sample import control_names
 from trainer.model import Family, Recipe
 from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.configs import ConfigRules
+from trainer.model.flux.scheduler import SCHEDULER_RULES, check_terminal
 from trainer.model.flux.tokens import (
     PATCH,
     control_latents,
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class FluxKontext(Family):
+    transformer: str | None = added(None, path=True)
+    """Replaces the checkpoint's transformer: a safetensors file, a diffusers folder or a hub id."""
     text_length: int = 512
     """T5 tokens per prompt. T5 sees no padding mask here, so training and sampling must use the same number."""
     guidance: float = 1.0
@@ -108,6 +113,24 @@ class FluxKontext(Family):
         from trainer.model.flux.original import xlabs_layer
 
         return xlabs_layer(name)
+
+    def check_configs(self) -> None:
+        Family.check_configs(self)
+        check_terminal(self.objective, self.component_config("scheduler").get("shift_terminal"))
+
+    def config_rules(self) -> dict[str, ConfigRules]:
+        channels = self.component_config("vae").get("latent_channels", 4) * PATCH**2
+        transformer = {"patch_size": (1,), "in_channels": (channels,), "out_channels": (None, channels)}
+        return {
+            "vae": ConfigRules(
+                "AutoencoderKL",
+                {"in_channels": (3,), "out_channels": (3,), "latents_mean": (None,), "latents_std": (None,)},
+            ),
+            "text_encoder": ConfigRules("CLIPTextModel", model_type="clip_text_model"),
+            "text_encoder_2": ConfigRules("T5EncoderModel", model_type="t5"),
+            "transformer": ConfigRules("FluxTransformer2DModel", transformer),
+            "scheduler": SCHEDULER_RULES,
+        }
 
     def time_shift(self, height: int, width: int) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import added
 from trainer.dataset.sample import control_names
 from trainer.model import Family, Recipe
 from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.configs import ConfigRules
+from trainer.model.flux.scheduler import SCHEDULER_RULES, check_terminal
 from trainer.model.flux.tokens import PATCH, control_latents, latent_shapes, pack, resolution_shift, unpack
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.qwen.template import ANSWER, SYSTEM
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class QwenImageEdit(Family):
+    transformer: str | None = added(None, path=True)
+    """Replaces the checkpoint's transformer: a safetensors file, a diffusers folder or a hub id."""
     text_length: int = 512
     """Longest instruction in tokens, with the template but without images; longer ones are refused."""
     numbered: bool = False
@@ -116,6 +121,31 @@ class QwenImageEdit(Family):
         quiet_libraries()
         with on_meta_device():
             return QwenImageTransformer2DModel.from_config(self.component_config("transformer"))
+
+    def check_configs(self) -> None:
+        Family.check_configs(self)
+        check_terminal(self.objective, self.component_config("scheduler").get("shift_terminal"))
+
+    def config_rules(self) -> dict[str, ConfigRules]:
+        channels = self.component_config("vae").get("z_dim", 16)
+        transformer = {
+            "patch_size": (PATCH,),
+            "in_channels": (channels * PATCH**2,),
+            "out_channels": (channels,),
+            "guidance_embeds": (False,),
+            "use_additional_t_cond": (False,),
+            "use_layer3d_rope": (False,),
+        }
+        return {
+            "vae": ConfigRules("AutoencoderKLQwenImage", {"input_channels": (3,)}),
+            "text_encoder": ConfigRules("Qwen2_5_VLForConditionalGeneration", model_type="qwen2_5_vl"),
+            "transformer": ConfigRules(
+                "QwenImageTransformer2DModel",
+                transformer,
+                {"pooled_projection_dim": "the published config has it, and the transformer reads no pooled text"},
+            ),
+            "scheduler": SCHEDULER_RULES,
+        }
 
     def time_shift(self, height: int, width: int) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)

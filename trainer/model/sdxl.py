@@ -32,6 +32,12 @@ class SDXL(UNetFamily):
     }
     text_suffixes = ("", "_2")
     caption_tensors = ("prompt", "pooled")
+    addition_embed_type = "text_time"
+    ignores_clipping = False
+    index_keys: ClassVar[Mapping[str, str]] = {
+        **UNetFamily.index_keys,
+        "force_zeros_for_empty_prompt": "followed",
+    }
 
     @classmethod
     def text_encoder_class(cls, suffix: str) -> Any:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.core import documents, files, tensor_files
+from trainer.core import files, tensor_files
 from trainer.core.errors import DataError
+from trainer.model import checkpoint_files
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class ComponentWeights:
         self._shards: dict[str, Path] = {}
         index = folder / f"{file_name}.safetensors.index.json"
         if index.exists():
-            self._shards = {name: folder / shard for name, shard in documents.read_json(index)["weight_map"].items()}
+            self._shards = {name: folder / shard for name, shard in checkpoint_files.read_weight_map(index).items()}
 
     def read(self, name: str) -> torch.Tensor:
         if self._prefix:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from trainer.objective.base import Objective, denoising_losses
-from trainer.objective.diffusion import Diffusion, Prediction, Schedule
+from trainer.objective.diffusion import Diffusion, NoiseScheduler, Prediction, Schedule, Spacing
 from trainer.objective.flow import Flow, TimeDistribution
 
-__all__ = ["Diffusion", "Flow", "Objective", "Prediction", "Schedule", "TimeDistribution", "denoising_losses"]
+__all__ = [
+    "Diffusion",
+    "Flow",
+    "NoiseScheduler",
+    "Objective",
+    "Prediction",
+    "Schedule",
+    "Spacing",
+    "TimeDistribution",
+    "denoising_losses",
+]

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import added
 
 if TYPE_CHECKING:
     import torch
 
-STEPS_OFFSET = 1
-"""Offset of the timesteps of sampling: `steps_offset` in the scheduler configurations of the published models."""
+PURE_NOISE = (
+    "the last timestep is pure noise, and predicting the noise there teaches nothing about the image; type "
+    "model.objective.prediction=v_prediction"
+)
 
 
 class Prediction(Enum):
@@ -45,6 +47,37 @@ class Schedule(Enum):
     squaredcos_cap_v2 = "squaredcos_cap_v2"
 
 
+class Spacing(Enum):
+    """Which timesteps sampling visits, by the names of diffusers (table 2 of Lin et al. 2024, arXiv 2305.08891).
+
+    `leading` leaves out the last timesteps, `trailing` the first ones, `linspace` neither. Networks that know pure
+    noise need `trailing` or `linspace`.
+    """
+
+    leading = "leading"
+    trailing = "trailing"
+    linspace = "linspace"
+
+
+@dataclass(slots=True, frozen=True)
+class NoiseScheduler:
+    """What a diffusers scheduler says beyond the settings of `Diffusion`, under its names for it.
+
+    The defaults are those of the published models.
+    """
+
+    rescale_betas_zero_snr: bool = False
+    trained_betas: tuple[float, ...] | None = None
+    """The variances of all timesteps, in place of a schedule."""
+    timestep_spacing: Spacing = Spacing.leading
+    steps_offset: int = 1
+    """Added to the timesteps of `leading` spacing."""
+    set_alpha_to_one: bool = False
+    """Whether sampling ends at a_t = 1; otherwise at timestep 0, whose noise is too little to be visible."""
+    clip_sample_range: float | None = None
+    """Largest absolute value of the clean latents that a sampling step predicts; None for no limit."""
+
+
 @dataclass(slots=True)
 class Diffusion:
     """Settings of the diffusion objective; see `Objective` for its methods.
@@ -59,6 +92,11 @@ class Diffusion:
     timesteps: int = 1000
     min_snr: float | None = None
     """Gamma of Min-SNR weighting (Hang et al. 2023, who use 5); null disables it."""
+    rescale_betas_zero_snr: bool | None = added(None)
+    """Whether the schedule is rescaled so that the last timestep is pure noise (Lin et al. 2024); null: as in the
+    checkpoint's scheduler."""
+    timestep_spacing: Spacing | None = added(None)
+    """Which timesteps sampling visits; null: as in the checkpoint's scheduler."""
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:
@@ -73,6 +111,39 @@ class Diffusion:
                 f"model.objective.min_snr={self.min_snr:g} would make all losses zero; "
                 "type a number above 0 such as 5, or null to disable it"
             )
+        if self.rescale_betas_zero_snr and self.prediction is Prediction.epsilon:
+            raise UsageError(f"model.objective.rescale_betas_zero_snr=true: {PURE_NOISE}")
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        """What holds beyond the settings if there is no checkpoint."""
+        return NoiseScheduler(
+            rescale_betas_zero_snr=bool(self.rescale_betas_zero_snr),
+            timestep_spacing=self.timestep_spacing or Spacing.leading,
+        )
+
+    def follow(self, scheduler: NoiseScheduler) -> ScheduledDiffusion:
+        """Returns the objective with what the settings leave to the checkpoint's scheduler.
+
+        Raises errors.UsageError if the settings contradict the scheduler.
+        """
+        if self.rescale_betas_zero_snr is not None:
+            scheduler = replace(scheduler, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
+        if self.timestep_spacing is not None:
+            scheduler = replace(scheduler, timestep_spacing=self.timestep_spacing)
+        if scheduler.rescale_betas_zero_snr and self.prediction is Prediction.epsilon:
+            raise UsageError(
+                f"The checkpoint's scheduler says rescale_betas_zero_snr=true, and model.objective.prediction=epsilon: "
+                f"{PURE_NOISE}"
+            )
+        if scheduler.trained_betas and len(scheduler.trained_betas) != self.timesteps:
+            raise UsageError(
+                f"model.objective.timesteps={self.timesteps}, but the checkpoint's scheduler has "
+                f"{len(scheduler.trained_betas)} trained_betas; type "
+                f"model.objective.timesteps={len(scheduler.trained_betas)}"
+            )
+        settings = {f.name: getattr(self, f.name) for f in fields(Diffusion)}
+        return ScheduledDiffusion(**settings, checkpoint=scheduler)
 
     def check_sample_steps(self, steps: int) -> None:
         """Raises errors.UsageError if there are more sampling steps than timesteps."""
@@ -121,41 +192,91 @@ class Diffusion:
     ) -> torch.Tensor:
         """Samples with deterministic DDIM (Song et al. 2021, eq. 12); `shift` is not used.
 
-        The timesteps are those of diffusers' DDIMScheduler with `leading` spacing.
+        The timesteps are those of diffusers' schedulers. Where these are evenly spaced, the result equals
+        DDIMScheduler's; elsewhere EulerDiscreteScheduler's, because DDIMScheduler steps by an even width regardless.
         """
-        stride = self.timesteps // steps
-        times = [min(i * stride + STEPS_OFFSET, self.timesteps - 1) for i in reversed(range(steps))]
-        table = alphas_cumprod(self.schedule, self.beta_start, self.beta_end, self.timesteps)
+        scheduler, table = self.scheduler, self._table()
+        times = self._sample_times(steps)
+        end = times[-1] - self.timesteps // steps
+        last = table[end] if end >= 0 else 1.0 if scheduler.set_alpha_to_one else table[0]
         latents = noise
-        # The last step ends at timestep 0, whose noise is too little to be visible (set_alpha_to_one=False).
-        for t, next_t in pairwise([*times, times[-1] - stride]):
-            a, next_a = table[t], table[max(next_t, 0)]
+        for t, next_a in zip(times, [*(table[t] for t in times[1:]), last], strict=True):
+            a = table[t]
             prediction = predict(latents, latents.new_full((len(latents),), t)).to(latents.dtype)
             if self.prediction is Prediction.epsilon:
                 epsilon = prediction
+                clean = (latents - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
             else:
                 epsilon = math.sqrt(a) * prediction + math.sqrt(1 - a) * latents
-            clean = (latents - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
+                # Not from epsilon: a is 0 at pure noise.
+                clean = math.sqrt(a) * latents - math.sqrt(1 - a) * prediction
+            if scheduler.clip_sample_range is not None:
+                clean = clean.clamp(-scheduler.clip_sample_range, scheduler.clip_sample_range)
             latents = math.sqrt(next_a) * clean + math.sqrt(1 - next_a) * epsilon
         return latents
+
+    def _sample_times(self, steps: int) -> list[int]:
+        """Returns the timesteps that sampling visits, from noise to image."""
+        last, scheduler = self.timesteps - 1, self.scheduler
+        if scheduler.timestep_spacing is Spacing.trailing:
+            return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
+        if scheduler.timestep_spacing is Spacing.linspace:
+            return [round(last * i / (steps - 1)) if steps > 1 else 0 for i in reversed(range(steps))]
+        stride = self.timesteps // steps
+        return [min(i * stride + scheduler.steps_offset, last) for i in reversed(range(steps))]
+
+    def _table(self) -> tuple[float, ...]:
+        """Returns a_t of every timestep."""
+        scheduler = self.scheduler
+        return alphas_cumprod(
+            self.schedule,
+            self.beta_start,
+            self.beta_end,
+            self.timesteps,
+            scheduler.trained_betas,
+            scheduler.rescale_betas_zero_snr,
+        )
 
     def _alphas_cumprod_at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Returns a_t for timesteps (B,), which broadcasts with `like` (B, ...) and has its dtype."""
         import torch
 
-        values = alphas_cumprod(self.schedule, self.beta_start, self.beta_end, self.timesteps)
-        table = torch.tensor(values, dtype=like.dtype, device=like.device)
+        table = torch.tensor(self._table(), dtype=like.dtype, device=like.device)
         return table[t.long()].view(-1, *[1] * (like.dim() - 1))
 
 
+@dataclass(slots=True)
+class ScheduledDiffusion(Diffusion):
+    """The objective of a checkpoint: the settings, and what its scheduler says beyond them."""
+
+    checkpoint: NoiseScheduler = field(default_factory=NoiseScheduler)
+
+    @property
+    def scheduler(self) -> NoiseScheduler:
+        return self.checkpoint
+
+
 @cache
-def alphas_cumprod(schedule: Schedule, start: float, end: float, timesteps: int) -> tuple[float, ...]:
-    """Returns a_t of every timestep: the share of the variance of x_t that comes from the clean latents."""
+def alphas_cumprod(
+    schedule: Schedule,
+    start: float,
+    end: float,
+    timesteps: int,
+    trained_betas: tuple[float, ...] | None = None,
+    zero_snr: bool = False,
+) -> tuple[float, ...]:
+    """Returns a_t of every timestep: the share of the variance of x_t that comes from the clean latents.
+
+    `trained_betas` replace the schedule. With `zero_snr` sqrt(a_t) is rescaled to end at 0 and start where it does
+    (algorithm 1 of Lin et al. 2024).
+    """
 
     def cosine(progress: float) -> float:
         return math.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2
 
     def beta(t: int) -> float:
+        if trained_betas is not None:
+            return trained_betas[t]
         if schedule is Schedule.squaredcos_cap_v2:
             return min(1 - cosine((t + 1) / timesteps) / cosine(t / timesteps), 0.999)
         power = 2 if schedule is Schedule.scaled_linear else 1
@@ -166,4 +287,7 @@ def alphas_cumprod(schedule: Schedule, start: float, end: float, timesteps: int)
     for t in range(timesteps):
         product *= 1 - beta(t)
         table.append(product)
+    if zero_snr:
+        first, last = math.sqrt(table[0]), math.sqrt(table[-1])
+        table = [((math.sqrt(a) - last) * first / (first - last)) ** 2 for a in table]
     return tuple(table)

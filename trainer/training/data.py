@@ -83,6 +83,7 @@ def prepare(run: Run) -> TrainingData:
             f"{name} has {controls} control images per sample, but this model takes {accepted}; "
             "type a different dataset or a different model"
         )
+    run.model.check_configs()
     weights = run.model.component_digests(digests)
     data = _digest(split)
     digests.flush()

@@ -18,6 +18,7 @@ class Predictor:
 
     def __init__(self, run: Run, network: torch.nn.Module, device: torch.device):
         self.run, self.network, self.device = run, network, device
+        self.objective = run.model.resolved_objective()
         # All libraries are imported, and forward passes begin.
         garbage.collect_as_usual()
 
@@ -32,7 +33,7 @@ class Predictor:
         """Returns the training loss of each sample of a micro-batch, (b,)."""
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
         losses = denoising_losses(
-            self.run.model.objective,
+            self.objective,
             self.predict,
             batch["latents"].float(),
             batch["noise"],

@@ -46,15 +46,19 @@ def position_ids(latents: torch.Tensor, image: int) -> torch.Tensor:
 
 
 def resolution_shift(scheduler: Mapping[str, Any], height: int, width: int) -> float:
-    """Returns exp(mu) for latents of this size, from a scheduler's config (diffusers' `calculate_shift`).
+    """Returns the shift of the times for latents of this size, from a scheduler's config.
 
-    mu is linear in the number of tokens.
+    With `use_dynamic_shifting` it is exp(mu), or mu itself if `time_shift_type` is linear, where mu is linear in the
+    number of tokens (diffusers' `calculate_shift`); otherwise it is the same for all sizes.
     """
+    if not scheduler.get("use_dynamic_shifting", False):
+        return scheduler.get("shift", 1.0)
     defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     config = defaults | dict(scheduler)
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
     slope = (config["max_shift"] - config["base_shift"]) / (high - low)
-    return math.exp(config["base_shift"] + slope * (height * width / PATCH**2 - low))
+    mu = config["base_shift"] + slope * (height * width / PATCH**2 - low)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def latent_shapes(

@@ -5,22 +5,24 @@ Follows diffusers' StableDiffusionPipeline and StableDiffusionXLPipeline: the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.core import files
+from trainer.core import documents, files
 from trainer.core.dtypes import Dtype
 from trainer.model import Family, Recipe, checkpoint_files, lora_files
 from trainer.model.checkpoint_files import recipe_digest
+from trainer.model.configs import ConfigRules, class_defaults
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.single_file_contents import scheduler_mark_names
 from trainer.model.unet.checkpoint import UNetCheckpoint
 from trainer.model.unet.names import kohya_key, published_name
+from trainer.model.unet.scheduler import DDIM, check_scheduler, read_noise_scheduler, scheduler_values
 from trainer.model.weights import TRANSFORMERS_WEIGHTS, empty_model, save_shards
 from trainer.objective import Diffusion
 
@@ -50,6 +52,14 @@ class UNetFamily(UNetCheckpoint):
     posterior: Posterior = Posterior.sample
 
     classifier_free_guidance = True
+    addition_embed_type: ClassVar[str | None] = None
+    """What the UNet reads besides the prompt, by diffusers' name for it."""
+    ignores_clipping: ClassVar[bool] = True
+    """Whether the pipeline sets `clip_sample=False` and `steps_offset=1`, as StableDiffusionPipeline does."""
+    index_keys: ClassVar[Mapping[str, str]] = {
+        "requires_safety_checker": "images are not filtered",
+        "add_watermarker": "images are not marked",
+    }
     caption_tensors: ClassVar[tuple[str, ...]] = ("prompt",)
     """Cached tensors that the text encoders compute from a caption."""
 
@@ -189,19 +199,29 @@ class UNetFamily(UNetCheckpoint):
             save_shards(
                 ((published_name(name), tensor) for _, name, tensor in group), folder / component, TRANSFORMERS_WEIGHTS
             )
-        scheduler = self.component_config("scheduler")
-        if scheduler | self.scheduler_config() != checkpoint_files.read_config(folder / "scheduler"):
-            files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler | self.scheduler_config())
+        scheduler = self.component_config("scheduler") | self.scheduler_config()
+        if scheduler.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in class_defaults(
+            scheduler["_class_name"]
+        ):
+            # The checkpoint's scheduler would ignore it.
+            scheduler["_class_name"] = DDIM
+            path = folder / "model_index.json"
+            if path.exists():
+                files.write_json(path, documents.read_json(path) | {"scheduler": ["diffusers", DDIM]})
+        if scheduler != checkpoint_files.read_config(folder / "scheduler"):
+            files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
     def single_file_marks(self) -> tuple[str, ...]:
         return scheduler_mark_names(self.component_config("scheduler") | self.scheduler_config())
 
     def warnings(self) -> list[str]:
         scheduler = self.component_config("scheduler")
+        scheduler = scheduler_values(scheduler)
         differences = [
-            f"{name}={scheduler[name]} (not {value})"
+            f"{name}={scheduler.get(name)} (not {value})"
             for name, value in self.scheduler_config().items()
-            if scheduler.get(name, value) != value
+            # Sampling alone depends on the spacing.
+            if name != "timestep_spacing" and scheduler.get(name, value) != value
         ]
         warnings = self.checkpoint_warnings()
         if not differences:
@@ -213,9 +233,47 @@ class UNetFamily(UNetCheckpoint):
             "settings, unless the difference is intended",
         ]
 
+    def resolved_objective(self) -> Diffusion:
+        path = self.component_folder("scheduler") / "scheduler_config.json"
+        config = self.component_config("scheduler")
+        check_scheduler(path, config)
+        scheduler = read_noise_scheduler(path, config)
+        if self.ignores_clipping:
+            scheduler = replace(scheduler, clip_sample_range=None, steps_offset=1)
+        return self.objective.follow(scheduler)
+
+    def config_rules(self) -> dict[str, ConfigRules]:
+        channels = (self.component_config("vae").get("latent_channels", 4),)
+        no_statistics = {"shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,)}
+        unet = {
+            "in_channels": channels,
+            "out_channels": channels,
+            "addition_embed_type": (self.addition_embed_type,),
+            "attention_type": ("default",),
+            "class_embed_type": (None,),
+            "encoder_hid_dim_type": (None,),
+            "num_class_embeds": (None,),
+            "time_cond_proj_dim": (None,),
+        }
+        text_encoders = {
+            f"text_encoder{suffix}": ConfigRules(self.text_encoder_class(suffix).__name__, model_type="clip_text_model")
+            for suffix in self.text_suffixes
+        }
+        return {
+            "vae": ConfigRules("AutoencoderKL", {"in_channels": (3,), "out_channels": (3,), **no_statistics}),
+            "unet": ConfigRules("UNet2DConditionModel", unet),
+            **text_encoders,
+        }
+
     def scheduler_config(self) -> dict[str, object]:
         """Returns the objective as entries of a diffusers scheduler's config."""
+        objective = self.objective
+        chosen = {
+            "rescale_betas_zero_snr": objective.rescale_betas_zero_snr,
+            "timestep_spacing": objective.timestep_spacing and objective.timestep_spacing.value,
+        }
         return {
+            **{key: value for key, value in chosen.items() if value is not None},
             "prediction_type": self.objective.prediction.value,
             "beta_schedule": self.objective.schedule.value,
             "num_train_timesteps": self.objective.timesteps,
