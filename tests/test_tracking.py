@@ -57,7 +57,7 @@ def test_no_tracking_imports_no_mlflow_and_writes_no_files(tmp_path: Path):
 
 
 def test_no_tracking_has_no_page_and_is_always_complete(tmp_path: Path):
-    assert NoTracking().page(tmp_path) is None and NoTracking().is_complete(tmp_path)
+    assert NoTracking().page(tmp_path) is None and NoTracking().is_complete(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,8 @@ def test_no_tracking_has_no_page_and_is_always_complete(tmp_path: Path):
         "sqlite:////tmp/a.db?timeout=3",
         "http://host:5000",
         "postgresql+psycopg2://me@host/db",
+        "postgresql://me@host/db?sslmode=require&options=-csearch_path%3Dmine",
+        "mssql+pyodbc://me@host/db?driver=ODBC+Driver+18+for+SQL+Server&Encrypt=yes",
         "databricks",
         None,
     ],
@@ -87,12 +89,43 @@ def test_unsupported_uris_are_refused_with_what_to_type(uri: str):
 
 @pytest.mark.parametrize(
     "uri",
-    ["https://me:geheim@host", "https://geheim@host", "postgresql://me:geheim@host/db", "mysql://h/d?password=geheim"],
+    [
+        "https://me:geheim@host",
+        "https://geheim@host",
+        "postgresql://me:geheim@host/db",
+        "postgresql://me%3Ageheim@host/db",
+        "mysql://h/d?password=geheim",
+        "mysql+pymysql://u@h/d?passwd=geheim",
+        "mysql+pymysql://u@h/d?charset=utf8&pass%77d=geheim",
+        "mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dgeheim",
+        "mssql+pyodbc://u@h/d?driver=ODBC+Driver+18;PWD%3Dgeheim",
+        "http://h:1/?api_key=geheim",
+        "http://h:1/?geheim",
+        "http://h:1/#geheim",
+        "sqlite:///a.db?key=geheim",
+    ],
 )
 def test_uri_with_a_password_is_refused_without_repeating_it(uri: str):
     with pytest.raises(errors.UsageError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
         MLflow(uri=uri)
     assert "geheim" not in str(refusal.value)
+
+
+def test_an_unsupported_address_that_may_hold_a_password_is_not_repeated():
+    with pytest.raises(errors.UsageError, match="not an MLflow database") as refusal:
+        MLflow(uri="me:geheim@host:5000")
+    assert "geheim" not in str(refusal.value)
+
+
+def test_variables_without_effect_are_named_with_the_setting_to_type(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:geheim@host/db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    with Journal(folder) as journal:
+        open_tracker(folder, journal)
+    text = "MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME have no effect: type tracking.uri=ADDRESS and tracking."
+    assert text in caplog.text and "geheim" not in caplog.text
 
 
 def test_relative_database_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,7 +180,11 @@ def test_mlflow_shows_the_whole_run_and_its_final_status(folder: Path):
             assert tracker.flush(TIMEOUT) and status_in_mlflow(tracker) == "RUNNING"
             log_steps(journal, 1201)
         journal.log_event("finished")
-    assert tracker.errors == 0 and status_in_mlflow(tracker) == "FINISHED" and MLflow().is_complete(folder)
+    assert (
+        tracker.errors == 0
+        and status_in_mlflow(tracker) == "FINISHED"
+        and MLflow(experiment=folder.name).is_complete(folder, folder.parent)
+    )
     steps = list(range(1, 1202))
     assert steps_in_mlflow(tracker) == {"train/loss": steps, "perf/steps_per_second": steps}
     name = "samples/make it night_ _now_"
@@ -182,7 +219,7 @@ def test_next_attempt_sends_only_missing_records(folder: Path, caplog: pytest.Lo
         # As after a kill: in the journal, but never sent.
         log_steps(journal, *range(31, 41))
         log_image(folder, journal, 40)
-    assert not MLflow().is_complete(folder)
+    assert not MLflow(experiment=folder.name).is_complete(folder, folder.parent)
     (folder / "tracking.json").unlink()  # as if the first attempt had been killed before it wrote the note
     with Journal(folder) as journal:
         params = {"optimizer.lr": "0.002"}

@@ -12,6 +12,7 @@ TOKEN = re.compile(
 """Access tokens of Hugging Face, OpenAI (and similar services), GitHub and Amazon."""
 SECRET_VARIABLE = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 """Names of environment variables whose values are secret."""
+_URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 MIN_LENGTH = 8
 """Shorter values of such variables are ignored, because they occur in other text by chance."""
 
@@ -31,10 +32,10 @@ def contains_secret(text: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """Returns the text with every secret replaced by `***`."""
+    """Returns the text with every secret, and every password in an address, replaced by `***`."""
     for secret in secrets_in_environment():
         text = text.replace(secret, "***")
-    return TOKEN.sub("***", text)
+    return _URL_PASSWORD.sub(r"\1***@", TOKEN.sub("***", text))
 
 
 class RedactingFormatter(logging.Formatter):

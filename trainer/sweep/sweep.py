@@ -238,7 +238,7 @@ class Sweep:
         None if one of them would train, or if the tracker does not have everything.
         """
         record = self._read_record()
-        if not record.get("complete") or not self.tracking.is_complete(self.folder):
+        if not record.get("complete") or not self.tracking.is_complete(self.folder, self.out):
             return None
         members = [Member.from_json(fields) for fields in record["members"][: first + len(new)]]
         if [member.overrides for member in members[first:]] != [member.overrides for member in new]:
@@ -253,15 +253,19 @@ class Sweep:
                 return None
             if folder is None or member.folder is None or folder.absolute() != Path(member.folder).absolute():
                 return None
-            if not self.tracking.is_complete(folder):
+            if not self.tracking.is_complete(folder, self.out):
                 return None
         return members
 
     def _read_record(self) -> dict[str, Any]:
         try:
-            return documents.read_json(self.folder / "sweep.json")
+            path = self.folder / "sweep.json"
+            record = documents.expect(documents.read_json(path), dict, f"{path}")
+            documents.entry(record, "members", list[dict], f"{path}")
+            documents.expect(record.get("folder_id"), str | None, f"{path}: folder_id")
         except TrainerError:
             return {}
+        return record
 
     def _save(self, complete: bool = False) -> None:
         """Writes `sweep.json`. `complete`: all members are finished, and the tracker has everything."""

@@ -52,8 +52,11 @@ class Tracking:
         """Returns the URL that shows the runs in `out`, or the command that starts a server; None if nothing tracks."""
         return None
 
-    def links(self, folder: Path) -> dict[str, str]:
-        """Returns the pages, title -> URL, that show the run in `folder`; empty until the tracker has all of it."""
+    def links(self, folder: Path, out: Path) -> dict[str, str]:
+        """Returns the pages, title -> URL, that show the run in `folder`; empty until the tracker has all of it.
+
+        For `out` see `open`.
+        """
         return {}
 
     def sweep_links(self, folder: Path, run_folders: Sequence[Path]) -> dict[str, str]:
@@ -63,6 +66,6 @@ class Tracking:
         """
         return {}
 
-    def is_complete(self, folder: Path) -> bool:
-        """Returns whether the tracker has received everything about the finished run in `folder`."""
+    def is_complete(self, folder: Path, out: Path) -> bool:
+        """Returns whether this tracker has everything about the finished run in `folder`. For `out` see `open`."""
         return True

@@ -122,7 +122,7 @@ def draw_heat_map(
 
     Args:
         path: PNG file to write.
-        title: What the values are; the text above the table and beside the scale of colors.
+        title: What the values are, for the text above the table.
         across: Label and values of the columns.
         down: Label and values of the rows, the last one on top.
         values: `values[row][column]`.
@@ -145,7 +145,7 @@ def draw_heat_map(
     if cells:
         (lowest, i, j), (highest, _, _) = min(cells), max(cells)
         scale = figure.colorbar(image, ax=axes)
-        scale.set_label(f"{title}, best at the bottom", fontsize=9, color=GRAY)
+        scale.set_label("lower is better", fontsize=9, color=GRAY)
         scale.ax.tick_params(labelsize=8, colors=GRAY, length=0)
         scale.outline.set_visible(False)
         axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3, clip_on=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import shlex
 import shutil
 import sys
@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from trainer.core.errors import UsageError
 from trainer.core.settings import path_setting
 from trainer.tracking import Tracking
+from trainer.tracking.mlflow_uri import check_uri, ignored_variables
 
 if TYPE_CHECKING:
     from trainer.tracking.journal import Journal
     from trainer.tracking.tracker import Tracker
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class MLflow(Tracking):
         from trainer.tracking.mlflow_store import resolve_uri
         from trainer.tracking.mlflow_tracker import MLflowTracker
 
+        if text := ignored_variables():
+            log.warning("%s", text)
         details = RunDetails.create(
             journal.path.parent, name=name, params=params, tags=tags, description=description, parent=parent
         )
@@ -68,10 +72,10 @@ class MLflow(Tracking):
         ]
         return shlex.join([_python(), "-m", "trainer", "ui", *options])
 
-    def links(self, folder: Path) -> dict[str, str]:
+    def links(self, folder: Path, out: Path) -> dict[str, str]:
         from trainer.tracking import mlflow_internals, mlflow_note, mlflow_store
 
-        if not mlflow_note.is_complete(folder):
+        if not self._has_received(folder, out):
             return {}
         note = mlflow_note.read_note(folder)
         address = mlflow_store.page_address(note["uri"])
@@ -95,38 +99,22 @@ class MLflow(Tracking):
             urls["comparison"] = mlflow_internals.comparison_url(address, note["experiment_id"], runs)
         return urls
 
-    def is_complete(self, folder: Path) -> bool:
-        from trainer.tracking import mlflow_note
+    def is_complete(self, folder: Path, out: Path) -> bool:
+        from trainer.tracking import mlflow_note, mlflow_store
 
-        return mlflow_note.is_complete(folder)
+        if not self._has_received(folder, out):
+            return False
+        note = mlflow_note.read_note(folder)
+        return mlflow_store.has_run(note["uri"], note["run_id"])
 
+    def _has_received(self, folder: Path, out: Path) -> bool:
+        """Returns whether everything about the run in `folder` was once sent to this store and experiment."""
+        from trainer.tracking import mlflow_note, mlflow_store
 
-def check_uri(uri: str) -> None:
-    """Raises errors.UsageError if the URI holds a password or if MLflow does not support it."""
-    example = "type tracking.uri=sqlite:///path/to/mlflow.db or tracking.uri=http://host:5000"
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise UsageError(f"tracking.uri is not a valid address: {error}; {example}.") from None
-    secret = parts.password is not None or (parts.username and parts.scheme in ("http", "https"))
-    if secret or re.search(r"(password|token|secret)=", parts.query, re.IGNORECASE):
-        # The message ends up in logs, so it does not repeat the address.
-        raise UsageError(
-            "tracking.uri holds a password, which would end up in logs and run folders. Leave it out and set the "
-            "environment variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) "
-            "for a server, PGPASSWORD for PostgreSQL."
-        )
-    if parts.scheme == "sqlite":
-        supported = bool(re.match(r"sqlite:///[^?]", uri)) and ":memory:" not in uri
-    elif parts.scheme in ("http", "https"):
-        supported = bool(parts.netloc)
-    else:
-        supported = bool(uri == "databricks" or re.match(r"(databricks|(postgresql|mysql|mssql)(\+\w+)?)://", uri))
-    if not supported:
-        raise UsageError(
-            f"tracking.uri={uri} is not an MLflow database or server (MLflow no longer supports folders such as "
-            f"./mlruns); {example}."
-        )
+        note = mlflow_note.read_note(folder)
+        # Notes of earlier versions lack the name of the experiment.
+        is_here = note.get("uri") == mlflow_store.resolve_uri(self.uri, out)
+        return is_here and note.get("experiment") in (None, self.experiment) and mlflow_note.is_complete(folder)
 
 
 def _python() -> str:

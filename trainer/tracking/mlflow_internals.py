@@ -6,7 +6,7 @@ the new version. This module contains:
 - environment variables without documentation,
 - the latest step of each metric of a run (`RunData._metric_objs`),
 - the file names of images behind the step slider (`MlflowClient.log_image`) and their compression,
-- the creation of database tables (`SqlAlchemyStore`) and the tables `experiments` and `runs`,
+- the creation of database tables and the connections to them (`SqlAlchemyStore`), the tables `experiments` and `runs`,
 - URLs of pages, and the tags with which the UI chooses and configures a page.
 """
 
@@ -123,6 +123,21 @@ def create_database(path: Path, uri: str, artifacts: str) -> None:
         database.execute("PRAGMA journal_mode=WAL")
 
 
+def close_database(uri: str) -> None:
+    """Closes the connections to a SQLite database, which MLflow keeps open although its file may be deleted."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if engine := SqlAlchemyStore._engine_map.get(uri):
+        engine.dispose()
+
+
+def database_has_run(path: Path, run_id: str) -> bool:
+    """Returns whether the SQLite database at `path` has a run, without importing MLflow. Raises sqlite3.Error."""
+    address = f"file:{quote(str(path))}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=5)) as database:
+        return database.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is not None
+
+
 def move_artifacts(path: Path, old: str, new: str) -> None:
     """Replaces the artifact folder `old` with `new` in the SQLite database at `path`, which MLflow cannot do."""
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
@@ -219,9 +234,9 @@ def children_view(run_id: str, params: Sequence[str], images: Sequence[str], ste
     """
     # If the children were sorted by time, MLflow would hide them below their collapsed parent.
     search_filter = f"tags.mlflow.parentRunId = '{run_id}'"
-    # A chart as wide as the page shows three whole thumbnails per row. The images of the best child come last, so
+    # A chart as wide as the page shows two or three whole thumbnails per row. Those of the best child come last, so
     # there is room for all rows.
-    rows = min(4, -(-count // 3))
+    rows = min(4, -(-count // 2))
     layout = {"val": {"columns": 2, "cardHeight": 400}, "samples": {"columns": 1, "cardHeight": 110 + 360 * rows}}
     return _view(params, images, step, search_filter, "metrics.`val/loss`", layout=layout)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import logging
 import posixpath
 import re
 import socket
-import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from trainer.tracking import journal, mlflow_internals
 from trainer.tracking.mlflow_note import read_note
 from trainer.tracking.mlflow_result import DESCRIPTION, MAX_TEXT_LENGTH, RunResult
+from trainer.tracking.mlflow_store import root_cause
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +29,8 @@ MAX_METRICS = 1000
 """Maximum number of metrics in one request, a limit of MLflow."""
 MAX_PARAM_LENGTH = 6000
 """Maximum number of characters in the value of a param, a limit of MLflow."""
+
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +189,11 @@ class RemoteRun:
             return False
         try:
             encoded = mlflow_internals.encode_image(folder / record["path"])
-        except Exception as error:  # a missing or damaged image stays so: trying again would never end
+        except Exception as error:
+            # A missing or damaged image stays so: trying again would never end. Other errors of the disk may pass.
+            is_damaged = not isinstance(error, OSError) or error.errno in (None, *_MISSING)
+            if not is_damaged or isinstance(error, MemoryError):
+                raise
             log.warning("MLflow does not get the image %s: %s.", record["path"], root_cause(error))
             return False
         # If the disk for temporary files is full, the image is sent later like all else that is missing.
@@ -219,16 +226,6 @@ def shorten(text: str, length: int) -> str:
     text = str(text)
     remark = f"... ({len(text)} characters)"
     return text if len(text) <= length else text[: length - len(remark)] + remark
-
-
-def root_cause(error: BaseException) -> str:
-    """Returns one line about an exception or, if a disk or network failure caused it, about that failure."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    roots = [link for link in chain if isinstance(link, (OSError, sqlite3.Error))]
-    text = " ".join(str((roots or chain[:1])[-1]).split()) or type(error).__name__
-    return text[:300].rstrip(".")
 
 
 def _source_tags() -> dict[str, str]:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from trainer.core import files
+from trainer.core import errors, files
 from trainer.tracking import journal, mlflow_internals
 from trainer.tracking.mlflow_note import read_note
 
@@ -26,6 +27,11 @@ HOST = "127.0.0.1"
 """Host on which `python -m trainer ui` serves a database."""
 PORT = 5000
 """Port of `python -m trainer ui`, unless it is taken."""
+
+ANSWER_TIME = 20.0
+"""Seconds to wait for a store that is asked for a run."""
+_silent: set[str] = set()
+"""URIs of the stores that did not answer this process when they were asked for a run. They are not asked again."""
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +85,76 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     with _locked(path.with_suffix(".lock")):
         artifacts = path.parent / "mlartifacts"
         if not path.exists():
+            mlflow_internals.close_database(uri)
             _create_database(path, artifacts)
         client = mlflow.MlflowClient(uri, uri)
         experiment_id = _open_experiment(client, experiment, str(artifacts))
         _update_artifact_location(path, client.get_experiment(experiment_id).artifact_location, artifacts)
         return client, experiment_id
+
+
+def database_file(uri: str) -> tuple[int, int] | None:
+    """Returns what identifies the file of a SQLite database at `uri`; None for a server or another database.
+
+    Raises errors.StorageError if the file is missing.
+    """
+    path = _sqlite_path(uri)
+    if path is None:
+        return None
+    if not path.exists():
+        raise errors.StorageError(f"{path} has been deleted")
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def has_run(uri: str, run_id: str) -> bool:
+    """Returns whether the store at `uri` has a run; True, with a warning, if it does not answer within ANSWER_TIME."""
+    if uri in _silent:
+        return True
+    answers: list[bool | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_has_run(uri, run_id))
+        except Exception as error:  # errors of MLflow and SQLAlchemy have no common base class
+            answers.append(error)
+
+    # A daemon thread, because a request that hangs must not keep the process from exiting.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_TIME)
+    answer = answers[0] if answers else TimeoutError(f"no answer in {ANSWER_TIME:g} s")
+    if isinstance(answer, Exception):
+        _silent.add(uri)
+        log.warning("MLflow at %s: %s. Whether it still has this run is unknown.", uri, root_cause(answer))
+        return True
+    return answer
+
+
+def _has_run(uri: str, run_id: str) -> bool:
+    path = _sqlite_path(uri)
+    if path is not None:
+        return path.exists() and mlflow_internals.database_has_run(path, run_id)
+    client = import_mlflow().MlflowClient(uri, uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
+def root_cause(error: BaseException) -> str:
+    """Returns one line about an exception or, if a disk or network failure caused it, about that failure."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    roots = [link for link in chain if isinstance(link, (OSError, sqlite3.Error))]
+    text = " ".join(str((roots or chain[:1])[-1]).split()) or type(error).__name__
+    return text[:300].rstrip(".")
 
 
 def end_dead_runs(client: MlflowClient, experiment_id: str, own_run_id: str) -> None:
@@ -108,6 +179,9 @@ def _create_database(path: Path, artifacts: Path) -> None:
     for name in os.listdir(path.parent):
         if name.startswith(files.PARTIAL_PREFIX) and path.name in name:
             (path.parent / name).unlink()
+    for suffix in ("-wal", "-shm"):
+        # Left by a database that has been deleted or moved away. SQLite would read its rows into the new one.
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
     with files.replace_file(path) as temporary:
         mlflow_internals.create_database(temporary, _sqlite_uri(temporary), str(artifacts))
 

@@ -19,7 +19,8 @@ from trainer.core import errors
 from trainer.tracking import RESULT, mlflow_internals, mlflow_store
 from trainer.tracking.journal import FILE_NAME, IMAGE, Journal, read_records
 from trainer.tracking.mlflow_note import read_note, run_ids, write_note
-from trainer.tracking.mlflow_run import RemoteRun, RunDetails, clean_name, describe_run, find_run, root_cause, shorten
+from trainer.tracking.mlflow_run import RemoteRun, RunDetails, clean_name, describe_run, find_run, shorten
+from trainer.tracking.mlflow_store import root_cause
 from trainer.tracking.tracker import Tracker
 
 PERIOD = 2.0
@@ -28,6 +29,8 @@ MAX_PAUSE = 60.0
 """Maximum seconds between two attempts while MLflow does not answer. The pause starts at twice PERIOD and doubles."""
 PATIENCE = 20.0
 """Seconds without progress after which the end of a run stops waiting for MLflow."""
+MAX_WAIT = 300.0
+"""Seconds in total after which the end of a run stops waiting for MLflow, even if it makes progress."""
 PATIENCE_INTERRUPTED = 2.0
 """Seconds in total that an interrupted run waits for MLflow, since it has to save and exit within seconds."""
 
@@ -49,8 +52,10 @@ class MLflowTracker(Tracker):
         self._journal = journal.path.resolve()
         self._details = details
         self._failing = False
+        self._database_file: tuple[int, int] | None = None
         self._sent = 0  # bytes of the journal that MLflow has received
         self._last_progress = time.monotonic()
+        self._is_imported = False
         self._final_status: str | None = None
         self._abandoned = False
         self._wake = threading.Event()
@@ -69,8 +74,11 @@ class MLflowTracker(Tracker):
             self._thread.join(0.05)
             if self._final_status == "KILLED":
                 deadline = begin + PATIENCE_INTERRUPTED
+            elif self._is_imported:
+                deadline = min(max(begin, self._last_progress) + PATIENCE, begin + MAX_WAIT)
             else:
-                deadline = max(begin, self._last_progress) + PATIENCE
+                # On a slow disk this takes long, and MLflow has not been asked yet.
+                deadline = begin + MAX_WAIT
             if time.monotonic() > deadline:
                 self._abandon()
                 return
@@ -134,6 +142,8 @@ class MLflowTracker(Tracker):
                         self._last_progress = time.monotonic()
                 if final_status:
                     remote.client.set_terminated(remote.run_id, final_status)
+                self._check_database()
+                if final_status:
                     self._write_note(status=final_status, sent=self._sent)
                 if self._failing:
                     log.info("MLflow at %s answers again and has received everything.", self.uri)
@@ -158,7 +168,11 @@ class MLflowTracker(Tracker):
 
     def _open(self) -> RemoteRun:
         """Finds or creates the run in MLflow."""
+        mlflow_store.import_mlflow()
+        self._is_imported = True
+        self._note_answer()
         client, self.experiment_id = mlflow_store.connect(self.uri, self._experiment)
+        self._database_file = mlflow_store.database_file(self.uri)
         self._note_answer()
         run = find_run(client, self.uri, self.experiment_id, self._details)
         if run is None:
@@ -170,6 +184,14 @@ class MLflowTracker(Tracker):
             mlflow_store.end_dead_runs(client, self.experiment_id, self.run_id)
         self._note_answer()
         return RemoteRun(client, run, RESULT in self._details.description)
+
+    def _check_database(self) -> None:
+        """Raises errors.StorageError if the file of the database is not the one that was opened.
+
+        SQLite goes on writing to a file that has been deleted.
+        """
+        if mlflow_store.database_file(self.uri) != self._database_file:
+            raise errors.StorageError("the database has been replaced by another one")
 
     def _note_answer(self) -> None:
         """Extends the wait for MLflow, unless something has failed: a store may answer but refuse writes.
@@ -185,8 +207,8 @@ class MLflowTracker(Tracker):
         return round(1000 * first["time"]) if first else None
 
     def _write_note(self, **ending: Any) -> None:
-        note = {"uri": self.uri, "experiment_id": self.experiment_id, "run_id": self.run_id}
-        write_note(self._details.folder, note | ending)
+        store: dict[str, Any] = {"uri": self.uri, "experiment": self._experiment, "experiment_id": self.experiment_id}
+        write_note(self._details.folder, store | {"run_id": self.run_id} | ending)
 
     def _abandon(self) -> None:
         """Lets the run end although MLflow does not have all of it."""
