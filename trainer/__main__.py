@@ -106,9 +106,9 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
     if not (args.cfg or args.info or args.hydra_help or args.shell_completion):
         if request := requested_run(args, find_run_folder):
             deliver_signals()
-            from trainer.run import execute
-
             with hidden_scipy():
+                from trainer.run import execute
+
                 execute(request.run, signals, request.overrides)
             return 0
         if rank_and_world_size()[1] > 1:
