@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from images import decompression_bomb, random_image, save_image
+from images import SIZE, decompression_bomb, random_image, save_image
 from layouts import write_pairs
 from PIL import Image, ImageCms, ImageEnhance
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
+from trainer.dataset import decoding_memory, image_facts
 from trainer.dataset.image import fit
 from trainer.dataset.image_facts import find_near_duplicates, inspect_image
 from trainer.dataset.pairs import Pairs
+from trainer.dataset.sample import Sample
 from trainer.dataset.source import FileSource
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -314,3 +317,34 @@ def test_facts_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch
     changed = inspect_image(FileSource(path, Digests(tmp_path / "digests")))
     assert changed.fault is not None
     assert "is an HTML page" in changed.fault and str(path) not in changed.fault
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each image needs more than half of the limit."""
+    monkeypatch.setattr(decoding_memory, "LIMIT", 1.5 * decoding_memory.BYTES_PER_PIXEL * SIZE[0] * SIZE[1])
+    active, most = 0, 0
+
+    class Watched(FileSource):
+        def open(self) -> Image.Image:
+            nonlocal active, most
+            active, most = active + 1, max(most, active + 1)
+            time.sleep(0.01)
+            image = FileSource.open(self)
+            active -= 1
+            return image
+
+    digests = Digests(tmp_path / "digests.sqlite")
+    samples = [Sample(str(i), Watched(save_image(tmp_path / f"{i}.png", i), digests), "a") for i in range(4)]
+    assert len(image_facts.inspect_images(samples, iter)) == 4
+    assert most == 1
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparent_images_over_white_are_the_same_in_bands_as_at_once(mode: str, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 90, 4), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "a.png")
+    layer = image.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    source = FileSource(tmp_path / "a.png", Digests(tmp_path / "digests.sqlite"))
+    assert np.array_equal(np.asarray(source.open()), np.asarray(whole))

@@ -40,6 +40,8 @@ PLUGIN_STARTS = {
 """Package -> position and bytes by which a file of its format is recognized if it is not installed."""
 MAX_PIXELS = 178_956_970
 """Half a GiB as RGB. A larger image is a decompression bomb, or a scan that should be made smaller first."""
+BAND_HEIGHT = 256
+"""In pixels, of the bands in which transparent images are converted."""
 MIN_SIDE = 8
 """In pixels. A smaller image is a tracking pixel or a placeholder."""
 MAX_ASPECT_RATIO = 8
@@ -104,17 +106,20 @@ def decode(image: Image.Image) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     image.load()
-    image = ImageOps.exif_transpose(image)
+    # Otherwise it would return a copy.
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32-bit channels, whose value for white is not known; save it with 8 or 16 bits")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    if image.mode not in ("L", "CMYK"):
+        image = _over_white(image)
+    if image.mode not in ("L", "CMYK", "RGB"):
         image = image.convert("RGB")
-    return (_to_srgb(image, profile) if profile else image).convert("RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    # `convert` would copy an image that has this mode already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: Image.Image, width: int, height: int, flip: bool = False) -> np.ndarray:
@@ -148,6 +153,16 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if transparent is not None:
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return gray
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Returns an image with transparency over white, as RGB. Works in bands, which take little memory."""
+    width, height = image.size
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, BAND_HEIGHT):
+        band = image.crop((0, top, width, min(top + BAND_HEIGHT, height))).convert("RGBA")
+        result.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return result
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.core import documents
 from trainer.core.errors import DataError
+from trainer.dataset.decoding_memory import reserved
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import Source
 
@@ -70,13 +71,15 @@ def _compute_facts(source: Source) -> list:
     from PIL import Image
 
     try:
-        image = source.open()
+        with reserved(source):
+            image = source.open()
+            small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+            colors = np.asarray(image.resize((4, 4), Image.Resampling.BOX))
+            del image
     except DataError as error:
         # Facts depend on the content only, so the fault must not contain the name.
         return [str(error).removeprefix(f"{source.name}: ")]
-    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = (small[:, 1:] > small[:, :-1]).reshape(-1)
-    colors = np.asarray(image.resize((4, 4), Image.Resampling.BOX))
     return [None, int("".join("1" if bit else "0" for bit in bits), 2), colors.tobytes().hex()]
 
 

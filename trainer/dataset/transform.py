@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trainer.core.errors import UsageError
 from trainer.dataset import Dataset, parse_size
 from trainer.dataset.buckets import Size, make_buckets, nearest_bucket
+from trainer.dataset.decoding_memory import reserved
 from trainer.dataset.sample import Sample, control_names
 from trainer.dataset.source import Source
 
@@ -69,7 +70,8 @@ class TransformedSample:
             return np.full((height, width, 3), GRAY, np.uint8)
         source = self.source(name)
         assert source is not None, f"{self.sample.id} has no {name}"
-        return fit(source.open(), width, height, self.flip)
+        with reserved(source):
+            return fit(source.open(), width, height, self.flip)
 
     def control_pixels(self) -> list[np.ndarray]:
         """Returns the control images as (height, width, 3) uint8. Raises errors.DataError."""
