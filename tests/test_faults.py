@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import faults_adapters
 import faults_checkpoints
 import faults_environment
 import faults_interruptions
@@ -21,7 +22,7 @@ import pytest
 from fault_table import FAULTS, Fault
 from program import Harness
 
-MODULES = (faults_checkpoints, faults_interruptions, faults_training, faults_environment)
+MODULES = (faults_checkpoints, faults_interruptions, faults_training, faults_environment, faults_adapters)
 """Importing these modules fills the table."""
 
 OTHER_TESTS = {

@@ -119,8 +119,8 @@ class Export:
     """In which formats the trained weights are exported."""
 
     formats: list[Format] | None = None
-    """Null: the first format that the method supports. Complete checkpoints are large, and none is written
-    unless this setting or `stage=export` asks for it."""
+    """Null: the first format that the method supports. That of a full fine-tune is a complete checkpoint, several GB
+    for most models; an empty list writes no export at the end of training."""
     dtype: Dtype | None = None
     """Null: float32 for adapters; for a complete checkpoint the dtype of the weights in training, or the compute dtype
     if they are quantized."""

@@ -62,16 +62,33 @@ class DiffusersFormat(AdapterFormat):
 
 
 class PeftFormat(AdapterFormat):
-    """A folder for `PeftModel.from_pretrained`."""
+    """A folder for `PeftModel.from_pretrained`. If the network has several components, it has a folder for each."""
 
     is_folder = True
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
         weights, configuration = to_peft(network)
-        save_peft(_cast(weights, dtype), configuration, path)
+        for prefix in _component_prefixes(run):
+            own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            if prefix:
+                layers = {name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in own}
+                configuration = configuration | {"target_modules": sorted(layers)}
+            if own:
+                save_peft(_cast(own, dtype), configuration, path / prefix.rstrip("."))
 
     def load(self, run: Run, path: Path) -> torch.nn.Module:
-        return load_peft(empty_model(run.model.meta_model()), path)
+        network = empty_model(run.model.meta_model())
+        for prefix in _component_prefixes(run):
+            folder = path / prefix.rstrip(".")
+            if folder.is_dir():
+                load_peft(network.get_submodule(prefix.rstrip(".")), folder)
+        return network
+
+
+def _component_prefixes(run: Run) -> list[str]:
+    """Returns what the names of each component start with in the network."""
+    prefixes = (run.model.network_name(component, "") for component in run.model.components)
+    return [prefix for prefix in prefixes if prefix is not None]
 
 
 class ComfyUIFormat(AdapterFormat):

@@ -112,9 +112,9 @@ def _check_parts(config: dict[str, Any], where: str) -> None:
     if more:
         found = ", ".join(text[:80] for text in more)
         raise UsageError(
-            f"{where} says that more was trained than the factors of an adapter ({found}), which "
-            "this program cannot start from. Merge it into a checkpoint with peft's merge_and_unload and type model.path of "
-            "that, or train the adapter without it"
+            f"{where} says that more was trained than the factors of an adapter ({found}), which this program cannot "
+            "start from. Merge it into a checkpoint with peft's merge_and_unload and type model.path of that, or train "
+            "the adapter without it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,12 @@ import torch
 
 from trainer.core import files
 from trainer.core.console import print_line
-from trainer.core.errors import DataError
+from trainer.core.errors import DataError, StorageError
 from trainer.export import verify
 from trainer.export.format import ExportFormat
 from trainer.export.verify import WeightChange
 from trainer.method.adapter_layers import frozen_tensor, merged_tensor
+from trainer.model import checkpoint_files
 
 if TYPE_CHECKING:
     from trainer.config.schema import Run
@@ -27,8 +29,9 @@ class CheckpointFormat(ExportFormat):
     """Whether the export is a folder."""
 
     def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
-        dtype = run.export.dtype.torch if run.export.dtype else run.precision.dtype()
+        dtype = run.export.dtype.torch if run.export.dtype else run.method.dtype(run.precision.dtype())
         shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}
+        _check_space(run, shapes.values(), dtype, path)
         replace = files.replace_folder if self.is_folder else files.replace_file
         with replace(path) as unfinished:
             self.save(run, lambda name: merged_tensor(network, name).to(dtype), shapes, dtype, unfinished)
@@ -71,7 +74,7 @@ class PipelineFormat(CheckpointFormat):
 
 
 class SingleFileFormat(CheckpointFormat):
-    """A file for `model.path` or `model.denoiser_path`, A1111 and ComfyUI."""
+    """A file for `model.path` or the setting of the denoiser's name, A1111 and ComfyUI."""
 
     is_folder = False
 
@@ -98,6 +101,31 @@ class SingleFileFormat(CheckpointFormat):
                         f"{path} was written and read back, and {name} of the {component} differs from the base. It "
                         "was discarded; please report this"
                     )
+
+
+def _check_space(run: Run, shapes: Iterable[torch.Size], dtype: torch.dtype, path: Path) -> None:
+    """Raises errors.StorageError if the disk has no space for the checkpoint beside an earlier one."""
+    needed = sum(shape.numel() for shape in shapes) * dtype.itemsize
+    model = run.model
+    copied = [name for name in model.components if name != model.denoiser]
+    single_files = {file for name in copied if (file := model.component_file(name)) is not None}
+    folders = [model.component_folder(name) for name in copied if model.component_file(name) is None]
+    needed += sum(file.stat().st_size for file in single_files)
+    needed += sum(
+        file.stat().st_size
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.suffix in checkpoint_files.SUFFIXES
+    )
+    with files.storage_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise StorageError(
+            f"Could not write {path}: it takes {needed / 2**30:.1f} GiB, and the disk has {free / 2**30:.1f} GiB free. "
+            "The trained weights are in the run's checkpoint: free some disk space and type the same command again, or "
+            "type it with export.formats=[] for no export"
+        )
 
 
 def _weight_changes(run: Run, network: torch.nn.Module, names: Iterable[str]) -> Iterator[WeightChange]:

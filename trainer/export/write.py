@@ -10,7 +10,9 @@ import torch
 
 from trainer.config.sections import Format
 from trainer.core import files
+from trainer.core.console import print_line
 from trainer.core.errors import DataError
+from trainer.distributed.sharding import is_sharded
 from trainer.export.adapters import ComfyUIFormat, DiffusersFormat, PeftFormat
 from trainer.export.format import ExportFormat
 from trainer.export.pipeline import PipelineFormat, SingleFileFormat
@@ -36,8 +38,16 @@ UNFINISHED_SECONDS = 24 * 3600
 def export_after_training(
     run: Run, network: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path
 ) -> list[Path]:
-    """Exports at the end of training; a complete checkpoint, which is large, only if `export.formats` is set."""
-    if run.export.formats is None and not run.method.freezes:
+    """Exports at the end of training; see `write_exports`.
+
+    A sharded network can only be exported as an adapter. For another one, prints what to type when the run is finished.
+    """
+    sharded = any(is_sharded(parameter) for parameter in trainable_parameters(network).values())
+    if run.export.formats is None and not run.method.freezes and sharded:
+        print_line(
+            "no export yet: each process holds a shard of the network. Type python -m trainer stage=export "
+            f"run={folder.parent} for a pipeline with the trained weights"
+        )
         return []
     return write_exports(run, network, weights, folder)
 

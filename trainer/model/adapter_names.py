@@ -79,6 +79,7 @@ def _add_original_names(family: Family, names: dict[str, list[LayerRows]]) -> No
             key, *fraction = pieces[0]
             rows.setdefault(key.removesuffix(".weight"), []).append(LayerRows(own_name, *fraction))
     for name, layers in rows.items():
+        layers.sort(key=lambda layer: layer.first / layer.of)
         for original in (name, *family.other_layer_names(name)):
             for spelling in _spellings(original):
                 names.setdefault(spelling, layers)

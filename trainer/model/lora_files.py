@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ def save_lora(
     metadata = config | {"lora_dropout": 0.0, "inference_mode": True}
     arguments: dict[str, Any] = {}
     for component, tensors in weights.items():
+        if component.startswith("text_encoder"):
+            # transformers, which loads this component, expects the names that the tensors have in the network.
+            tensors = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", name): tensors[name] for name in tensors}
         arguments |= {f"{component}_lora_layers": tensors, f"{component}_lora_adapter_metadata": metadata}
     with writing_safetensors(path):
         pipeline.save_lora_weights(path.parent, weight_name=path.name, **arguments)

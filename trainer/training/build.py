@@ -79,7 +79,7 @@ def load_initial_weights(run: Run, network: torch.nn.Module) -> None:
     method = run.method
     assert method.init_from is not None
     path = Path(method.init_from).expanduser()
-    if not method.is_adapter:
+    if not isinstance(method, Adapter):
         if path.is_file():
             weights = tensor_files.load_tensors(path)
         else:
