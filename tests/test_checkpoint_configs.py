@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from trainer.config.groups import GROUPS
 from trainer.core.digests import Digests
@@ -181,3 +183,27 @@ def test_links_out_of_a_checkpoint_are_refused_and_those_of_the_hub_cache_are_fo
     shared.rename(tmp_path / "copy" / "shared.json")
     shared.symlink_to(tmp_path / "copy" / "shared.json")
     assert digest(family, tmp_path) == expected
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("change", ["lack", "also hold"])
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    tiny: dict[str, Path], component: str, change: str, tmp_path: Path
+):
+    family: UNetFamily = family_with(tiny, "sd15", tmp_path / "copy", SCHEDULER)
+    (path,) = (tmp_path / "copy" / component).glob("*.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    if change == "lack":
+        del tensors[name]
+    else:
+        tensors |= {"extra.weight": torch.ones(2), "embeddings.position_ids": torch.ones(2)}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(DataError, match=change) as refusal:
+        if component == "unet":
+            family.load_network(torch.float32)
+        elif component == "vae":
+            family.load_vae(torch.float32, torch.device("cpu"))
+        else:
+            family.load_text_encoder("", torch.float32, torch.device("cpu"))
+    assert "position_ids" not in str(refusal.value)

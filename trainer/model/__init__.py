@@ -20,7 +20,7 @@ from trainer.model import checkpoint_files, lora_files
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.configs import ConfigRules, check_checkpoint
 from trainer.model.pretrained import quiet_libraries
-from trainer.model.weights import Quantize, WeightReader, empty_model, load_weights, save_shards
+from trainer.model.weights import Quantize, WeightReader, check_tensors, empty_model, load_weights, save_shards
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,13 @@ class Family(Checkpoint):
     ) -> torch.nn.Module:
         """Returns `meta_model` with its weights; see `weights.load_weights`."""
         quiet_libraries()
-        return load_weights(self.meta_model(), self.weights().read, dtype, device, quantize)
+        network = self.meta_model()
+        self.check_tensors(network)
+        return load_weights(network, self.weights().read, dtype, device, quantize)
+
+    def check_tensors(self, meta_model: torch.nn.Module) -> None:
+        """Checks that the files hold the weights of `meta_model` and no others; reads headers. Raises DataError."""
+        check_tensors(meta_model, self.weights().dtypes(), f"model.path={self.path}")
 
     @property
     def target_modules(self) -> tuple[str, ...]:

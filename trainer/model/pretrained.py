@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core import documents
 from trainer.core.libraries import import_bitsandbytes
+from trainer.model.weights import is_leftover, wrong_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +32,8 @@ def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch
     quantization = documents.read_json(folder / "config.json").get("quantization_config", {})
     if quantization.get("quant_method") == "bitsandbytes":
         import_bitsandbytes()
-    model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    _check_complete(folder, report)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights in the first pass on some CPUs, which fails for narrow layers.
@@ -40,7 +43,20 @@ def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch
 
 def load_vae(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns a frozen autoencoder of the diffusers class `kind`."""
-    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+    model, report = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    _check_complete(folder, report)
+    return model.to(device)
+
+
+def _check_complete(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raises errors.DataError if a library filled missing weights with random numbers, or ignored some."""
+    for kind, verb in (("missing_keys", "lack"), ("unexpected_keys", "also hold"), ("mismatched_keys", "misfit in")):
+        keys = sorted(map(str, report.get(kind) or ()))
+        if keys and kind != "unexpected_keys":
+            raise wrong_tensors(folder, verb, keys)
+        unknown = [key for key in keys if not is_leftover(key)]
+        if unknown:
+            raise wrong_tensors(folder, verb, unknown)
 
 
 def pixels_to_vae(pixels: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,53 @@ Quantize = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "
 
 `layer` is on the meta device; `read(tensor name)` returns its weights.
 """
+
+
+LEFTOVERS = {
+    "*position_ids": "numbers that the network counts itself",
+    "*rotary_emb.inv_freq": "frequencies that the network computes itself",
+    "llm.lm_head.*": "the head of a language model, whose hidden states are read",
+    "*scaled_fp8": "a mark of ComfyUI",
+}
+"""Tensors in published files that no network needs, and why."""
+QUANTIZATION = (".SCB", ".input_scale", ".scale_input", ".scale_weight", ".weight_format", ".weight_scale")
+"""Ends of the names of tensors that belong to the quantized weight of a layer; others start with the weight's name."""
+
+
+def is_leftover(name: str) -> bool:
+    """Returns whether a tensor of this name is harmless."""
+    return any(fnmatch(name, pattern) for pattern in LEFTOVERS)
+
+
+def wrong_tensors(place: Path | str, verb: str, names: list[str]) -> DataError:
+    """Returns the error about weights that are not those of the network."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return DataError(
+        f"The weights in {place} {verb} {', '.join(names[:3])}{more}, so they are not those of the network in its "
+        "config; type the path of a complete checkpoint of this model"
+    )
+
+
+def check_tensors(meta_model: torch.nn.Module, found: Iterable[str], place: Path | str) -> None:
+    """Raises errors.DataError if the names of tensors in files are not those of a network.
+
+    Tensors of quantized weights and `LEFTOVERS` are accepted.
+    """
+    known = meta_model.state_dict().keys()
+    found = set(found)
+    missing = sorted({name for name, _ in meta_model.named_parameters()} - found)
+    if missing:
+        raise wrong_tensors(place, "lack", missing)
+
+    def belongs(name: str) -> bool:
+        weight, separator, _ = name.rpartition(".weight.")
+        if separator:
+            return f"{weight}.weight" in known
+        return name.endswith(QUANTIZATION) and f"{name.rpartition('.')[0]}.weight" in known
+
+    unknown = sorted(name for name in found - known if not belongs(name) and not is_leftover(name))
+    if unknown:
+        raise wrong_tensors(place, "also hold", unknown)
 
 
 class WeightReader(Protocol):

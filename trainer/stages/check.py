@@ -22,6 +22,7 @@ def execute(run: Run) -> None:
     data = prepare(run)
     check_buildable(run)
     network = run.model.meta_model()
+    run.model.check_tensors(network)
     run.method.attach(network, run.model.target_modules, run.seed)
     total = sum(parameter.numel() for parameter in network.parameters())
     trainable = sum(parameter.numel() for parameter in trainable_parameters(network).values())
