@@ -1,12 +1,16 @@
 """Creates the images in the README: runs with several ranks and learning rates, and the abilities of the base model.
 
-`make pictures` trains the runs, writes docs/*.png and prints the measurements.
+`make pictures` trains the runs, writes docs/*.png and prints the measurements. `python -m bench.pictures --sweep-page`
+makes docs/sweep.png only, a screenshot of a sweep in MLflow. It needs selenium (`pip install -c constraints.txt
+'.[browser]'`) and `apt-get install chromium chromium-driver`.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from trainer.config.compose import read_run
 from trainer.dataset import demo_world, image_grid
@@ -167,11 +172,52 @@ def draw_default_run(folders: dict[str, Path]) -> None:
     draw_grid(DOCS / "default_run.png", columns)
 
 
+def screenshot_sweep(out: Path) -> None:
+    """Runs a sweep, unless it is finished, and saves a screenshot of MLflow's page with its curves and images."""
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    sweep = [f"out={out}", "optimizer.lr=5e-4,2e-3", "method.rank=4,16", "steps=40", "evaluation.every=20"]
+    command = [sys.executable, "-m", "trainer", "-m", *sweep]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    page = next(line for line in text.splitlines() if line.startswith("curves and pictures: ")).partition("/#")[2]
+    options = webdriver.ChromeOptions()
+    # Without both paths selenium would download a browser.
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--window-size=1500,1860"):
+        options.add_argument(flag)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "ui", "--out", str(out)], stdout=subprocess.PIPE, text=True
+    )
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[2].partition("/#")[0]
+        # MLflow's assistant opens beside the first page that a browser visits.
+        driver.get(f"{address}/health")
+        driver.execute_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+        driver.get(f"{address}/#{page}")
+        loaded = "return [...document.images].filter(i => i.src.includes('artifact') && i.naturalWidth > 100).length"
+        WebDriverWait(driver, 120).until(lambda _: driver.execute_script(loaded) >= 4)
+        screenshot = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+        # A palette makes the file a third as large.
+        screenshot.quantize(96).save(DOCS / "sweep.png", optimize=True)
+    finally:
+        driver.quit()
+        server.terminate()
+        server.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"))
-    out = parser.parse_args().out
+    parser.add_argument("--sweep-page", action="store_true", help="make docs/sweep.png only")
+    arguments = parser.parse_args()
+    out = arguments.out
     DOCS.mkdir(exist_ok=True)
+    if arguments.sweep_page:
+        screenshot_sweep(out)
+        return
     figures = {"base": measure_base_model(out)}
     folders = {
         name: train(out, f"evaluation.shown={SCENES}", "evaluation.every=25", *overrides)

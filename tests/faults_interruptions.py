@@ -295,7 +295,7 @@ def member_fails(harness: Harness, out: Path, trial: int) -> None:
 def sweep_dies(harness: Harness, out: Path, trial: int) -> None:
     slots = (1, 2, 1, 1, 1)[trial]
     number = (signal.SIGKILL, signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)[trial]
-    sweep = ["-m", "seed=1,2,3", f"hydra.launcher.slots={slots}", "steps=40"]
+    sweep = ["-m", "seed=1,2,3", f"hydra.launcher.slots={slots}", "steps=12", "evaluation.every=12"]
     run = harness.start(out, *sweep)
     deadline = time.monotonic() + scale_timeout(60)
     while len(running := training_members(out)) < slots:

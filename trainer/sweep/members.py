@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core import documents, files
-from trainer.core.errors import TrainerError
+from trainer.core.errors import DataError, TrainerError
 from trainer.tracking import journal as journal_file
 
 PARENT_RUN_VARIABLE = "TRAINER_PARENT_RUN"
@@ -61,8 +61,27 @@ class Member:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Member:
-        """Returns the member whose fields were read from `sweep.json`."""
-        return cls(**fields | {"status": State(fields["status"])})
+        """Returns the member whose fields were read from `sweep.json`. Raises errors.DataError if these are damaged."""
+        where = "sweep.json: members"
+        kinds: dict[str, Any] = {
+            "number": int,
+            "overrides": list[str],
+            "varied": dict[str, str],
+            "status": str,
+            "code": int | None,
+            "reason": str,
+            "log": str,
+            "folder": str | None,
+        }
+        values = {name: documents.entry(fields, name, kind, where) for name, kind in kinds.items()}
+        for name in ("best_loss", "last_loss", "psnr", "minutes"):
+            # A loss may be NaN.
+            if not isinstance(value := fields.get(name), float):
+                value = documents.expect(value, float | None, f"{where}: {name}")
+            values[name] = value
+        if values["status"] not in [*State]:
+            raise DataError(f"{where}: status is {values['status']!r:.40}. Restore the file, or move it away.")
+        return cls(**values | {"status": State(values["status"])})
 
     @property
     def settings(self) -> dict[str, str]:

@@ -102,6 +102,7 @@ class Sweep:
         if another process runs the same sweep.
         """
         with ExitStack() as stack:
+            files.check_plain(self.folder)
             stack.enter_context(Lock(self.folder / "lock"))
             stack.enter_context(self._handle_signals())
             new = [Member(first + i, list(texts)) for i, texts in enumerate(overrides, 1)]
