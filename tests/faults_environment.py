@@ -24,6 +24,7 @@ from program import (
     run_all,
     scale_timeout,
     single_run,
+    snapshot,
 )
 
 
@@ -235,3 +236,37 @@ def drop_root_capabilities() -> None:
     if os.geteuid() == 0:
         version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         assert ctypes.CDLL(None).capset(version, none) == 0
+
+
+@fault("F38", "a link in the place of one of the names that a run writes", 40, [0])
+def link_in_run_folder(harness: Harness, out: Path, trial: int) -> None:
+    finished = harness.reference()
+    # The lock first: it is opened before everything else.
+    names = sorted((path.relative_to(finished) for path in finished.rglob("*")), key=lambda name: name.name != "lock")
+    folder = copy_folder(finished, out)
+    # As if the run had been killed: the same command would continue, and write.
+    (folder / "summary.json").rename(out / "summary.json")
+    name = names[trial % len(names)]
+    path, outside = folder / name, out / "outside"
+    (path if path.exists() else out / "summary.json").rename(outside)
+    path.symlink_to(outside)
+    before = snapshot(outside)
+    result = harness.run(out)
+    assert result.code == 74 and f"{path} is a link to {outside}" in result.output, result
+    assert snapshot(outside) == before
+
+
+@fault("F38", "runs, a single run and the cache on another disk, behind links", 1, [])
+def folders_behind_links(harness: Harness, out: Path, trial: int) -> None:
+    for name in ("runs", "cache"):
+        (out / "disk" / name).mkdir(parents=True)
+        (out / name).symlink_to(out / "disk" / name)
+    settings = [f"cache.path={out}/cache", f"out={out}/runs"]
+    assert harness.run(out, *settings).code == 0
+    folder = single_run(out / "runs")
+    harness.assert_equals_reference(folder)
+    assert list((out / "disk" / "cache").rglob("*.safetensors"))
+    moved = folder.rename(out / "disk" / "moved")
+    folder.symlink_to(moved)
+    result = harness.run(out, *settings)
+    assert result.code == 0 and "nothing to do" in result.output, result

@@ -140,11 +140,13 @@ def test_links_lead_to_the_server_or_to_the_address_of_the_ui_once_mlflow_has_th
         "all runs": f"{page}workflowType=machine_learning&viewStateShareKey=trainer",
     }
     local = {title: f"http://127.0.0.1:5000/{rest}" for title, rest in expected.items()}
-    assert MLflow(experiment=folder.name).links(folder, folder.parent) == local and NoTracking().links(folder, folder.parent) == {}
+    settings, out = MLflow(folder.name), folder.parent
+    assert settings.links(folder, out) == local and NoTracking().links(folder, out) == {}
     note = documents.read_json(folder / "tracking.json")
     files.write_json(folder / "tracking.json", note | {"uri": "https://host/mlflow/"})
     remote = {title: f"https://host/mlflow/{rest}" for title, rest in expected.items()}
-    assert MLflow(experiment=folder.name).links(folder, folder.parent) == remote
+    assert settings.links(folder, out) == {}
+    assert MLflow(folder.name, "https://host/mlflow/").links(folder, out) == remote
 
 
 # What must arrive later
@@ -171,7 +173,11 @@ def test_image_arrives_when_there_is_space_for_temporary_files_again(folder: Pat
             with open_tracker(folder, journal, description=ABOUT) as first:
                 log_steps(journal, 1)
             assert time.monotonic() - begin < 60  # the end of a run does not wait for the space
-        assert first.errors and images_of(first) == [] and not MLflow(experiment=folder.name).is_complete(folder, folder.parent)
+        assert (
+            first.errors
+            and images_of(first) == []
+            and not MLflow(experiment=folder.name).is_complete(folder, folder.parent)
+        )
         with open_tracker(folder, journal, description=ABOUT) as second:
             pass
     assert second.run_id == first.run_id and MLflow(experiment=folder.name).is_complete(folder, folder.parent)
@@ -192,7 +198,9 @@ def test_store_that_answers_and_refuses_the_end_of_a_run_gets_it_later(folder: P
                 store.execute(f"CREATE TRIGGER refuse BEFORE UPDATE ON runs {condition} {refusal}")
             begin = time.monotonic()
         assert time.monotonic() - begin < 60
-        assert status_in_mlflow(first) == "RUNNING" and not MLflow(experiment=folder.name).is_complete(folder, folder.parent)
+        assert status_in_mlflow(first) == "RUNNING" and not MLflow(experiment=folder.name).is_complete(
+            folder, folder.parent
+        )
         with contextlib.closing(sqlite3.connect(database)) as store:
             store.execute("DROP TRIGGER refuse")
         with open_tracker(folder, journal, description=ABOUT):

@@ -186,7 +186,9 @@ class Cache:
     def _all_entries(self) -> Iterator[tuple[str, Path]]:
         """Yields the tensor name and the path of every entry in the folder, including those of other models."""
         for path in sorted(self.root.glob("*/[0-9a-f][0-9a-f]/*.safetensors")):
-            if not path.name.startswith(files.PARTIAL_PREFIX):
+            # What a link leads to is not part of the cache. The folder of the cache itself may be a link.
+            is_own = not any(part.is_symlink() for part in (path, *path.parents[:2]))
+            if is_own and not path.name.startswith(files.PARTIAL_PREFIX):
                 yield path.parent.parent.name, path
 
     def _path(self, name: str, key: str) -> Path:
@@ -239,7 +241,7 @@ class Cache:
         # truncates an entry, its digest does not match.
         temporary = files.temporary_path(path)
         with files.storage_errors("write", path, SETTING):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_plain_folder(path.parent)
             try:
                 temporary.write_bytes(data)
                 os.replace(temporary, path)

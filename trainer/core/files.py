@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,49 @@ def replace_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically. NaN and infinity are written as Python's `json` does."""
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Opens or creates a file that is changed in place, and returns its descriptor. Raises OSError.
+
+    Refuses a link, which would lead the write to another place, and anything that is not a file.
+    """
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return descriptor
+
+
+def make_plain_folder(path: Path) -> None:
+    """Creates a folder and its parents. Raises OSError, also if `path` is a link; its parents may be links."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def check_plain(folder: Path) -> None:
+    """Raises errors.StorageError if there is a link, a pipe or a device anywhere in a folder of the program.
+
+    The program would write to, or delete from, the place to which a link leads. `folder` may be a link itself. Hidden
+    links are ignored: they belong to other programs, such as editors.
+    """
+    with storage_errors("read", folder):
+        paths = [Path(parent, name) for parent, *names in os.walk(folder) for name in (*names[0], *names[1])]
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            what = f"a link to {os.readlink(path)}" if stat.S_ISLNK(mode) else "a pipe or device"
+            raise errors.StorageError(
+                f"{path} is {what}. The program writes to plain files and folders only, since it would change other "
+                f"places through a link: move it away, or put what it leads to in its place. {folder} itself may be a "
+                "link."
+            )
 
 
 def temporary_path(path: Path) -> Path:
@@ -184,5 +228,6 @@ _REMEDIES = {
     errno.EACCES: "Ask for permission",
     errno.EPERM: "Ask for permission",
     errno.ENOTDIR: "A file is in the place of a folder: move it away",
+    errno.ELOOP: "A link is in the place of a file or folder: move it away",
     errno.EEXIST: "A file is in the place of a folder: move it away",
 }

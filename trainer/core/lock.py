@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from trainer.core import errors
-from trainer.core.files import storage_errors
+from trainer.core.files import open_plain, storage_errors
 
 
 class Lock:
@@ -36,7 +36,7 @@ class Lock:
     def __enter__(self) -> Self:
         with storage_errors("open the lock", self.path, self.setting):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_plain(self.path, os.O_RDWR)
         try:
             with storage_errors("lock", self.path, self.setting):
                 try:

@@ -242,17 +242,17 @@ class Sweep:
         if not record.get("complete") or not self.tracking.is_complete(self.folder, self.out):
             return None
         members = [Member.from_json(fields) for fields in record["members"][: first + len(new)]]
-        if [member.overrides for member in members[first:]] != [member.overrides for member in new]:
+        if len(members) != first + len(new):
             return None
-        for member in members:
+        for member, typed in zip(members[first:], new, strict=True):
             try:
                 # The same overrides may mean other settings if a yaml file has changed.
-                arguments = [*self.flags, *member.overrides, "hydra.mode=RUN"]
+                arguments = [*self.flags, *typed.overrides, "hydra.mode=RUN"]
                 request = requested_run(command_line.parse(arguments), find_run_folder)
                 folder = finished_folder(request.run) if request else None
             except TrainerError:
                 return None
-            if folder is None or member.folder is None or folder.absolute() != Path(member.folder).absolute():
+            if folder is None or member.folder is None or folder.resolve() != Path(member.folder).resolve():
                 return None
             if not self.tracking.is_complete(folder, self.out):
                 return None

@@ -81,7 +81,7 @@ class Journal:
         # Any thread may log a warning. The warning about a full disk comes from this class itself.
         self._lock = threading.RLock()
         with files.storage_errors("open", self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._descriptor = files.open_plain(self.path, os.O_RDWR | os.O_APPEND)
             self._repair_last_line()
             for record in self.records():
                 self._count(record)

@@ -124,6 +124,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
     if not (folder / MANIFEST).exists():
         with files.storage_errors("make the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
+    files.check_plain(folder)
     with Lock(folder / "lock"):
         digests = digests | {"program": __version__}
         if (folder / MANIFEST).exists():
@@ -191,9 +192,13 @@ def _resumed_folder(run: Run, settings: dict[str, Any]) -> tuple[Path, Path | No
 
 
 def find_run_folder(name: str, out: str) -> Path:
-    """Returns the run folder that an id or a path names. Raises errors.UsageError if there is none."""
+    """Returns the run folder that an id or a path names.
+
+    Raises errors.UsageError if there is none, errors.StorageError if it contains links.
+    """
     for folder in (Path(name).expanduser(), Path(out) / name):
         if (folder / MANIFEST).is_file():
+            files.check_plain(folder)
             return folder
     runs = sorted(path.parent.name for path in Path(out).glob(f"*/{MANIFEST}"))
     raise UsageError(

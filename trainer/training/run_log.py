@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trainer.core import redaction
+from trainer.core import files, redaction
 from trainer.core.console import LineHandler
 from trainer.core.errors import Interrupted, TrainerError
 from trainer.tracking.journal import Journal
@@ -27,7 +27,10 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
 
     If the block raises, the traceback goes to `log.txt` and the reason to the journal.
     """
-    file_handler = logging.FileHandler(folder / "log.txt")
+    with files.storage_errors("open", folder / "log.txt"):
+        descriptor = files.open_plain(folder / "log.txt", os.O_WRONLY | os.O_APPEND)
+    log_file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed below)
+    file_handler = logging.StreamHandler(log_file)
     file_handler.setFormatter(redaction.RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     stderr_handler = LineHandler()
     stderr_handler.setLevel(logging.WARNING)
@@ -47,8 +50,7 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
     except BaseException as error:
         kind = "stopped" if isinstance(error, Interrupted) else "failed"
         journal.log_event(kind, reason=redaction.redact(str(error)) or type(error).__name__)
-        assert file_handler.stream is not None
-        file_handler.stream.write(redaction.redact(traceback.format_exc()))
+        log_file.write(redaction.redact(traceback.format_exc()))
         if not isinstance(error, TrainerError | Interrupted | KeyboardInterrupt | SystemExit):
             error.add_note(f"log: {folder / 'log.txt'}")
         raise
@@ -59,6 +61,7 @@ def log_to_folder(folder: Path, journal: Journal) -> Iterator[None]:
         program_logger.removeHandler(journal_handler)
         root_logger.removeHandler(file_handler)
         file_handler.close()
+        log_file.close()
 
 
 class _JournalHandler(logging.Handler):
