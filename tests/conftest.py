@@ -20,7 +20,13 @@ from trainer.core.digests import Digests
 from trainer.model import Family
 
 pytest.register_assert_rewrite(
-    "program", "fault_table", "faults_checkpoints", "faults_environment", "faults_interruptions", "faults_training"
+    "program",
+    "fault_table",
+    "faults_checkpoints",
+    "faults_environment",
+    "faults_files",
+    "faults_interruptions",
+    "faults_training",
 )
 
 

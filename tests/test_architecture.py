@@ -256,3 +256,17 @@ def test_composing_imports_no_heavy_library(flags: list[str], tmp_path: Path):
     assert {"hydra", "trainer"} <= imported
     assert imported & HEAVY == set()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_from_outside_are_read_with_limits():
+    """`trainer.core.documents` and `yaml_documents` bound size and nesting, and name the file."""
+    others = {
+        "trainer/core/documents.py",
+        "trainer/core/yaml_documents.py",
+        "trainer/core/tensor_files.py",  # a header that it has just written
+        "trainer/distributed/processes.py",  # a message of another process of the run
+        "trainer/model/qwen/tiny.py",  # a tokenizer in memory
+    }
+    reads = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load\(|OmegaConf\.load\(")
+    found = {path.relative_to(ROOT).as_posix() for path in source_files() if reads.search(path.read_text())}
+    assert found == others

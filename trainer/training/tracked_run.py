@@ -35,7 +35,7 @@ def open_tracker(
 
     `parent_run` is the tracker's ID of the sweep that the run belongs to, if any.
     """
-    attempt = _last_attempt(journal)
+    attempt = last_attempt(journal)
     settings = flatten(run_folder.manifest["settings"])
     return run.tracking.open(
         journal,
@@ -48,7 +48,7 @@ def open_tracker(
     )
 
 
-def _last_attempt(journal: Journal) -> dict[str, Any]:
+def last_attempt(journal: Journal) -> dict[str, Any]:
     """Returns the record of the last attempt at a run. Raises errors.DataError if the journal has none, or damaged."""
     attempts = [record for record in journal.records() if record["kind"] == "attempt"]
     if not attempts:
