@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from trainer.config.schema import Run
 from trainer.config.sections import Export
 from trainer.core.batch import Batch, collate
+from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.core.rng import normal
+from trainer.dataset.personalized import Personalized
 from trainer.export.write import export_after_training, write_exports
 from trainer.method.soft_prompt import SoftPrompt
 from trainer.method.soft_prompt_encoder import PromptSizes, SoftPromptEncoder
@@ -217,3 +219,31 @@ def test_run_trains_on_histories_resumes_and_samples_for_test_users(tmp_path: Pa
     output = trainer("stage=sample", f"run={folder}", "sample.split=test")
     assert output.count(".png: The user liked: a ") == 3
     assert (folder / "export" / "soft_prompt.safetensors").is_file()
+
+
+def test_data_with_workers_numbered_captions_and_values_of_the_source(tmp_path: Path):
+    folder = write_histories(tmp_path / "set", users=2)
+    records = json.loads((folder / "train.json").read_text())
+    for record in records:
+        record |= {"worker_id": record.pop("user_id"), "worker_style": record.pop("user_style"), "window_position": 0}
+        record |= {"target_item_info": records[0]["target_item_info"], "target_item_id": "red"}
+        record["history_items_info"] *= 2
+    (folder / "train.json").write_text(json.dumps(records))
+    settings = Personalized(path=str(folder), template="{user}: {history} {style}", numbered=True, separator=" ")
+    listing = settings.read(Digests(tmp_path / "digests"))
+    assert not listing.faults
+    # Users differ though their windows and targets are the same.
+    assert [sample.caption for sample in listing.samples if sample.id.startswith("train/")] == [
+        "train_0: 1. a red thing 2. a red thing plain",
+        "train_1: 1. a green thing 2. a green thing plain",
+    ]
+    (folder / "train.json").write_text(json.dumps([records[0] | {"user_style": "loud"}, records[1]]))
+    (fault,) = settings.read(Digests(tmp_path / "digests")).faults
+    assert "user_style and worker_style differ" in str(fault)
+
+
+def test_learned_tokens_start_with_the_standard_deviation_that_was_asked_for(family: PMG):
+    for std in (0.02, 1.0):
+        prompt = load_trainable(family, token_std=std, num_image_prompt=64).soft_prompt
+        assert prompt.tokens.std().item() == pytest.approx(std, rel=0.1)
+        assert prompt.prefix.std().item() == pytest.approx(0.02, rel=0.2)

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.core.digests import Digests
 from trainer.core.documents import expect, read_json
 from trainer.core.errors import DataError, UsageError
+from trainer.core.settings import added
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing
@@ -21,6 +22,9 @@ from trainer.dataset.sample import Sample, check_caption
 from trainer.dataset.source import FileSource
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
 
+USER_KEYS = ("user_id", "worker_id")
+STYLE_KEYS = ("user_style", "worker_style")
+"""Names of a user and a style in records; some data sets call users workers."""
 TEMPLATE_FIELDS = ("history", "style", "target", "user")
 
 
@@ -36,6 +40,8 @@ class Personalized(Dataset):
     image_column: str = "image_path"
     template: str = "The user liked: {history}. Their style: {style}."
     separator: str = "; "
+    numbered: bool = added(False)
+    """Whether the captions of the history are numbered: "1. a cat", "2. a dog"."""
 
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
@@ -141,19 +147,22 @@ class _RecordReader:
         history = self._read_history()
         target_id = self._label("target_item_id", "target")
         target_caption, image = self._read_item(record.get("target_item_info"), target_id)
-        user = self._label("user_id")
+        user = self._first_label(USER_KEYS)
         # A window of the same history may come with several targets, and a target with several histories.
         window = self._label("window_position", str(self.number))
-        style = self._label("user_style") or self.styles.get(user)
+        style = self._first_label(STYLE_KEYS) or self.styles.get(user)
         if style is None and "{style}" in template:
             collector.add_fault(
-                f"{self.location}: has no user_style, and user_styles.json has none for {user!r}; "
+                f"{self.location}: has no user_style or worker_style, and user_styles.json has none for {user!r}; "
                 "dataset.template need not contain {style}"
             )
         if image is None or target_caption is None or len(collector.faults) > faults_before:
             return
         values = {
-            "history": self.settings.separator.join(history),
+            "history": self.settings.separator.join(
+                f"{number}. {caption}" if self.settings.numbered else caption
+                for number, caption in enumerate(history, 1)
+            ),
             "style": style or "",
             "target": target_caption,
             "user": user,
@@ -162,6 +171,13 @@ class _RecordReader:
         id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
         if collector.register_id(id, self.location) and caption:
             collector.add(Sample(id, image, caption, split=split), self.location)
+
+    def _first_label(self, keys: tuple[str, ...]) -> str:
+        """Returns the text of a label that has several names. Two different texts are a fault."""
+        texts = [text for text in (self._label(key) for key in keys) if text]
+        if len(set(texts)) > 1:
+            self.collector.add_fault(f"{self.location}: its {' and '.join(keys)} differ")
+        return texts[0] if texts else ""
 
     def _label(self, key: str, default: str = "") -> str:
         """Returns the text of a label of the record. If it has another type, adds a fault and returns the default."""

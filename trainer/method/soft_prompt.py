@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.core.errors import UsageError
 from trainer.core.rng import seed_for
+from trainer.core.settings import added
 from trainer.method import Method
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class SoftPrompt(Method):
     """Whether the keys and values are computed by two trained layers, instead of being parameters themselves."""
     prefix_width: int = 64
     """Width of the first of these layers."""
+    token_std: float = added(0.02)
+    """Standard deviation of the initial values of the learned embeddings."""
 
     freezes = True
     reads_weights_outside_forward = True
@@ -44,6 +47,8 @@ class SoftPrompt(Method):
             )
         if self.prefix_width < 1:
             raise UsageError(f"method.prefix_width={self.prefix_width} is too small; type 1 or more, such as 64")
+        if self.token_std <= 0:
+            raise UsageError(f"method.token_std={self.token_std:g} makes all tokens equal; type 0.02, or 1.0")
 
     def attach(self, network: torch.nn.Module, targets: tuple[str, ...], seed: int) -> None:
         network.requires_grad_(False)
@@ -62,5 +67,6 @@ class SoftPrompt(Method):
             self.num_image_prompt,
             self.num_prefix_prompt,
             self.prefix_width if self.prefix_projection else None,
+            self.token_std,
         )
         return encoder.to(next(network.parameters()).device)

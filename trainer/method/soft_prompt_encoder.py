@@ -35,13 +35,16 @@ class SoftPromptEncoder(torch.nn.Module):
     """Trainable parameters of a soft prompt.
 
     `tokens` is the number of learned embeddings, `prefix` that of learned keys and values, `projection` the width of
-    the layers that compute the keys and values (None: they are parameters themselves).
+    the layers that compute the keys and values (None: they are parameters themselves), `token_std` the standard
+    deviation of the initial embeddings.
     """
 
-    def __init__(self, sizes: PromptSizes, tokens: int, prefix: int, projection: int | None):
+    def __init__(
+        self, sizes: PromptSizes, tokens: int, prefix: int, projection: int | None, token_std: float = INIT_STD
+    ):
         super().__init__()
         self.sizes = sizes
-        self.tokens = torch.nn.Parameter(INIT_STD * torch.randn(tokens, sizes.hidden))
+        self.tokens = torch.nn.Parameter(token_std * torch.randn(tokens, sizes.hidden))
         self.map = torch.nn.Linear(sizes.hidden, sizes.width)
         entries = sizes.layers * 2 * sizes.heads * sizes.head
         self.prefix = (
