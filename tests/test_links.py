@@ -1,4 +1,4 @@
-"""Links in the folders of the program never lead a write or a deletion to another place; tests/faults_environment.py has links in run folders."""
+"""Links never lead a write or a deletion to another place; faults_environment.py has links in run folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from trainer.cache.store import Cache
 from trainer.core import errors, files
 from trainer.core.lock import Lock
