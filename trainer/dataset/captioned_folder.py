@@ -13,10 +13,11 @@ from pathlib import Path
 
 from trainer.core.errors import DataError
 from trainer.dataset.collector import SampleCollector, read_caption
+from trainer.dataset.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.listing import plural
 from trainer.dataset.paths import FOLDER_LINK_OUTSIDE, WalkedFolder, is_inside, walk
 from trainer.dataset.sample import Sample, check_caption, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, FileSource, describe_unread
+from trainer.dataset.source import FileSource
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
 from trainer.dataset.unused import CAPTION_SUFFIXES, MASKS
 

@@ -16,10 +16,11 @@ from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.core.files import storage_errors
+from trainer.dataset.image_formats import IMAGE_SUFFIXES
 from trainer.dataset.listing import Listing, plural
 from trainer.dataset.paths import LINK_OUTSIDE, check_relative_path, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption
-from trainer.dataset.source import IMAGE_SUFFIXES, FileSource, Source
+from trainer.dataset.source import FileSource, Source
 from trainer.dataset.unused import CAPTION_SUFFIXES, FileKey, describe_unused, file_key, find_unused
 
 P = ParamSpec("P")

@@ -13,10 +13,10 @@ from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector, group_captions, read_caption
+from trainer.dataset.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.listing import Listing
 from trainer.dataset.paths import FOLDER_LINK_OUTSIDE, is_hidden, is_inside
 from trainer.dataset.sample import Sample, check_caption, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.unused import MASKS
 
 

@@ -15,8 +15,8 @@ import datasets
 from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, WeightsError
+from trainer.dataset.image_formats import IMAGE_SUFFIXES
 from trainer.dataset.paths import is_inside
-from trainer.dataset.source import IMAGE_SUFFIXES
 
 BUILDERS = {"arrow", "csv", "imagefolder", "json", "parquet"}
 """The builders of the library that read tables and images."""

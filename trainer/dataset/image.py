@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from trainer.core.errors import DataError
 from trainer.dataset.buckets import Size
-from trainer.dataset.source import PLUGIN_MODULES
+from trainer.dataset.image_formats import PLUGIN_MODULES
 
 
 def _add_plugins() -> list[str]:

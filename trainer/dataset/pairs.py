@@ -16,9 +16,10 @@ from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector, group_captions, read_caption
+from trainer.dataset.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.listing import Listing
 from trainer.dataset.sample import Sample, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, FileSource, describe_unread
+from trainer.dataset.source import FileSource
 from trainer.dataset.splitting import find_split_folders
 from trainer.dataset.unused import MASKS
 

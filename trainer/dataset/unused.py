@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from trainer.dataset.image_formats import IMAGE_SUFFIXES, PLUGINS, UNREAD_SUFFIXES
 from trainer.dataset.paths import walk
-from trainer.dataset.source import IMAGE_SUFFIXES, PLUGINS, UNREAD_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of caption files, in order of preference."""

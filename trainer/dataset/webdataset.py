@@ -13,10 +13,10 @@ from trainer.core.digests import Digests
 from trainer.core.errors import DataError
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector, decode_caption
+from trainer.dataset.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.listing import Listing
 from trainer.dataset.paths import check_relative_path, is_hidden
 from trainer.dataset.sample import Sample, check_caption, control_names, sample_id
-from trainer.dataset.source import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits, find_split_folders
 from trainer.dataset.table import read_cell, to_row
 from trainer.dataset.tar_files import MAX_TEXT, Member, TarSource, read_member, read_members
