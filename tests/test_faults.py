@@ -16,13 +16,14 @@ from pathlib import Path
 import faults_adapters
 import faults_checkpoints
 import faults_environment
+import faults_files
 import faults_interruptions
 import faults_training
 import pytest
 from fault_table import FAULTS, Fault
 from program import Harness
 
-MODULES = (faults_checkpoints, faults_interruptions, faults_training, faults_environment, faults_adapters)
+MODULES = (faults_checkpoints, faults_interruptions, faults_training, faults_environment, faults_adapters, faults_files)
 """Importing these modules fills the table."""
 
 OTHER_TESTS = {
@@ -49,7 +50,10 @@ OTHER_TESTS = {
     "F27": ["test_tracking.py -k locked_database", "test_mlflow_server.py -k server_that"],
     "F30": ["test_checkpoint.py -k pickle", "test_cache.py -k pickle"],
     "F31": ["test_command_line.py -k hydra_would_load"],
-    "F32": ["test_command_line.py -k secret or access_token"],
+    "F32": ["test_command_line.py -k secret or access_token", "test_tracking.py -k password"],
+    "F35": ["test_tracking_stores.py -k another_store or deleted or refuses_writes or temporary_files"],
+    "F36": ["test_signals.py -k signal"],
+    "F38": ["test_links.py -k link"],
 }
 """Tests in other files that `make faults` counts too, as arguments of pytest.
 

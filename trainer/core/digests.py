@@ -77,7 +77,7 @@ class Digests:
         if not rows:
             return
         # A failure does no harm: the next process reads those files again.
-        with contextlib.suppress(sqlite3.Error, OSError):
+        with contextlib.suppress(sqlite3.Error, OSError, ValueError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database, database:
                 # One row per file and key, so that edited files replace their rows. Columns are text because an inode
@@ -89,7 +89,8 @@ class Digests:
 
     def _read(self) -> dict[str, tuple[str, str]]:
         # Every use opens a connection of its own: SQLite connections must not be used across a fork.
-        with contextlib.suppress(sqlite3.Error, OSError):
+        # A damaged text raises UnicodeDecodeError, a ValueError.
+        with contextlib.suppress(sqlite3.Error, OSError, ValueError):
             if self.path.is_file():
                 with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as database:
                     rows = database.execute("SELECT file, state, sha256 FROM digests").fetchall()

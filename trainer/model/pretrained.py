@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.core import documents
+from trainer.core import documents, files
 from trainer.core.libraries import import_bitsandbytes
 from trainer.model.weights import is_leftover, wrong_tensors
 
@@ -32,7 +32,8 @@ def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch
     quantization = documents.read_json(folder / "config.json").get("quantization_config", {})
     if quantization.get("quant_method") == "bitsandbytes":
         import_bitsandbytes()
-    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    with files.library_errors(folder):
+        model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     _check_complete(folder, report)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -43,7 +44,8 @@ def load_text_encoder(kind: Any, folder: Path, dtype: torch.dtype, device: torch
 
 def load_vae(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns a frozen autoencoder of the diffusers class `kind`."""
-    model, report = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    with files.library_errors(folder):
+        model, report = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     _check_complete(folder, report)
     return model.to(device)
 
