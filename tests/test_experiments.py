@@ -214,4 +214,5 @@ def test_experiment_with_a_preset_trains_and_exports(
     assert " GiB\n" in output
     trains_all = "all weights are trained, in float32; matrix products in float32"
     assert (trains_all in output) == ("floorplans" in experiment)
-    assert list((tmp_path / "runs").glob("*/export/pytorch_lora_weights.safetensors")) or trains_all in output
+    export = "pipeline/unet" if trains_all in output else "pytorch_lora_weights.safetensors"
+    assert list((tmp_path / "runs").glob(f"*/export/{export}"))
