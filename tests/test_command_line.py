@@ -133,7 +133,7 @@ def test_missing_dataset_folder_is_a_data_error(capfd: pytest.CaptureFixture[str
         ("# @package _global_\noptimizer: {lr: fast}\n", r"experiment/mine\.yaml: optimizer\.lr takes a number"),
         ("optimizer: {lr: 1}\n", r"experiment/mine\.yaml: its first line must be # @package _global_"),
         ("# @package _global_\noptimizer: [\n", r"mine\.yaml.*line 3"),
-        ("# @package _global_\nmethod: {_target_: os.mkdir, path: trace}\n", "_target_: there is no such setting"),
+        ("# @package _global_\nmethod: {_target_: os.mkdir, path: trace}\n", "cannot load objects by name"),
         (f"# @package _global_\nname: {TOKEN}\n", "name holds an access token"),
         ("# @package _global_\ndefaults: [mine, _self_]\n", "experiment=mine selects names itself"),
         ("# @package _global_\ndefaults: [null]\n", "experiment=mine selects has a form that Hydra cannot compose"),

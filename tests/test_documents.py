@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.core import documents, errors
+from trainer.core import documents, errors, yaml_documents
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 
 
 def test_scalars_of_yaml_keep_their_characters():
     text = "a: 1.10\nb: [2024_05, on, 0x10]\nc: {1: 2024-01-01}\nd: ~\ne:\nf: 'null'\n"
-    assert documents.parse_yaml(text) == {
+    assert yaml_documents.parse_yaml(text) == {
         "a": "1.10",
         "b": ["2024_05", "on", "0x10"],
         "c": {"1": "2024-01-01"},
@@ -21,8 +21,8 @@ def test_scalars_of_yaml_keep_their_characters():
         "e": None,
         "f": "null",
     }
-    assert documents.parse_yaml("x: &x {a: 1}\ny: {<<: *x, b: 2}")["y"] == {"a": "1", "b": "2"}
-    assert documents.parse_yaml("") is None
+    assert yaml_documents.parse_yaml("x: &x {a: 1}\ny: {<<: *x, b: 2}")["y"] == {"a": "1", "b": "2"}
+    assert yaml_documents.parse_yaml("") is None
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_scalars_of_yaml_keep_their_characters():
 )
 def test_yaml_that_cannot_be_used_is_refused(text: str | bytes, reason: str):
     with pytest.raises(ValueError, match=reason):
-        documents.parse_yaml(text)
+        yaml_documents.parse_yaml(text)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_json_and_yaml_have_any_unicode_encoding(encoding: str):
     assert documents.parse_json('{"ä": "\\ud83d\\ude00"}'.encode(encoding)) == {"ä": "😀"}
-    assert documents.parse_yaml("ä: 😀".encode(encoding)) == {"ä": "😀"}
+    assert yaml_documents.parse_yaml("ä: 😀".encode(encoding)) == {"ä": "😀"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path):
         documents.read_json(Path("/dev/zero"))
     (tmp_path / "a.yaml").write_text("a: b: c")
     with pytest.raises(errors.DataError, match=r"a.yaml is not valid YAML: mapping values"):
-        documents.read_yaml(tmp_path / "a.yaml")
+        yaml_documents.read_yaml(tmp_path / "a.yaml")
 
 
 def test_values_have_the_expected_type():

@@ -86,7 +86,7 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
     from trainer.config.compose import register
     from trainer.config.help import help_text
     from trainer.config.hydra_errors import usage_errors
-    from trainer.config.request import requested_run
+    from trainer.config.request import check_sweep, requested_run
     from trainer.training.run_folder import find_run_folder
 
     if "--version" in arguments:
@@ -115,6 +115,7 @@ def run_command(arguments: list[str], signals: Signals, deliver_signals: Callabl
             raise UsageError(
                 "A sweep starts its members itself: type python -m trainer --multirun without accelerate launch."
             )
+        check_sweep(args)
     with usage_errors(args):
         code = run_hydra(make_job(args, signals, deliver_signals, failures), args)
     if failures:
@@ -152,12 +153,14 @@ def run_hydra(job: Job, args: Namespace) -> int:
     """Calls Hydra with a parsed command line. Returns the exit code."""
     import hydra
 
+    from trainer.config.compose import search_path
     from trainer.config.groups import CONF
 
     # Makes Hydra raise errors. By default it prints them and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    added = [] if args.shell_completion else search_path(args.config_dir)
     # Hydra parses sys.argv.
-    argv, sys.argv = sys.argv, ["trainer", *args.flags, *args.overrides]
+    argv, sys.argv = sys.argv, ["trainer", *args.flags, *args.overrides, *added]
     # Error messages would clutter the terminal during tab completion.
     stderr = redirect_stderr(io.StringIO()) if args.shell_completion else nullcontext()
     try:

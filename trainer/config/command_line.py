@@ -6,9 +6,9 @@ files (`hydra.run.dir`) before any rule of this program is checked. Hence overri
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hydra._internal.utils import get_args_parser  # Hydra offers no public access to its parser.
@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from trainer.config.groups import CONF, GROUPS, option_names
 from trainer.config.schema import is_group
 from trainer.config.sections import Stage
+from trainer.config.typed_text import keep_text
 from trainer.core import redaction
 from trainer.core.errors import UsageError
 
@@ -50,8 +51,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(arguments)
-    args.flags = [argument for argument in arguments if argument not in args.overrides]
     _check_flags(args)
+    args.flags = _hydra_flags(args)
     if args.shell_completion:
         if len(args.overrides) != 1 or not re.fullmatch(
             r"(install|uninstall|query)=(bash|fish|zsh)", args.overrides[0]
@@ -75,12 +76,22 @@ def _check_flags(args: Namespace) -> None:
             "--config-path and --config-name would replace the program's own settings; to add to them, create "
             "FOLDER/experiment/NAME.yaml and type --config-dir FOLDER experiment=NAME."
         )
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+    if args.config_dir is not None:
+        args.config_dir = os.path.expanduser(args.config_dir)
+    if args.config_dir is not None and not os.path.isdir(args.config_dir):
         raise UsageError(f"--config-dir {args.config_dir}: there is no such folder.")
     if sum(map(bool, (args.run, args.multirun, args.cfg, args.info, args.shell_completion))) > 1:
         raise UsageError("Type only one of --run, --multirun, --cfg, --info and --shell-completion.")
     if args.resolve and not (args.cfg or args.help):
         raise UsageError("--resolve needs --cfg job; type --cfg job --resolve.")
+
+
+def _hydra_flags(args: Namespace) -> list[str]:
+    """Returns the flags that Hydra gets. --config-dir is not one of them: see `trainer.config.compose.search_path`."""
+    names = ("hydra_help", "resolve", "run", "multirun", "shell_completion")
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    values = {name: getattr(args, name) for name in ("cfg", "package", "info")}
+    return [*flags, *(f"--{name}={value}" for name, value in values.items() if value is not None)]
 
 
 def check_override(text: str, sweep: bool) -> str:
@@ -117,7 +128,7 @@ def check_override(text: str, sweep: bool) -> str:
             f"{text}: several values are a sweep; type --multirun as well (on the command line only), or "
             f"{key}=[{value}] for a list."
         )
-    return text
+    return keep_text(text)
 
 
 def _check_hydra_setting(text: str, key: str, value: str) -> None:

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.command_line import quote
+from trainer.config.fields import convert_untyped, expanded_paths
 from trainer.config.groups import CONF, GROUPS, option_name, saved_settings_class
 from trainer.config.rules import check, check_which_run
 from trainer.config.schema import FREE_IN_POST_TRAINING_STAGES, Run, is_group
 from trainer.config.sections import POST_TRAINING_STAGES
 from trainer.config.suggestions import all_keys, explain_unknown_key, unknown_keys
-from trainer.core.errors import DataError, UsageError
+from trainer.core.errors import DataError, StorageError, UsageError
+from trainer.core.yaml_documents import read_yaml
 
 T = TypeVar("T")
 
@@ -45,10 +47,12 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=option, node=node)
 
 
-def compose_config(overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:
+def compose_config(
+    overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False, sweep: bool = False
+) -> DictConfig:
     """Returns the configuration that Hydra composes; `config_dir` is the folder given by --config-dir.
 
-    `with_hydra`: with the settings of Hydra itself.
+    `with_hydra`: with the settings of Hydra itself. `sweep`: of a sweep, which may have several values of a setting.
     """
     register()
     # `hydra.main`, or a notebook that uses Hydra itself, may have initialized Hydra already.
@@ -56,8 +60,19 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None, with
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            overrides = [*overrides, *search_path(config_dir)]
-            return hydra.compose("config", overrides=overrides, return_hydra_config=with_hydra)
+            instance = GlobalHydra.instance().hydra
+            assert instance is not None
+            config = instance.compose_config(
+                config_name="config",
+                overrides=[*overrides, *search_path(config_dir)],
+                run_mode=RunMode.MULTIRUN if sweep else RunMode.RUN,
+                from_shell=False,
+                with_log_configuration=False,
+            )
+            if not with_hydra:
+                with read_write(config), open_dict(config):
+                    del config["hydra"]
+            return config
     finally:
         GlobalHydra.instance().hydra = previous
 
@@ -66,7 +81,8 @@ def search_path(config_dir: str | None) -> list[str]:
     """Returns the override that makes Hydra search `config_dir`, too."""
     if config_dir is None:
         return []
-    return [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).absolute()}')}]"]
+    # `hydra_plugins.trainer_recipes` reads the files.
+    return [f"hydra.searchpath=[{quote(f'recipes://{Path(config_dir).absolute()}')}]"]
 
 
 def to_run(
@@ -81,6 +97,9 @@ def to_run(
     """
     if unknown := unknown_keys(config):
         raise UsageError(explain_unknown_key(unknown[0], [key for key in all_keys(config) if key not in unknown]))
+    convert_untyped(config)
+    for key, path in expanded_paths(config).items():
+        OmegaConf.update(config, key, path)
     check_which_run(config)
     name = config.run or config.resume
     if name is not None and find_folder is not None:
@@ -108,20 +127,22 @@ def read_run(path: Path) -> Run:
 
 def _read_config(path: Path) -> DictConfig:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
         schema = OmegaConf.structured(Run)
         for group in GROUPS:
             schema[group] = OmegaConf.structured(saved_settings_class(group, values[group].pop("kind", "")))
         config = OmegaConf.merge(schema, values)
         assert isinstance(config, DictConfig)
+        convert_untyped(config)
         return config
     except (
-        OSError,
+        DataError,
+        StorageError,
         ValueError,
         LookupError,
         TypeError,
         AttributeError,
-        yaml.YAMLError,
+        RecursionError,
         OmegaConfBaseException,
     ) as error:
         raise DataError(

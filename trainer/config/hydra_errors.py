@@ -9,17 +9,23 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from trainer.config.compose import compose_config
+from trainer.config.fields import expected_value
 from trainer.config.groups import CONF, GROUPS, option_names
 from trainer.config.schema import is_group
-from trainer.config.suggestions import all_keys, expected_type, explain_unknown_key
+from trainer.config.suggestions import all_keys, explain_unknown_key
 from trainer.core.errors import UsageError
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+TYPE_ERROR = re.compile(
+    "could not be converted|not a valid|not Optional|not a subclass|annot merge|[Ii]nvalid (value|type)"
+)
+"""What OmegaConf says about a value of the wrong type, where Hydra keeps only the text of its error."""
 
 
 @contextmanager
@@ -73,7 +79,12 @@ def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> 
         # A faulty file cannot be composed. Its keys are compared with those of the selected options of config groups.
         known = all_keys(compose_config(_selected_options(args, GROUPS if file else None), args.config_dir))
         return prefix + explain_unknown_key(str(key), known)
-    if key and (values := expected_type(str(cause))):
+    if (
+        key
+        and (isinstance(cause, ValidationError) or TYPE_ERROR.search(str(cause)))
+        and (values := expected_value(key))
+    ):
+        values = "a value, not null" if "not Optional" in str(cause) else values
         override = found[1] if (found := re.match(r"Error merging override (.*)", text)) else None
         if override and override.lstrip("+").startswith(f"{key}="):
             return f"{override}: type {values}."

@@ -10,9 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from trainer.config.command_line import check_is_sweep
+from trainer.config.command_line import check_is_sweep, to_override
 from trainer.config.compose import compose_config, to_run
+from trainer.config.fields import expanded_paths
 from trainer.config.hydra_errors import usage_errors
+from trainer.config.recipes import check_hydra
 from trainer.config.schema import Run
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def requested_run(args: Namespace, find_folder: FindFolder) -> Request | None:
         if config.hydra.mode == RunMode.MULTIRUN:
             return None
         check_is_sweep(args.overrides)
+        check_hydra(config)
         # As Hydra does for a job, so that ${hydra:...} has a value.
         instance = HydraConfig.instance()
         previous = instance.cfg
@@ -52,6 +55,20 @@ def requested_run(args: Namespace, find_folder: FindFolder) -> Request | None:
             return to_request(settings, args, find_folder)
         finally:
             instance.cfg = previous
+
+
+def check_sweep(args: Namespace) -> None:
+    """Checks what Hydra would load for the sweep that a parsed command line asks for, and expands ~ in its paths.
+
+    Raises errors.UsageError.
+    """
+    with usage_errors(args):
+        config = compose_config(args.overrides, args.config_dir, with_hydra=True, sweep=True)
+        check_hydra(config)
+        # Hydra itself creates the folder of the sweep, in `out`.
+        with read_write(config), open_dict(config):
+            del config["hydra"]
+        args.overrides += [to_override(key, path) for key, path in expanded_paths(config).items()]
 
 
 def to_request(config: DictConfig, args: Namespace, find_folder: FindFolder) -> Request:

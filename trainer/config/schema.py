@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from trainer.config.groups import GROUPS
 from trainer.config.sections import CacheSettings, Export, Log, Sampling, Save, Stage
+from trainer.core.settings import path_setting
 from trainer.dataset import Dataset
 from trainer.evaluation import Evaluation
 from trainer.hardware import Hardware
@@ -38,9 +39,9 @@ class Run:
     log: Log = field(default_factory=Log)
     cache: CacheSettings = field(default_factory=CacheSettings)
     stage: Stage = Stage.train
-    run: str | None = None
+    run: str | None = path_setting(None)
     """Id or folder of the run that a post-training stage works on."""
-    resume: str | None = None
+    resume: str | None = path_setting(None)
     """Id or folder of the run to continue."""
     steps: int | None = None
     """Number of optimizer steps. Excludes `epochs`."""
@@ -50,7 +51,7 @@ class Run:
     seed: int = 0
     name: str | None = None
     """Name of the run in the tracker."""
-    out: str = "runs"
+    out: str = path_setting("runs")
     """Folder that holds the folders of all runs."""
     fresh: bool = False
     """Start in a new folder even if the run exists."""

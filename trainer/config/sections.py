@@ -7,6 +7,7 @@ from enum import Enum
 
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
+from trainer.core.settings import path_setting
 
 
 class Stage(Enum):
@@ -73,7 +74,7 @@ class Sampling:
     """Guidance scale; null: the model's default."""
     prompts: list[str] | None = None
     """Prompts for `stage=sample`; null: it generates images for samples of the dataset."""
-    images: list[str] | None = None
+    images: list[str] | None = path_setting(None)
     """Control images for `prompts`: one for all prompts, or one for each."""
     split: SplitName = SplitName.validation
     """Split from which `stage=sample` takes samples if there are no prompts."""
@@ -145,7 +146,7 @@ class Export:
 class CacheSettings:
     """Where encoder outputs are cached, and how they are checked."""
 
-    path: str | None = None
+    path: str | None = path_setting(None)
     """Folder of the cache; null: `<out>/cache`."""
     verify: str = "quick"
     """`quick` checks an entry when it is first used. `full` checks all entries of a run before it starts, and encodes

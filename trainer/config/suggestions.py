@@ -1,9 +1,8 @@
-"""What to say about a setting that does not exist, or about a value of the wrong type."""
+"""What to say about a setting that does not exist."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 
@@ -70,23 +69,3 @@ def _similar(key: str, known: Sequence[str]) -> list[str]:
 def _initials(name: str) -> str | None:
     """Returns the initials of a name of several words (learning_rate -> lr), else None."""
     return "".join(word[0] for word in name.split("_") if word) if "_" in name else None
-
-
-EXPECTED = {
-    "to Integer": "a whole number",
-    "to Float": "a number such as 0.1 or 1e-4",
-    "valid bool": "true or false",
-    "to string": "text",
-    "not Optional": "a value, not null",
-    "not a subclass": "one of the settings in it, as group.key=value",
-    "is not a ListConfig": "a list such as [a,b]",
-    "with ListConfig": "a list such as [a,b]",
-}
-"""Part of an error message of OmegaConf -> the values that the setting takes."""
-
-
-def expected_type(error: str) -> str | None:
-    """Returns which values a setting takes, given OmegaConf's error message; None if the message does not say."""
-    if found := re.search(r"expected one of \[(.*)\]", error):
-        return f"one of {found[1]}"
-    return next((values for part, values in EXPECTED.items() if part in error), None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from trainer.core.settings import path_setting
+
 if TYPE_CHECKING:
     import torch
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 class Method:
     """Base class of the method settings; an option overrides `attach`."""
 
-    init_from: str | None = None
+    init_from: str | None = path_setting(None)
     """Weights to start from: a run, a folder that peft wrote, or a safetensors file."""
 
     freezes = False

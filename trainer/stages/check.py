@@ -20,6 +20,7 @@ from trainer.training.data import TrainingData, prepare, required_samples
 def execute(run: Run) -> None:
     """Prints what would be trained, and the data report. Raises errors.DataError if the data has faults."""
     data = prepare(run)
+    run.lr_scheduler.check(data.total_steps(run))
     check_buildable(run)
     network = run.model.meta_model()
     run.model.check_tensors(network)
