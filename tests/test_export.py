@@ -195,7 +195,7 @@ def test_full_training_is_exported_as_a_checkpoint(family: Family, tmp_path: Pat
     network = network_of(run, 0.01)
     path, single_file = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
-    from_file = dataclasses.replace(family, denoiser_path=str(single_file))
+    from_file = dataclasses.replace(family, **{family.denoiser: str(single_file)})
     for name, tensor in from_file.load_network(torch.float32).state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name]), name
     exported = ComponentWeights(path / family.denoiser)

@@ -148,7 +148,7 @@ def test_a_file_that_diffusers_did_not_name_like_itself_is_read(single: UNetFami
         else:
             part = {new + key.removeprefix(prefix): tensor for key, tensor in tensors.items() if prefix in key}
             save_file(part, path)
-        family = dataclasses.replace(single, path=single.config, config=None, denoiser_path=str(path))
+        family = dataclasses.replace(single, path=single.config, config=None, unet=str(path))
         assert_same(family.load_network(torch.float32).state_dict(), expected)
         assert family.not_read() == {path: set()}
     projection = "conditioner.embedders.1.model.text_projection"
@@ -255,7 +255,7 @@ def test_files_of_another_kind_are_refused_in_words(single: UNetFamily, tmp_path
         ({"path": "pickle.ckpt"}, "save_file"),
         ({"path": "x.gguf"}, "made from"),
         ({"path": "base.safetensors", "config": "no/where/at/all"}, "there is no such folder"),
-        ({"path": "base.safetensors"}, "cannot be read .* type model.config=FOLDER, any diffusers folder"),
+        ({"path": "base.safetensors", "config": "owner/name"}, "cannot be read .* type model.config=FOLDER, any diff"),
     ],
 )
 def test_what_cannot_be_read_says_what_to_type(
@@ -274,7 +274,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path):
         GROUPS["model"]["sdxl"](path="owner/name", config="owner/name")
     path = tmp_path / "flux.safetensors"
     path.touch()
-    with pytest.raises(WeightsError, match=r"type model.denoiser_path=.*flux.safetensors"):
+    with pytest.raises(WeightsError, match=r"type model.transformer=.*flux.safetensors"):
         FluxKontext(path=str(path)).folder()
 
 
@@ -315,7 +315,7 @@ def test_float8_file_is_read_as_it_is(scaled: bool, tmp_path: Path):
         if scaled and tensor.ndim == 2:
             tensors[f"model.diffusion_model.{key.removesuffix('weight')}scale_weight"] = scale
     save_tensors(path, tensors | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)})
-    family = dataclasses.replace(family, denoiser_path=str(path))
+    family = dataclasses.replace(family, transformer=str(path))
     assert family.not_read() == {path: {"scaled_fp8"}}
     dtypes = family.weights().dtypes()
     assert quantized_layers(dtypes) == {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.core.errors import UsageError, WeightsError
-from trainer.core.settings import added
-from trainer.model import checkpoint_files, single_file
+from trainer.core.settings import added, path_setting
+from trainer.model import checkpoint_files, published, single_file
 from trainer.model.single_file import FileWeights, Layout, TensorFile
 from trainer.model.weights import DIFFUSERS_WEIGHTS, ComponentWeights, WeightReader
 
@@ -25,19 +25,22 @@ class Checkpoint:
 
     `path` is a diffusers folder, a hub id, `package:` and a folder of this package, or for some families a safetensors
     file in the layout of the original program. Such a file has weights only: configs and tokenizers come from `config`,
-    a diffusers folder or a hub id (null: `default_config`). `denoiser_path` replaces the denoiser: a safetensors file,
-    in the original layout or diffusers', or a diffusers folder or hub id.
+    a diffusers folder or a hub id; null: those of the published model, which come with the program. A setting with the
+    name of a component replaces it: a safetensors file, in the original layout or diffusers', or a diffusers folder or
+    hub id.
     """
 
-    path: str | None = None
+    path: str | None = path_setting(None)
     revision: str | None = None
-    config: str | None = added(None)
-    denoiser_path: str | None = added(None)
+    config: str | None = added(None, path=True)
 
     denoiser: ClassVar[str] = "transformer"
     """Component of the checkpoint that is trained."""
     default_config: ClassVar[str | None] = None
-    """Hub id of a checkpoint whose configs and tokenizers fit each single file; None: `path` cannot be a file."""
+    """Hub id of a model whose configs and tokenizers come with the program and fit each single file.
+
+    If it is None, `path` cannot be a file.
+    """
     file_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "transformer": ("", "model.diffusion_model.", "diffusion_model.")
     }
@@ -62,9 +65,16 @@ class Checkpoint:
         raise NotImplementedError
 
     @property
-    def replacements(self) -> dict[str, tuple[str, str]]:
-        """Components that do not come from `path`: component -> the setting and its value."""
-        return {} if self.denoiser_path is None else {self.denoiser: ("denoiser_path", self.denoiser_path)}
+    def replacements(self) -> dict[str, str]:
+        """Components that do not come from `path`, each with the value of the setting of its name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name in self.components}
+        return {component: path for component, path in named.items() if path is not None}
+
+    def source(self, component: str) -> tuple[str, str]:
+        """Returns the setting that says where a component comes from, and its value."""
+        assert self.path is not None
+        replacement = self.replacements.get(component)
+        return ("path", self.path) if replacement is None else (component, replacement)
 
     def original_layout(self, component: str) -> Layout:
         """Returns where the tensors of a component are in a single file, without the prefix."""
@@ -93,33 +103,35 @@ class Checkpoint:
         if self.default_config is None:
             raise WeightsError(
                 f"model.path={self.path} is a single file, and this model also needs components that such files lack; "
-                f"type model.denoiser_path={self.path} to take the {self.denoiser} from it, and the model.path of a "
-                "diffusers folder or a hub id for the rest"
+                f"type model.{self.denoiser}={self.path} to take the {self.denoiser} from it, and the model.path of "
+                "a diffusers folder or a hub id for the rest"
             )
         return self._config_folder([pattern for pattern in patterns if not pattern.endswith(single_file.SUFFIX)])
 
     def _config_folder(self, patterns: list[str]) -> Path:
         """Returns the folder with the configs and tokenizers for a single file."""
-        source = self.config or self.default_config
-        assert source is not None
+        if self.config is None:
+            assert self.default_config is not None
+            folder = published.config_folder(self.default_config)
+            assert folder is not None
+            return folder
         remedy = "type model.config=FOLDER, any diffusers folder of this kind of model; its weights are not read"
         try:
-            folder = checkpoint_files.locate("config", source, self.revision, ["model_index.json", *patterns])
+            folder = checkpoint_files.locate("config", self.config, self.revision, ["model_index.json", *patterns])
         except WeightsError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise WeightsError(
                 f"model.path={self.path} holds weights only. Its configs and tokenizers come from "
-                f"model.config={source}, which cannot be read ({reason}); {remedy}"
+                f"model.config={self.config}, which cannot be read ({reason}); {remedy}"
             ) from error
         absent = [name for name in self.components if name not in self.replacements and not (folder / name).is_dir()]
         if absent:
-            raise WeightsError(f"model.config={source} has no folder {absent[0]}/; {remedy}")
+            raise WeightsError(f"model.config={self.config} has no folder {absent[0]}/; {remedy}")
         return folder
 
     def component_folder(self, component: str) -> Path:
         """Returns the folder with a component's config or tokenizer, and with its weights unless they are in a file."""
-        setting, path = self.replacements.get(component, ("path", self.path))
-        assert path is not None
+        setting, path = self.source(component)
         if setting == "path" or single_file.is_file_name(path):
             return self.folder() / component
         names = ["config.json", f"{DIFFUSERS_WEIGHTS}*.json", f"{DIFFUSERS_WEIGHTS}*.safetensors"]
@@ -132,11 +144,26 @@ class Checkpoint:
 
     def component_file(self, component: str) -> Path | None:
         """Returns the single file that holds the weights of a component; None if they are in its folder."""
-        setting, path = self.replacements.get(component, ("path", self.path))
-        assert path is not None
+        setting, path = self.source(component)
         if component not in self.file_prefixes or not single_file.is_file_name(path):
             return None
         return single_file.find_file(setting, path)
+
+    def with_published_configs(self) -> Self:
+        """Returns this model with the configs that come with the program, if `path` is the hub id of such a model.
+
+        They are enough for shapes and for networks on the meta device. Nothing is downloaded, and weights are absent.
+        """
+        assert self.path is not None
+        folder = published.config_folder(self.path)
+        return self if folder is None else replace(self, path=str(folder), revision=None)
+
+    def published_config(self, component: str) -> dict[str, Any]:
+        """Returns the JSON config of one component, without the network if `path` is the hub id of a published model.
+
+        Raises errors.WeightsError, DataError.
+        """
+        return self.with_published_configs().component_config(component)
 
     # Weights
 
@@ -164,7 +191,7 @@ class Checkpoint:
         found = single_file.find_weights(file, shapes, self.readable_layouts(component), self.file_prefixes[component])
         wrong = [f"it lacks {name}" for name in found.missing] or found.wrong_shapes()
         if wrong:
-            setting, _ = self.replacements.get(component, ("path", self.path))
+            setting, _ = self.source(component)
             remedy = "" if setting != "path" else "; or, if it is, a model.config with the configs of this model"
             raise WeightsError(
                 f"model.{setting}={file.path} seems to hold {describe_kind(file)}, not the {component} of this model: "

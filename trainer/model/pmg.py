@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import path_setting
 from trainer.model.checkpoint_files import SUFFIXES, locate, recipe_digest
 from trainer.model.unet.family import UNetFamily
 from trainer.model.weights import (
@@ -36,7 +37,7 @@ class PMG(UNetFamily):
     If a history is longer than `max_sequence_length` tokens, only its end is read.
     """
 
-    llm: str | None = None
+    llm: str | None = path_setting(None)
     llm_revision: str | None = None
     max_sequence_length: int = 600
 
@@ -61,12 +62,6 @@ class PMG(UNetFamily):
             )
         if self.train_text_encoder:
             raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
-
-    @property
-    def replacements(self) -> dict[str, tuple[str, str]]:
-        assert self.llm is not None
-        # `super()` fails in dataclasses with slots.
-        return UNetFamily.replacements.fget(self) | {"llm": ("llm", self.llm)}  # type: ignore[attr-defined]
 
     def component_folder(self, component: str) -> Path:
         if component == "llm":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainer.core.settings import added, path_setting
 from trainer.model import Family
 from trainer.model.pretrained import load_text_encoder, load_vae
 from trainer.model.single_file import Layout, TensorFile
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class UNetCheckpoint(Family):
-    """`vae` replaces the checkpoint's VAE: a diffusers folder, a hub id or a safetensors file.
+    """`vae` and `unet` replace the checkpoint's: a diffusers folder, a hub id or a safetensors file.
 
     With `train_text_encoder` the method applies to the text encoders too, and each step runs them on token ids.
     """
 
-    vae: str | None = None
+    vae: str | None = path_setting(None)
+    unet: str | None = added(None, path=True)
     train_text_encoder: bool = False
 
     denoiser = "unet"
@@ -59,12 +61,6 @@ class UNetCheckpoint(Family):
     def components(self) -> tuple[str, ...]:
         tokenizers = [f"tokenizer{suffix}" for suffix in self.text_suffixes]
         return ("vae", *self.text_encoder_names, *tokenizers, "unet", "scheduler")
-
-    @property
-    def replacements(self) -> dict[str, tuple[str, str]]:
-        vae = {} if self.vae is None else {"vae": ("vae", self.vae)}
-        # `super()` fails in dataclasses with slots.
-        return Family.replacements.fget(self) | vae  # type: ignore[attr-defined]
 
     def component_config(self, component: str) -> dict[str, Any]:
         config = Family.component_config(self, component)
