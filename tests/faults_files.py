@@ -17,6 +17,7 @@ from program import Harness
 
 from trainer.cache import entry
 from trainer.config.groups import GROUPS
+from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.dataset import hub_loading  # noqa: F401 (imported once for all children)
 from trainer.dataset.survey import survey_dataset
@@ -178,7 +179,7 @@ def member_trial(number: int) -> None:
     fields = {"number": 1, "overrides": ["a=1"], "varied": {"a": "1"}, "status": "finished", "code": 0, "reason": ""}
     fields |= {"log": "x", "folder": None, "best_loss": 0.5, "last_loss": 0.5, "psnr": None, "minutes": 1}
     try:
-        value = json.loads(mutate_json(fields, number))
+        value = documents.parse_json(mutate_json(fields, number))
     except ValueError:
         return
     if isinstance(value, dict):
