@@ -139,7 +139,7 @@ def test_every_fault_of_a_record_is_listed(folder: Path, digests: Digests):
         "train.json record 1: item_4 is missing",
         "train.json record 2: its history_items_info is empty",
         "train.json record 3, item 'item_5': there is no file 'images/5.png'",
-        "train.json record 3: has no user_style, and user_styles.json has none for 'train_user'",
+        "train.json record 3: has no user_style or worker_style, and user_styles.json has none for 'train_user'",
         "train.json record 5: is not a record with history_items_info",
     )
     for styles in ([{"user": "train_user", "style": "dark"}], {"train_user": "dark"}):
