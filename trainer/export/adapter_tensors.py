@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import DataError, UsageError
-from trainer.method.adapter_layers import LayerAdapter
+from trainer.method.layer_adapter import LayerAdapter
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from trainer.model.adapter_names import TEXT_ENCODER, layer_names
 if TYPE_CHECKING:
     import torch
 
-    from trainer.method.adapter_layers import LayerAdapter
+    from trainer.method.layer_adapter import LayerAdapter
     from trainer.model import Family
     from trainer.model.adapter_names import LayerRows
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from trainer.core import files, tensor_files
-from trainer.method.adapter_layers import LayerAdapter
+from trainer.method.layer_adapter import LayerAdapter
 
 
 def to_peft(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

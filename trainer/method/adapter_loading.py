@@ -10,7 +10,8 @@ import torch
 
 from trainer.core.errors import UsageError
 from trainer.method.adapter import Adapter
-from trainer.method.adapter_layers import LayerAdapter, layer_adapters
+from trainer.method.adapter_layers import layer_adapters
+from trainer.method.layer_adapter import LayerAdapter
 
 Shapes = dict[str, tuple[int, ...]]
 

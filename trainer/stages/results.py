@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from trainer.core import files
-from trainer.training.run_folder import RunSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,9 @@ class TrainingResult:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads the result of a run from its folder, which must have a summary."""
+        # `import trainer` imports this module, and must not import OmegaConf.
+        from trainer.training.run_folder import RunSummary
+
         summary = RunSummary.read(folder)
         evaluations = sorted((folder / "pictures").glob("step-*"))
         exports = (folder / "export").glob("*")
