@@ -29,7 +29,8 @@ from mlflow_helpers import (
 )
 
 from trainer.core import files
-from trainer.tracking import mlflow_tracker, ui
+from trainer.core.errors import UsageError
+from trainer.tracking import mlflow_store, mlflow_tracker, ui
 from trainer.tracking.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,8 +183,30 @@ def test_process_killed_while_creating_the_database_leaves_none(tmp_path: Path):
     assert (tmp_path / "mlflow.db").exists() and not list(tmp_path.glob(pattern))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--out mistyped", "--out mistyped: there is no such folder; type .*"),
+        ("--out .", r"--out \.: there are no runs in MLflow yet \(no file .*/mlflow.db\); type .*"),
+        ("--uri sqlite:///mistyped.db", "--uri sqlite:///mistyped.db: there are no runs .*mistyped.db.*"),
+        ("--out runs --experiment mistyped", "there is no experiment mistyped, only Default, trainer; type .*"),
+    ],
+)
+def test_ui_command_refuses_what_has_no_runs_and_creates_nothing(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    if "--out runs" in arguments:
+        mlflow_store.connect(mlflow_store.resolve_uri(None, tmp_path / "runs"), "trainer")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=f"ui: .*{message}"):
+        ui.main(arguments.split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.slow
 def test_ui_command_prints_a_link_to_the_runs_and_ends_its_server(tmp_path: Path):
+    mlflow_store.connect(mlflow_store.resolve_uri(None, tmp_path), "trainer")
     occupied = socket.create_server(("127.0.0.1", 0))
     first = occupied.getsockname()[1]
     command = [sys.executable, "-m", "trainer", "ui", "--out", str(tmp_path), "--port", str(first)]

@@ -93,6 +93,21 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         return client, experiment_id
 
 
+def missing_store(uri: str, experiment: str) -> str | None:
+    """Returns why there is nothing to show: no database at `uri`, or no experiment of this name; None if there is.
+
+    Creates nothing.
+    """
+    path = _sqlite_path(uri)
+    if path is not None and not path.is_file():
+        return f"there are no runs in MLflow yet (no file {path})"
+    client = import_mlflow().MlflowClient(uri, uri)
+    if client.get_experiment_by_name(experiment) is not None:
+        return None
+    names = [found.name for found in client.search_experiments()]
+    return f"there is no experiment {experiment}, only {', '.join(sorted(names)[:8]) or 'none'}"
+
+
 def database_file(uri: str) -> tuple[int, int] | None:
     """Returns what identifies the file of a SQLite database at `uri`; None for a server or another database.
 

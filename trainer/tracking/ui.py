@@ -19,7 +19,7 @@ from typing import BinaryIO, NoReturn
 from trainer.core import errors
 from trainer.tracking.mlflow import MLflow
 from trainer.tracking.mlflow_internals import SERVER_ENVIRONMENT, runs_url
-from trainer.tracking.mlflow_store import HOST, PORT, connect, resolve_uri
+from trainer.tracking.mlflow_store import HOST, PORT, connect, missing_store, resolve_uri
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = MLflow(experiment=options.experiment, uri=options.uri)
         uri = resolve_uri(settings.uri, options.out)
+        _check_store(uri, options)
         _, experiment_id = connect(uri, settings.experiment)
     except (errors.TrainerError, ModuleNotFoundError):
         raise
@@ -44,6 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         return _serve_until_exit(uri, options.out, free_port(options.port), experiment_id)
     return 0
+
+
+def _check_store(uri: str, options: argparse.Namespace) -> None:
+    """Refuses a mistyped folder, database or experiment, which `connect` would create. Raises errors.UsageError."""
+    reason = missing_store(uri, options.experiment)
+    if reason is None:
+        return
+    typed = f"--uri {options.uri}" if options.uri else f"--out {options.out}"
+    if options.uri is None and not options.out.is_dir():
+        reason = "there is no such folder"
+    raise errors.UsageError(
+        f"ui: {typed}: {reason}; type the folder, tracking.uri and tracking.experiment of your runs, for example "
+        "python -m trainer ui --out runs."
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
