@@ -109,6 +109,29 @@ def _check_combinations(run: Run) -> None:
             "evaluation.patience needs held-out samples; type dataset.validation_fraction=0.15 or another number "
             "above 0"
         )
+    _check_texts(run)
+
+
+def _check_texts(run: Run) -> None:
+    """Checks that the dataset has exactly the texts that the model reads besides the caption."""
+    needed, present = run.model.text_fields, run.dataset.text_fields
+    missing = [f"dataset.{name}" for name in needed if name not in present]
+    if missing:
+        raise UsageError(
+            f"model.keywords=true needs {' and '.join(missing)}, the text that the language model is asked to answer; "
+            f"type {missing[0]}='...' with dataset=personalized, whose file in conf/dataset/ names the fields"
+        )
+    unused = [f"dataset.{name}" for name in present if name not in needed]
+    if unused:
+        raise UsageError(
+            f"{' and '.join(unused)}: nothing reads this unless model.keywords=true; type that, or leave it out"
+        )
+    for name, prompts in (("sample.prompts", run.sample.prompts), ("evaluation.prompts", run.evaluation.prompts)):
+        if needed and prompts is not None:
+            raise UsageError(
+                f"{name}: a prompt has no {' and '.join(needed)}, which this model reads; leave {name} out, so that "
+                "samples of the dataset are used"
+            )
 
 
 def _check_average(run: Run) -> None:

@@ -42,6 +42,11 @@ class Dataset:
     generated: ClassVar[bool] = False
     """Whether the program generates the images itself, so that none can be damaged."""
 
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """Names of the texts that samples have besides the caption. Each is a setting of the layout."""
+        return ()
+
     def __post_init__(self) -> None:
         self._check_sizes()
         if not 0 <= self.validation_fraction < 1:

@@ -42,10 +42,19 @@ class Personalized(Dataset):
     separator: str = "; "
     numbered: bool = added(False)
     """Whether the captions of the history are numbered: "1. a cat", "2. a dog"."""
+    target_prompt: str | None = added(None)
+    """What a language model is asked for keywords of the item to generate; fields as in `template`."""
+    preference_prompt: str | None = added(None)
+    """What it is asked for keywords of the user's preference."""
 
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
-        _check_template(self.template)
+        for name in ("template", *self.text_fields):
+            _check_template(name, getattr(self, name))
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        return tuple(name for name in ("target_prompt", "preference_prompt") if getattr(self, name) is not None)
 
     def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per record; see `Dataset.read`."""
@@ -66,18 +75,18 @@ class Personalized(Dataset):
         return collector.to_listing()
 
 
-def _check_template(template: str) -> None:
+def _check_template(setting: str, template: str) -> None:
     """Raises errors.UsageError if a template has a field that samples do not have."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UsageError(
-            f"dataset.template={template!r}: {error}; type text with {{history}} and {{style}} in it"
+            f"dataset.{setting}={template!r}: {error}; type text with {{history}} and {{style}} in it"
         ) from None
     known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
     for _, name, form, conversion in parts:
         if name is not None and (name not in TEMPLATE_FIELDS or form or conversion):
-            raise UsageError(f"dataset.template has {{{name}}}, but a sample only has {known}")
+            raise UsageError(f"dataset.{setting} has {{{name}}}, but a sample only has {known}")
 
 
 def _read_styles(collector: SampleCollector) -> dict[str, str]:
@@ -139,7 +148,8 @@ class _RecordReader:
         self.location = f"{name}.json record {number}"
 
     def collect(self, split: str | None) -> None:
-        collector, record, template = self.collector, self.record, self.settings.template
+        collector, record, settings = self.collector, self.record, self.settings
+        templates = {name: getattr(settings, name) for name in ("template", *settings.text_fields)}
         faults_before = len(collector.faults)
         if not record:
             collector.add_fault(f"{self.location}: is not a record with history_items_info and target_item_info")
@@ -151,7 +161,7 @@ class _RecordReader:
         # A window of the same history may come with several targets, and a target with several histories.
         window = self._label("window_position", str(self.number))
         style = self._first_label(STYLE_KEYS) or self.styles.get(user)
-        if style is None and "{style}" in template:
+        if style is None and any("{style}" in template for template in templates.values()):
             collector.add_fault(
                 f"{self.location}: has no user_style or worker_style, and user_styles.json has none for {user!r}; "
                 "dataset.template need not contain {style}"
@@ -167,10 +177,15 @@ class _RecordReader:
             "target": target_caption,
             "user": user,
         }
-        caption = collector.attempt(self.location, check_caption, template.format_map(values))
+        texts = {
+            name: collector.attempt(self.location, check_caption, template.format_map(values))
+            for name, template in templates.items()
+        }
         id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
-        if collector.register_id(id, self.location) and caption:
-            collector.add(Sample(id, image, caption, split=split), self.location)
+        found = {name: text for name, text in texts.items() if text}
+        if collector.register_id(id, self.location) and len(found) == len(texts):
+            caption = found.pop("template")
+            collector.add(Sample(id, image, caption, split=split, texts=tuple(found.items())), self.location)
 
     def _first_label(self, keys: tuple[str, ...]) -> str:
         """Returns the text of a label that has several names. Two different texts are a fault."""

@@ -18,7 +18,8 @@ class Sample:
 
     `split` is "train", "validation" or "test" if the layout defines it, else None. `mask` is an edit mask over the
     image: white where the loss has its full weight, black where it is weighted by `dataset.mask_floor`. `weight`
-    multiplies the loss in training. An epoch visits the sample `repeats` times.
+    multiplies the loss in training. An epoch visits the sample `repeats` times. `texts` are further texts, each with
+    its name; see `Dataset.text_fields`.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Sample:
     mask: Source | None = None
     weight: float = 1.0
     repeats: int = 1
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 def control_names(count: int) -> tuple[str, ...]:

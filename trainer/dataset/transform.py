@@ -39,6 +39,11 @@ class TransformedSample:
     def caption(self) -> str:
         return "" if self.drop_caption else self.sample.caption
 
+    def text(self, name: str) -> str:
+        """Returns one of the sample's `texts`, which are dropped with the caption. Raises KeyError."""
+        text = dict(self.sample.texts)[name]
+        return "" if self.drop_caption else text
+
     @property
     def control_names(self) -> tuple[str, ...]:
         return control_names(len(self.sample.controls))
@@ -90,11 +95,13 @@ class TransformedSample:
     def content_key(self, field: str) -> object:
         """Returns what identifies a field in a cache key: its content and its transform, but not its file name.
 
-        `field` is an image by its name, `controls` for all control images, `caption` or `geometry`. Raises ValueError
-        for any other name.
+        `field` is an image by its name, `controls` for all control images, `caption`, `geometry` or one of the texts.
+        Raises ValueError for any other name.
         """
         if field == "caption":
             return self.caption
+        if field in dict(self.sample.texts):
+            return self.text(field)
         if field == "geometry":
             return self.geometry()
         if field == "controls":
@@ -112,6 +119,8 @@ class TransformedSample:
         """Returns names for a field that messages can show; see `content_key`."""
         if field == "caption":
             return [f"caption {self.caption:.80}" if self.caption else "the empty caption"]
+        if field in dict(self.sample.texts):
+            return [f"{field} {self.text(field):.80}"]
         if field == "geometry":
             return [f"the size of {self.sample.image.name}"]
         sources = [self.source(name) for name in (self.control_names if field == "controls" else (field,))]

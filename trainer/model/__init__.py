@@ -91,6 +91,11 @@ class Family(Checkpoint):
         """Numbers of control images that a sample may have."""
         return range(1)
 
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """Texts that samples must have besides the caption; see `Dataset.text_fields`."""
+        return ()
+
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
         """Returns name -> recipe of every tensor that is cached for a sample with this many control images.
 

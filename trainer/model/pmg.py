@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import UsageError
-from trainer.core.settings import path_setting
+from trainer.core.settings import added, path_setting
+from trainer.model import Recipe
 from trainer.model.checkpoint_files import SUFFIXES, locate, recipe_digest
-from trainer.model.unet.family import UNetFamily
+from trainer.model.configs import ConfigRules
+from trainer.model.pretrained import quiet_libraries
+from trainer.model.unet.family import UNetFamily, load_clip_tokenizer
 from trainer.model.weights import (
     TRANSFORMERS_WEIGHTS,
     CombinedWeights,
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from trainer.core.batch import Batch
+    from trainer.model.llm_unet.encoder import LLMUNetEncoder
+
+KEYWORDS = ("target", "preference")
+"""What the language model writes keywords for."""
 
 
 @dataclass(slots=True)
@@ -40,11 +47,20 @@ class PMG(UNetFamily):
     llm: str | None = path_setting(None)
     llm_revision: str | None = None
     max_sequence_length: int = 600
+    keywords: bool = added(False)
+    """Whether the UNet also attends to keywords that the language model writes for the target and the preference."""
+    keyword_tokens: int = added(100)
+    """Largest number of tokens that it writes for either."""
+    preference_weight: float | None = added(None)
+    """Factor of the soft prompt's states and those of the preference keywords; the target keywords have 1."""
+    negative_prompt: str | None = added(None)
+    """What guidance leads away from in sampling; null: an empty history."""
+    negative_tokens: int | None = added(None)
+    """Number of tokens of the negative prompt, with the first and the last; null: as many as the text encoder reads."""
 
     default_config = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     unused_file_keys = ("cond_stage_model.",)
     methods = ("soft_prompt",)
-    components = ("llm", "vae", "unet", "scheduler")
     target_modules = ()
     unquantized_modules = ("unet.time_embedding", "unet.*.time_emb_proj")
     text_suffixes = ()
@@ -62,6 +78,45 @@ class PMG(UNetFamily):
             )
         if self.train_text_encoder:
             raise UsageError("model.train_text_encoder: the language model stays frozen here; leave it out")
+        if self.keyword_tokens < 1:
+            raise UsageError(
+                f"model.keyword_tokens={self.keyword_tokens} writes no keyword; type 1 or more, such as 100"
+            )
+        if self.preference_weight is not None and self.preference_weight < 0:
+            raise UsageError(
+                f"model.preference_weight={self.preference_weight:g} is negative; type 0 for no preference, or 2"
+            )
+        if self.negative_tokens is not None and (self.negative_prompt is None or self.negative_tokens < 2):
+            raise UsageError(
+                f"model.negative_tokens={self.negative_tokens} needs model.negative_prompt and must be 2 or more; "
+                "leave it out to use the whole prompt"
+            )
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        clip = ("text_encoder", "tokenizer") if self._reads_clip else ()
+        return ("llm", "vae", *clip, "unet", "scheduler")
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        return tuple(f"{kind}_prompt" for kind in KEYWORDS) if self.keywords else ()
+
+    @property
+    def _reads_clip(self) -> bool:
+        """Whether the checkpoint's text encoder is used."""
+        return self.keywords or self.negative_prompt is not None
+
+    @classmethod
+    def text_encoder_class(cls, suffix: str) -> Any:
+        from transformers import CLIPTextModel
+
+        return CLIPTextModel
+
+    def config_rules(self) -> dict[str, ConfigRules]:
+        rules = UNetFamily.config_rules(self)
+        if not self._reads_clip:
+            return rules
+        return rules | {"text_encoder": ConfigRules("CLIPTextModel", model_type="clip_text_model")}
 
     def component_folder(self, component: str) -> Path:
         if component == "llm":
@@ -98,8 +153,78 @@ class PMG(UNetFamily):
     def predict(
         self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
     ) -> torch.Tensor:
-        prompt = network.encode_prompt(conditions["tokens"].long(), conditions["tokens_mask"].long())
+        import torch
+
+        if guidance is not None and "negative" in conditions:
+            negative = conditions["negative"].flatten(1).any(1)
+            if negative.all():
+                return UNetFamily.predict(self, network.unet, latents, t, {"prompt": conditions["negative"]}, guidance)
+            if negative.any():
+                # A typed prompt may be empty, too. The others attend to another number of states.
+                rows = [slice(i, i + 1) for i in range(len(latents))]
+                parts = [{name: tensor[row] for name, tensor in conditions.items()} for row in rows]
+                return torch.cat(
+                    [
+                        self.predict(network, latents[row], t[row], part, guidance)
+                        for row, part in zip(rows, parts, strict=True)
+                    ]
+                )
+        prompt = self.prompt_states(network, conditions)
         return UNetFamily.predict(self, network.unet, latents, t, {"prompt": prompt}, guidance)
+
+    def prompt_states(self, network: Any, conditions: Batch) -> torch.Tensor:
+        """Returns what the UNet attends to, (B, n, width): target keywords, preference keywords, soft prompt."""
+        import torch
+
+        soft = network.encode_prompt(conditions["tokens"].long(), conditions["tokens_mask"].long())
+        weight = 1.0 if self.preference_weight is None else self.preference_weight
+        if weight != 1:
+            soft = weight * soft
+        if not self.keywords:
+            return soft
+        target, preference = (conditions[f"{kind}_keywords"].to(soft.dtype) for kind in KEYWORDS)
+        return torch.cat([target, weight * preference, soft], 1)
+
+    def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
+        recipes = UNetFamily.recipes(self, digests, controls)
+        if not self._reads_clip:
+            return recipes
+        clip = [digests["text_encoder"], digests["tokenizer"], self.encoder_dtype.value]
+        if self.keywords:
+            digest = recipe_digest(digests["llm"], self.max_sequence_length, self.keyword_tokens, clip)
+            names = [(kind, f"{kind}_{what}") for kind in KEYWORDS for what in ("words", "keywords")]
+            recipes |= {name: Recipe((f"{kind}_prompt",), digest) for kind, name in names}
+        if self.negative_prompt is not None:
+            recipes["negative"] = Recipe(("caption",), recipe_digest(clip, self.negative_prompt, self.negative_tokens))
+        return recipes
+
+    def shapes(
+        self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = UNetFamily.shapes(self, height, width, control_sizes)
+        if not self._reads_clip:
+            return shapes
+        length = self.component_config("text_encoder")["max_position_embeddings"]
+        states = self.component_config("unet")["cross_attention_dim"]
+        if self.keywords:
+            shapes |= {f"{kind}_words": (length,) for kind in KEYWORDS}
+            shapes |= {f"{kind}_keywords": (length, states) for kind in KEYWORDS}
+        if self.negative_prompt is not None:
+            shapes["negative"] = (self.negative_tokens or length, states)
+        return shapes
+
+    def build_encoder(self, device: torch.device) -> LLMUNetEncoder:
+        from trainer.model.llm_unet.encoder import LLMUNetEncoder
+
+        quiet_libraries()
+        return LLMUNetEncoder(self, device)
+
+    def clip_token_ids(self, text: str, length: int | None = None) -> torch.Tensor:
+        """Returns `length` token ids of a text for the checkpoint's text encoder; None: as many as it reads."""
+        tokenizer = load_clip_tokenizer(self.component_folder("tokenizer"))
+        length = length or tokenizer.model_max_length
+        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokens.input_ids[0]
 
     def _caption_digest(self, name: str, digests: dict[str, str]) -> str:
         return recipe_digest(digests["llm"], self.max_sequence_length)
@@ -120,6 +245,10 @@ class PMG(UNetFamily):
             # The first token marks the beginning of a text.
             ids = torch.cat([ids[:1], ids[1 - self.max_sequence_length :]])
         return torch.ones_like(ids) if name == "tokens_mask" else ids
+
+    def decode_tokens(self, token_ids: torch.Tensor) -> str:
+        """Returns the text of token ids (L,) of the language model."""
+        return load_tokenizer(self.component_folder("llm")).decode(token_ids, skip_special_tokens=True)
 
     @classmethod
     def save_tiny_checkpoint(cls, folder: Path) -> list[str]:

@@ -122,6 +122,8 @@ def _digest(split: Split) -> str:
             # Left out if they have their default values, so that older datasets keep their digests.
             if extras != [None, 1.0, 1]:
                 values += extras
+            if sample.texts:
+                values.append(dict(sample.texts))
             content.append(values)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
