@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from program import start
 from synthetic import noise_sample
+from test_pmg import write_histories
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
+from trainer.config.compose import compose_config, to_run
 from trainer.core.batch import Batch, collate
 from trainer.core.digests import Digests
+from trainer.core.errors import UsageError
 from trainer.core.rng import normal
 from trainer.dataset.transform import TransformedSample
 from trainer.method.soft_prompt import SoftPrompt
 from trainer.model.llm_unet.encoder import parse_keywords
 from trainer.model.pmg import PMG
+from trainer.model.tiny_components import clip_config, save_clip_tokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = {"target_prompt": "Item: a red cup. Keywords:", "preference_prompt": "Liked: 1. a cat. Keywords:"}
@@ -168,3 +177,91 @@ def test_components_and_digests_include_the_text_encoder_only_if_it_is_read(fami
     assert plain.components == ("llm", "vae", "unet", "scheduler")
     assert family.component_digests(Digests(tmp_path)).keys() - plain.components == {"text_encoder", "tokenizer"}
     family.check_configs()
+
+
+def save_tiny_clip(folder: Path) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    words = save_clip_tokenizer(folder, ["red", "green", "blue"], 12)
+    text = clip_config(words, 12, 16).to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    torch.manual_seed(0)
+    model: Any = CLIPModel(config)
+    model.save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor: Any = CLIPProcessor
+    processor(CLIPImageProcessor(**sizes), CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+def test_sampling_keeps_the_weight_with_the_best_score(tmp_path: Path):
+    """The score of the paper, a x log(preference) + (1 - a) x log(target), from CLIP's own similarities."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    clip = save_tiny_clip(tmp_path / "clip")
+    settings = [
+        "experiment=pmg_keywords",
+        "precision=fp32",
+        "hardware=cpu",
+        *PMG.save_tiny_checkpoint(tmp_path / "tiny"),
+        "model.keyword_tokens=6",
+        f"dataset.path={write_histories(tmp_path / 'set', users=4)}",
+        f"out={tmp_path / 'runs'}",
+        "epochs=null",
+        "steps=1",
+        "batch=2",
+        "tracking=none",
+        "evaluation.images=1",
+        "sample.steps=1",
+        "export.formats=[]",
+    ]
+
+    def trainer(*arguments: str) -> str:
+        result = start(list(arguments), tmp_path / "output.txt").wait()
+        assert result.code == 0, result.output
+        return result.output
+
+    trainer(*settings)
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/run.json"))
+    search = ["sample.preference_weights=[0,1,3]", f"sample.clip={clip}", "sample.preference_share=0.25"]
+    trainer("stage=sample", f"run={folder}", "sample.count=2", *search)
+    model: Any = CLIPModel.from_pretrained(clip).eval()
+    processor: Any = CLIPProcessor.from_pretrained(clip)
+    pictures = sorted((folder / "samples").glob("*/*.png"))
+    assert len(pictures) == 2
+    for path in pictures:
+        scores = json.loads(path.with_suffix(".json").read_text())
+        tried = scores["tried"]
+        assert [entry["weight"] for entry in tried] == [0, 1, 3]
+        for entry in tried:
+            similarities = [max(entry[name], 1e-6) for name in ("target", "preference")]
+            expected = math.log(similarities[1] ** 0.25 * similarities[0] ** 0.75)
+            assert entry["score"] == pytest.approx(expected)
+        best = max(tried, key=lambda entry: entry["score"])
+        assert scores["best"] == best["weight"]
+        # The picture that was kept is the one of the best weight.
+        texts = [scores["target"], scores["preference"]]
+        inputs = processor(
+            text=texts, images=Image.open(path), padding=True, truncation=True, max_length=12, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = model(**inputs).logits_per_image[0] / model.logit_scale.exp()
+        assert logits.tolist() == pytest.approx([best["target"], best["preference"]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=pmg_flickr", "model.keywords=true"], "needs dataset.target_prompt and dataset.preference_prompt"),
+        (["experiment=pmg_flickr", "dataset.target_prompt='{target}'"], "unless model.keywords=true"),
+        (["experiment=pmg_keywords", "evaluation.prompts=[a cat]"], "a prompt has no target_prompt"),
+        (["experiment=pmg_keywords", "sample.preference_weights=[1,2]"], "needs a CLIP model"),
+        (["experiment=pmg_flickr", "sample.preference_weights=[1,2]", "sample.clip=x"], "only a run"),
+        (["experiment=pmg_keywords", "dataset.target_prompt='{item}'"], "dataset.target_prompt has {item}"),
+        (["experiment=pmg_flickr", "model.negative_tokens=2"], "needs model.negative_prompt"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], message: str):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        to_run(compose_config(overrides))

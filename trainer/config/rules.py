@@ -126,6 +126,11 @@ def _check_texts(run: Run) -> None:
         raise UsageError(
             f"{' and '.join(unused)}: nothing reads this unless model.keywords=true; type that, or leave it out"
         )
+    if run.sample.preference_weights is not None and not needed:
+        raise UsageError(
+            "sample.preference_weights compares images with the keywords of the target and the user, which only a run "
+            "with model.keywords=true has; leave it out"
+        )
     for name, prompts in (("sample.prompts", run.sample.prompts), ("evaluation.prompts", run.evaluation.prompts)):
         if needed and prompts is not None:
             raise UsageError(

@@ -7,7 +7,7 @@ from enum import Enum
 
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
-from trainer.core.settings import path_setting
+from trainer.core.settings import added, path_setting
 
 
 class Stage(Enum):
@@ -80,8 +80,15 @@ class Sampling:
     """Split from which `stage=sample` takes samples if there are no prompts."""
     count: int | None = None
     """Number of samples from the split; null: the whole test split, or `evaluation.images` of another split."""
+    preference_weights: list[float] | None = added(None)
+    """Values of `model.preference_weight` that `stage=sample` tries for each image, of which it keeps the best."""
+    preference_share: float = added(2 / 3)
+    """How much the best image owes to the preference, 0 to 1; the rest is the target's share."""
+    clip: str | None = added(None, path=True)
+    """Folder or hub id of the CLIP model that compares these images with the keywords."""
 
     def __post_init__(self) -> None:
+        self._check_preference()
         if self.count is not None and self.count < 1:
             raise UsageError(f"sample.count={self.count} generates no image; type sample.count=1 or more, or null")
         if self.steps is not None and self.steps < 1:
@@ -92,6 +99,24 @@ class Sampling:
             raise UsageError(
                 f"sample.images names {len(self.images)} images for {len(self.prompts)} prompts; name one image for "
                 "all prompts, or one for each prompt"
+            )
+
+    def _check_preference(self) -> None:
+        if not 0 <= self.preference_share <= 1:
+            raise UsageError(
+                f"sample.preference_share={self.preference_share:g} is not a share; type 0 to 1, such as 0.5"
+            )
+        weights = self.preference_weights
+        if weights is None:
+            return
+        if not weights or min(weights) < 0 or len(set(weights)) < len(weights):
+            raise UsageError(
+                f"sample.preference_weights={weights} must be different numbers, 0 or more; type [1,2], or null"
+            )
+        if self.clip is None:
+            raise UsageError(
+                "sample.preference_weights needs a CLIP model that chooses between the images; type "
+                "sample.clip=FOLDER, or a hub id such as openai/clip-vit-base-patch32"
             )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from trainer.core import files
 from trainer.core.dtypes import Dtype
@@ -25,7 +25,7 @@ from trainer.model.weights import Quantize, WeightReader, check_tensors, empty_m
 if TYPE_CHECKING:
     import torch
 
-    from trainer.core.batch import Batch
+    from trainer.core.batch import Batch, Example
     from trainer.dataset.transform import TransformedSample
     from trainer.objective import Objective
 
@@ -207,6 +207,14 @@ class Family(Checkpoint):
 
         `conditions` are the collated cached tensors other than the latents. `guidance` is None in training.
         """
+        raise NotImplementedError
+
+    def keywords_of(self, example: Example) -> tuple[str, str]:
+        """Returns the keywords of the target and of the user's preference, for a family that writes them."""
+        raise NotImplementedError
+
+    def with_preference_weight(self, weight: float) -> Self:
+        """Returns the family with another weight of the preference, for a family that writes keywords."""
         raise NotImplementedError
 
     def apply_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:

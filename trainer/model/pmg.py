@@ -7,10 +7,10 @@ which is all that is trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer.core.errors import UsageError
 from trainer.core.settings import added, path_setting
@@ -30,7 +30,7 @@ from trainer.model.weights import (
 if TYPE_CHECKING:
     import torch
 
-    from trainer.core.batch import Batch
+    from trainer.core.batch import Batch, Example
     from trainer.model.llm_unet.encoder import LLMUNetEncoder
 
 KEYWORDS = ("target", "preference")
@@ -245,6 +245,16 @@ class PMG(UNetFamily):
             # The first token marks the beginning of a text.
             ids = torch.cat([ids[:1], ids[1 - self.max_sequence_length :]])
         return torch.ones_like(ids) if name == "tokens_mask" else ids
+
+    def keywords_of(self, example: Example) -> tuple[str, str]:
+        tokenizer = load_clip_tokenizer(self.component_folder("tokenizer"))
+        target, preference = (
+            tokenizer.decode(example[f"{kind}_words"], skip_special_tokens=True).strip() for kind in KEYWORDS
+        )
+        return target, preference
+
+    def with_preference_weight(self, weight: float) -> Self:
+        return replace(self, preference_weight=weight)
 
     def decode_tokens(self, token_ids: torch.Tensor) -> str:
         """Returns the text of token ids (L,) of the language model."""

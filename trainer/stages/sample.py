@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.identity import to_plain
 from trainer.config.schema import Run
@@ -19,7 +22,10 @@ from trainer.dataset.transform import TransformedSample
 from trainer.stages.results import SamplingResult
 from trainer.training.data import TrainingData, held_out_samples, prepare, unconditional_samples
 from trainer.training.encoding import encode_missing
-from trainer.training.trained_run import load_trained_run
+from trainer.training.trained_run import TrainedRun, load_trained_run
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def execute(run: Run) -> SamplingResult:
@@ -32,10 +38,9 @@ def execute(run: Run) -> SamplingResult:
 
     trained = load_trained_run(run)
     data = prepare(run)
-    evaluator = trained.evaluator(data)
     samples = _samples_of_split(run, data) if run.sample.prompts is None else _prompted_samples(run, data)
 
-    request = {"step": trained.step, "sample": to_plain(run.sample), "data": data.digests["data"]}
+    request = {"step": trained.step, "sample": to_plain(run.sample, for_identity=True), "data": data.digests["data"]}
     name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     folder = trained.folder / "samples" / name
     paths = [folder / f"{i:05d}.png" for i in range(len(samples))]
@@ -45,13 +50,51 @@ def execute(run: Run) -> SamplingResult:
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     missing_samples = [samples[i] for i in missing]
     encode_missing(run, data, missing_samples + unconditional_samples(run, missing_samples))
-    for index, image in evaluator.generate(missing_samples, [run.sample.seed + i for i in missing]):
-        path = paths[missing[index]]
-        image_grid.save_png(path, image)
-        print_line(f"{path}: {missing_samples[index].caption}")
+    seeds = [run.sample.seed + i for i in missing]
+    if run.sample.preference_weights is None:
+        for index, image in trained.evaluator(data).generate(missing_samples, seeds):
+            path = paths[missing[index]]
+            image_grid.save_png(path, image)
+            print_line(f"{path}: {missing_samples[index].caption}")
+    else:
+        for index, image, scores in _generate_best(trained, data, missing_samples, seeds):
+            path = paths[missing[index]]
+            # First, so that each image has its scores.
+            files.write_json(path.with_suffix(".json"), scores)
+            image_grid.save_png(path, image)
+            print_line(f"{path}: preference weight {scores['best']:g}, {missing_samples[index].caption}")
     if not missing:
         print_line(f"all {len(paths)} images are in {folder} already")
     return SamplingResult(trained.folder.name, folder, trained.step, paths, captions)
+
+
+def _generate_best(
+    trained: TrainedRun, data: TrainingData, samples: list[TransformedSample], seeds: list[int]
+) -> Iterator[tuple[int, np.ndarray, dict[str, Any]]]:
+    """Yields (index, image, scores) for each sample: the image with the best score of all preference weights.
+
+    `scores` has the keywords, the similarities and score of each weight, and the best weight, the first of equals.
+    """
+    from trainer.model.clip_score import ClipScorer, preference_score
+
+    settings, model = trained.run.sample, trained.run.model
+    assert settings.clip is not None and settings.preference_weights is not None
+    scorer = ClipScorer(str(Path(settings.clip).expanduser()), trained.device)
+    runs = {
+        weight: replace(trained.run, model=model.with_preference_weight(weight))
+        for weight in settings.preference_weights
+    }
+    evaluators = {weight: replace(trained, run=run).evaluator(data) for weight, run in runs.items()}
+    for i, sample in enumerate(samples):
+        target, preference = model.keywords_of(data.cache.example(sample))
+        images, tried = {}, []
+        for weight, evaluator in evaluators.items():
+            ((_, images[weight]),) = evaluator.generate([sample], [seeds[i]])
+            to_target, to_preference = scorer.similarities(images[weight], [target, preference])
+            score = preference_score(to_target, to_preference, settings.preference_share)
+            tried.append({"weight": weight, "target": to_target, "preference": to_preference, "score": score})
+        best = max(tried, key=lambda result: result["score"])["weight"]
+        yield i, images[best], {"target": target, "preference": preference, "tried": tried, "best": best}
 
 
 def _samples_of_split(run: Run, data: TrainingData) -> list[TransformedSample]:
