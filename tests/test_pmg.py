@@ -247,3 +247,31 @@ def test_learned_tokens_start_with_the_standard_deviation_that_was_asked_for(fam
         prompt = load_trainable(family, token_std=std, num_image_prompt=64).soft_prompt
         assert prompt.tokens.std().item() == pytest.approx(std, rel=0.1)
         assert prompt.prefix.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_two_users_of_one_name_are_two_users(tmp_path: Path):
+    folder = write_histories(tmp_path / "set", users=4)
+    path = folder / "train.json"
+    records = json.loads(path.read_text())
+    for record, user, window in zip(records, ["anna", "Anna", "anna", "anna/b"], [0, 0, 0, "x"], strict=True):
+        record |= {"user_id": user, "window_position": window, "target_item_id": "red"}
+    # The third has the history of another user. The fourth is the first once more.
+    path.write_text(json.dumps([*records[:3], records[0], records[3]]))
+    listing = Personalized(path=str(folder)).read(Digests(tmp_path / "digests"))
+    ids = [sample.id for sample in listing.samples if sample.id.startswith("train/")]
+    assert ids == ["train/anna/0/red", "train/Anna/0/red/1", "train/anna/0/red/2", "train/anna/b/x/red"]
+    (fault,) = listing.faults
+    assert str(fault) == "train.json record 3: is the same sample as train.json record 0"
+
+
+def test_two_styles_of_one_user_are_a_fault(tmp_path: Path):
+    folder = write_histories(tmp_path / "set", users=2)
+    entries = [{"worker": "a", "style": "x"}, {"user": "a", "style": "x"}, {"user": "a", "style": "y"}]
+    (folder / "user_styles.json").write_text(json.dumps(entries))
+    path = folder / "train.json"
+    record = json.loads(path.read_text())[0] | {"user_id": "a", "user_style": None}
+    path.write_text(json.dumps([record]))
+    listing = Personalized(path=str(folder)).read(Digests(tmp_path / "digests"))
+    (fault,) = listing.faults
+    assert "user_styles.json entry 2: 'a' has another style" in str(fault)
+    assert listing.samples[0].caption.endswith("Their style: x.")

@@ -25,6 +25,8 @@ from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
 USER_KEYS = ("user_id", "worker_id")
 STYLE_KEYS = ("user_style", "worker_style")
 """Names of a user and a style in records; some data sets call users workers."""
+STYLE_FILE_KEYS = ("user", "worker")
+"""Names of a user in user_styles.json."""
 TEMPLATE_FIELDS = ("history", "style", "target", "user")
 
 
@@ -66,12 +68,13 @@ class Personalized(Dataset):
                 "a list of records with history_items_info and target_item_info."
             )
         styles = _read_styles(collector)
+        seen: dict[str, object] = {}
         for name, split in assign_splits(collector, names).items():
             path = collector.root / f"{name}.json"
             collector.mark_used(path)
             for number, record in enumerate(expect(read_json(path), list, f"{path}")):
                 collector.found += 1
-                _RecordReader(collector, self, record, name, number, styles).collect(split)
+                _RecordReader(collector, self, record, name, number, styles, seen).collect(split)
         return collector.to_listing()
 
 
@@ -108,15 +111,16 @@ def _read_styles(collector: SampleCollector) -> dict[str, str]:
             f"{path} contains {content!r:.40}, neither an object (user -> style) nor a list of objects with user and "
             "style. Fix the file."
         )
-    styles = {}
+    styles: dict[str, str] = {}
     for location, entry in entries:
         if not isinstance(entry, dict):
             collector.add_fault(f"{location}: is {entry!r:.40}, not an object with user and style")
-        elif {"user", "style"} <= entry.keys():
-            user = collector.attempt(location, _read_label, entry, "user")
+        elif "style" in entry and not entry.keys().isdisjoint(STYLE_FILE_KEYS):
+            users = [collector.attempt(location, _read_label, entry, key) for key in STYLE_FILE_KEYS if key in entry]
             style = collector.attempt(location, _read_label, entry, "style")
-            if user is not None and style is not None:
-                styles[user] = style
+            for user in dict.fromkeys(users):
+                if user is not None and style is not None and styles.setdefault(user, style) != style:
+                    collector.add_fault(f"{location}: {user!r:.80} has another style in an entry before it")
     return styles
 
 
@@ -132,7 +136,10 @@ def _read_label(record: dict[str, Any], key: str, default: str | None = None) ->
 
 
 class _RecordReader:
-    """Reads one record. `name` is that of its file without the suffix, `number` its position in it."""
+    """Reads one record. `name` is that of its file without the suffix, `number` its position in it.
+
+    `seen` holds what the samples before it were made from, by id.
+    """
 
     def __init__(
         self,
@@ -142,8 +149,10 @@ class _RecordReader:
         name: str,
         number: int,
         styles: dict[str, str],
+        seen: dict[str, object],
     ):
         self.collector, self.settings, self.name, self.number, self.styles = collector, settings, name, number, styles
+        self.seen = seen
         self.record: dict[str, Any] = record if isinstance(record, dict) else {}
         self.location = f"{name}.json record {number}"
 
@@ -182,6 +191,10 @@ class _RecordReader:
             for name, template in templates.items()
         }
         id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
+        # Two users may have one name, or names that differ in case or slashes only.
+        content = (user, window, target_id, history, style, target_caption)
+        if self.seen.setdefault(id.casefold(), content) != content:
+            id = f"{id}/{self.number}"
         found = {name: text for name, text in texts.items() if text}
         if collector.register_id(id, self.location) and len(found) == len(texts):
             caption = found.pop("template")
