@@ -275,3 +275,19 @@ def test_two_styles_of_one_user_are_a_fault(tmp_path: Path):
     (fault,) = listing.faults
     assert "user_styles.json entry 2: 'a' has another style" in str(fault)
     assert listing.samples[0].caption.endswith("Their style: x.")
+
+
+def test_long_histories_are_read_from_the_end_and_the_rest_is_named(tmp_path: Path):
+    folder = write_histories(tmp_path / "set", users=2)
+    path = folder / "train.json"
+    records = json.loads(path.read_text())
+    first, second = (record["history_items_info"][0] for record in records)
+    records[0]["history_items_info"] = [first, second, first | {"caption": "the last"}]
+    path.write_text(json.dumps(records))
+    settings = Personalized(path=str(folder), template="{history}", numbered=True, history_items=2)
+    listing = settings.read(Digests(tmp_path / "digests"))
+    assert listing.samples[0].caption == "1. a green thing; 2. the last"
+    assert listing.samples[1].caption == "1. a green thing"
+    assert "leaves out 1 item at the start of the history of 1 record: train.json record 0 (red)" in listing.notes[0]
+    with pytest.raises(UsageError, match="leaves no history"):
+        Personalized(history_items=0)

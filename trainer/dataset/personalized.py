@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from trainer.core.errors import DataError, UsageError
 from trainer.core.settings import added
 from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
-from trainer.dataset.listing import Listing
+from trainer.dataset.listing import Listing, plural
 from trainer.dataset.sample import Sample, check_caption
 from trainer.dataset.source import FileSource
 from trainer.dataset.splitting import VALIDATION_NAMES, assign_splits
@@ -27,6 +27,8 @@ STYLE_KEYS = ("user_style", "worker_style")
 """Names of a user and a style in records; some data sets call users workers."""
 STYLE_FILE_KEYS = ("user", "worker")
 """Names of a user in user_styles.json."""
+MAX_EXAMPLES = 3
+"""Number of records that a note names."""
 TEMPLATE_FIELDS = ("history", "style", "target", "user")
 
 
@@ -48,11 +50,17 @@ class Personalized(Dataset):
     """What a language model is asked for keywords of the item to generate; fields as in `template`."""
     preference_prompt: str | None = added(None)
     """What it is asked for keywords of the user's preference."""
+    history_items: int | None = added(None)
+    """How many items of a history are read, the last ones; null: all."""
 
     def __post_init__(self) -> None:
         Dataset.__post_init__(self)
         for name in ("template", *self.text_fields):
             _check_template(name, getattr(self, name))
+        if self.history_items is not None and self.history_items < 1:
+            raise UsageError(
+                f"dataset.history_items={self.history_items} leaves no history; type 1 or more, or null for all"
+            )
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -67,14 +75,14 @@ class Personalized(Dataset):
                 f"dataset.path={self.path}: there is no train.json in it, "
                 "a list of records with history_items_info and target_item_info."
             )
-        styles = _read_styles(collector)
-        seen: dict[str, object] = {}
+        shared = _Shared(_read_styles(collector))
         for name, split in assign_splits(collector, names).items():
             path = collector.root / f"{name}.json"
             collector.mark_used(path)
             for number, record in enumerate(expect(read_json(path), list, f"{path}")):
                 collector.found += 1
-                _RecordReader(collector, self, record, name, number, styles, seen).collect(split)
+                _RecordReader(collector, self, record, name, number, shared).collect(split)
+        collector.notes += shared.describe_left_out(self.history_items)
         return collector.to_listing()
 
 
@@ -135,11 +143,32 @@ def _read_label(record: dict[str, Any], key: str, default: str | None = None) ->
     return str(value)
 
 
-class _RecordReader:
-    """Reads one record. `name` is that of its file without the suffix, `number` its position in it.
+@dataclass(slots=True)
+class _Shared:
+    """What the records of a dataset have in common."""
 
-    `seen` holds what the samples before it were made from, by id.
-    """
+    styles: dict[str, str]
+    """User -> style in user_styles.json."""
+    seen: dict[str, object] = field(default_factory=dict)
+    """Case-folded id -> what the sample was made from."""
+    left_out: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Location of a record, and the names of the items that `history_items` leaves out of its history."""
+
+    def describe_left_out(self, limit: int | None) -> list[str]:
+        """Returns a line about the items that are left out, if there are any."""
+        if not self.left_out:
+            return []
+        count = sum(len(names) for _, names in self.left_out)
+        examples = [f"{location} ({', '.join(names)})" for location, names in self.left_out[:MAX_EXAMPLES]]
+        more = ", ..." if len(self.left_out) > MAX_EXAMPLES else ""
+        return [
+            f"dataset.history_items={limit} leaves out {plural(count, 'item')} at the start of the history of "
+            f"{plural(len(self.left_out), 'record')}: {', '.join(examples)}{more}"
+        ]
+
+
+class _RecordReader:
+    """Reads one record. `name` is that of its file without the suffix, `number` its position in it."""
 
     def __init__(
         self,
@@ -148,11 +177,9 @@ class _RecordReader:
         record: Any,
         name: str,
         number: int,
-        styles: dict[str, str],
-        seen: dict[str, object],
+        shared: _Shared,
     ):
-        self.collector, self.settings, self.name, self.number, self.styles = collector, settings, name, number, styles
-        self.seen = seen
+        self.collector, self.settings, self.name, self.number, self.shared = collector, settings, name, number, shared
         self.record: dict[str, Any] = record if isinstance(record, dict) else {}
         self.location = f"{name}.json record {number}"
 
@@ -169,7 +196,7 @@ class _RecordReader:
         user = self._first_label(USER_KEYS)
         # A window of the same history may come with several targets, and a target with several histories.
         window = self._label("window_position", str(self.number))
-        style = self._first_label(STYLE_KEYS) or self.styles.get(user)
+        style = self._first_label(STYLE_KEYS) or self.shared.styles.get(user)
         if style is None and any("{style}" in template for template in templates.values()):
             collector.add_fault(
                 f"{self.location}: has no user_style or worker_style, and user_styles.json has none for {user!r}; "
@@ -193,7 +220,7 @@ class _RecordReader:
         id = f"{self.name}/{user or 'user'}/{window}/{target_id}"
         # Two users may have one name, or names that differ in case or slashes only.
         content = (user, window, target_id, history, style, target_caption)
-        if self.seen.setdefault(id.casefold(), content) != content:
+        if self.shared.seen.setdefault(id.casefold(), content) != content:
             id = f"{id}/{self.number}"
         found = {name: text for name, text in texts.items() if text}
         if collector.register_id(id, self.location) and len(found) == len(texts):
@@ -227,7 +254,11 @@ class _RecordReader:
             if id not in ids:
                 self.collector.add_fault(f"{self.location}: history item {id!r:.40} is missing from history_items_info")
         captions = [self._read_item(item, f"history item {number}")[0] for number, item in enumerate(items)]
-        return [caption for caption in captions if caption is not None]
+        dropped = items[: -self.settings.history_items] if self.settings.history_items else []
+        if dropped:
+            names = [str(item.get("item_id", number)) for number, item in enumerate(dropped) if isinstance(item, dict)]
+            self.shared.left_out.append((self.location, names))
+        return [caption for caption in captions[len(dropped) :] if caption is not None]
 
     def _read_item(self, item: Any, name: str) -> tuple[str | None, FileSource | None]:
         """Returns the caption and the image of an item. Each is None if it has a fault."""
