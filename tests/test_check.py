@@ -35,3 +35,20 @@ def test_check_names_a_length_that_fits_the_dataset(
     typed = {text.partition("=")[0]: text for text in [*settings, *fitting]}
     if "warmup" not in str(settings):
         assert "overfits" not in report(tmp_path, capfd, *typed.values())
+
+
+@pytest.mark.parametrize("stage", ["check", "train"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["lr_scheduler.warmup=1000"], "lr_scheduler.warmup=1000 does not fit into 2 steps"),
+        (["lr_scheduler=cosine_restarts", "lr_scheduler.cycles=50"], "lr_scheduler.cycles=50 do not fit into the 2 "),
+    ],
+)
+def test_a_schedule_that_does_not_fit_into_the_epochs_is_refused(
+    stage: str, settings: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """How many steps the epochs have is known once the data are read."""
+    assert main([*TWO_SAMPLES, f"out={tmp_path}", f"stage={stage}", "batch=1", "epochs=1", *settings]) == 64
+    assert message in capfd.readouterr().err
+    assert not list(tmp_path.glob("*/run.json"))
