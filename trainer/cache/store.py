@@ -156,7 +156,8 @@ class Cache:
         """
         used = self._entry_names(samples)
         count = freed = 0
-        with self.lock("uses.lock"), self.lock(FILLING):
+        changing = files.storage_errors("change the list of used entries in", self.root / USES, SETTING)
+        with self.lock("uses.lock"), self.lock(FILLING), changing:
             for folder in sorted((self.root / USES).glob("*")):
                 owners = [Path(path.read_text()) for path in folder.glob("*.owner")]
                 if any(owner.is_dir() for owner in owners):

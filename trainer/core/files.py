@@ -216,7 +216,8 @@ def full_disk_errors() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             raise
         raise errors.StorageError(
-            f"{error}: free some space or choose another folder with out=FOLDER, and type the same command again"
+            f"{error}: free some space, or choose another folder with out=FOLDER (for runs) or cache.path=FOLDER (for "
+            "the cache), and type the same command again"
         ) from error
 
 
