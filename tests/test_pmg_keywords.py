@@ -18,6 +18,8 @@ from test_pmg import write_histories
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
 from trainer.config.compose import compose_config, to_run
+from trainer.config.schema import Run
+from trainer.config.sections import Export
 from trainer.core.batch import Batch, collate
 from trainer.core.digests import Digests
 from trainer.core.errors import UsageError
@@ -27,6 +29,8 @@ from trainer.method.soft_prompt import SoftPrompt
 from trainer.model.llm_unet.encoder import parse_keywords
 from trainer.model.pmg import PMG
 from trainer.model.tiny_components import clip_config, save_clip_tokenizer
+from trainer.precision import Precision
+from trainer.stages.data_report import describe_long_captions
 
 CPU = torch.device("cpu")
 PROMPTS = {"target_prompt": "Item: a red cup. Keywords:", "preference_prompt": "Liked: 1. a cat. Keywords:"}
@@ -195,6 +199,7 @@ def save_tiny_clip(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sampling_keeps_the_weight_with_the_best_score(tmp_path: Path):
     """The score of the paper, a x log(preference) + (1 - a) x log(target), from CLIP's own similarities."""
     from transformers import CLIPModel, CLIPProcessor
@@ -265,3 +270,10 @@ def test_sampling_keeps_the_weight_with_the_best_score(tmp_path: Path):
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], message: str):
     with pytest.raises(UsageError, match=re.escape(message)):
         to_run(compose_config(overrides))
+
+
+def test_prompts_that_the_language_model_cannot_read_whole_are_named(family: PMG):
+    run = Run(model=family, method=SoftPrompt(), precision=Precision(), export=Export())
+    long = sample_with_prompts(preference_prompt="x" * 80).sample
+    (line,) = describe_long_captions(run, [long, sample_with_prompts().sample])
+    assert line.startswith("1 texts of dataset.preference_prompt are longer than the 64 tokens") and "a cat" in line

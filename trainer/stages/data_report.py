@@ -79,20 +79,28 @@ def describe_upscaling(data: TrainingData, samples: Iterable[Sample]) -> list[st
 
 
 def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
-    """Returns a line about captions that the model does not read completely, if there are any."""
-    tokens = run.model.count_caption_tokens([sample.caption for sample in samples])
-    if tokens is None:
-        return []
-    counts, limit = tokens
-    too_long = [sample for sample, count in zip(samples, counts, strict=True) if count > limit]
-    if not too_long:
-        return []
-    names = ", ".join(sample.id for sample in too_long[:MAX_EXAMPLES])
-    more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
-    return [
-        f"{len(too_long)} captions are longer than the {limit} tokens that the model reads, and are cut off: "
-        f"{names}{more}"
-    ]
+    """Returns a line about captions that the model does not read completely, if there are any.
+
+    There is one more line for each of the samples' other texts of which this is true.
+    """
+    texts = {"captions": [sample.caption for sample in samples]}
+    texts |= {
+        f"texts of dataset.{name}": [dict(sample.texts)[name] for sample in samples] for name in run.model.text_fields
+    }
+    lines = []
+    for name, values in texts.items():
+        tokens = run.model.count_caption_tokens(values)
+        if tokens is None:
+            return []
+        counts, limit = tokens
+        too_long = [sample.id for sample, count in zip(samples, counts, strict=True) if count > limit]
+        if too_long:
+            more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
+            lines.append(
+                f"{len(too_long)} {name} are longer than the {limit} tokens that the model reads, and are cut off: "
+                f"{', '.join(too_long[:MAX_EXAMPLES])}{more}"
+            )
+    return lines
 
 
 def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
