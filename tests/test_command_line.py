@@ -111,6 +111,8 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int =
         ("seed=range(1,2,0) --multirun", "cannot compose .*must not be zero"),
         ("check", "type python -m trainer stage=check"),
         ("seed=1 ui", r"type python -m trainer ui"),
+        ("x" * 300 + "=1", "more characters than a file name"),
+        ("experiment=" + "x" * 300, "there is no such option"),
         ("ui --nope", "--nope; type for example python -m trainer ui --out FOLDER"),
     ],
 )

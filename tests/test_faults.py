@@ -18,12 +18,21 @@ import faults_checkpoints
 import faults_environment
 import faults_files
 import faults_interruptions
+import faults_settings
 import faults_training
 import pytest
 from fault_table import FAULTS, Fault
 from program import Harness
 
-MODULES = (faults_checkpoints, faults_interruptions, faults_training, faults_environment, faults_adapters, faults_files)
+MODULES = (
+    faults_checkpoints,
+    faults_interruptions,
+    faults_training,
+    faults_environment,
+    faults_adapters,
+    faults_files,
+    faults_settings,
+)
 """Importing these modules fills the table."""
 
 OTHER_TESTS = {

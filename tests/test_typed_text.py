@@ -111,6 +111,17 @@ def test_a_value_of_another_type_is_explained_by_the_type_of_the_setting(overrid
         request("dataset=concepts", override)
 
 
+@pytest.mark.parametrize("name", ["146730e92337", "2024_05", "007"])
+def test_a_run_whose_name_looks_like_a_number_is_found(name: str, tmp_path: Path):
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    saved = request("seed=7")
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(saved), sort_keys=False))
+    found = request("stage=evaluate", f"run={name}", "out=runs")
+    assert (found.run, found.seed) == (name, 7)
+
+
 # ~
 
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
 from hydra.errors import HydraException
 
-from trainer.config.groups import CONF, GROUPS, option_names
+from trainer.config.groups import GROUPS, has_folder, option_names
 from trainer.config.schema import is_group
 from trainer.config.sections import Stage
 from trainer.config.typed_text import keep_text
@@ -121,7 +121,7 @@ def check_override(text: str, sweep: bool) -> str:
     if text.startswith("~"):
         raise UsageError(f"{text}: settings cannot be removed; leave it out, or type {key}=null.")
     text, override = _parse_override(text, key, value)
-    if is_group(key) and (CONF / key).is_dir():
+    if is_group(key) and has_folder(key):
         _check_option_names(text, key, override.value())
     if override.is_sweep_override() and not sweep:
         raise UsageError(
@@ -164,7 +164,7 @@ def _check_option(text: str, group: str, value: str) -> None:
             else "for your own yaml files see --config-dir in --help"
         )
         raise UsageError(f"{text}: an option is a name, not a path; {remedy}.")
-    if text.startswith("+") and (CONF / group).is_dir():
+    if text.startswith("+") and has_folder(group):
         raise UsageError(f"{text}: type it without +.")
 
 

@@ -8,6 +8,7 @@ have the group's base class and differ only in their values.
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,12 @@ BASES: dict[str, type] = {
     "tracking": Tracking,
 }
 """Group -> base class of the settings of its options, in the order of the defaults list in `conf/config.yaml`."""
+
+
+def has_folder(group: str) -> bool:
+    """Returns whether a group has a folder in conf/, for any text that a user may type."""
+    # Path.is_dir raises an error for a name that is too long.
+    return os.path.isdir(CONF / group)
 
 
 def option_names(group: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from yaml import YAMLError
 
 from trainer.config.compose import compose_config
 from trainer.config.fields import expected_value
-from trainer.config.groups import CONF, GROUPS, option_names
+from trainer.config.groups import GROUPS, has_folder, option_names
 from trainer.config.schema import is_group
 from trainer.config.suggestions import all_keys, explain_unknown_key
 from trainer.core.errors import UsageError
@@ -37,9 +38,9 @@ def usage_errors(args: Namespace) -> Iterator[None]:
         raise UsageError(f"A settings file is not valid YAML: {' '.join(str(error).split())}.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error, args)) from error
-    except (AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         # Hydra checks the form of a defaults list and of its own settings only here and there.
-        if not _raised_by_hydra(error):
+        if not _raised_by_hydra(error) or (isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG):
             raise
         raise UsageError(_explain_other(error, args)) from error
 
@@ -57,6 +58,8 @@ def _explain_other(error: Exception, args: Namespace) -> str:
     where = f"A settings file that {selected} selects" if selected else "A settings file or an argument"
     if isinstance(error, RecursionError):
         return f"{where} names itself in its defaults list, directly or through other files, or is nested too deeply."
+    if isinstance(error, OSError):
+        return f"{where} names a group or an option with more characters than a file name may have."
     if isinstance(error, UnicodeDecodeError):
         return f"{where} is not UTF-8 text ({error})."
     reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -110,5 +113,5 @@ def _selected_options(args: Namespace, groups: Collection[str] | None) -> list[s
     return [
         f"{key}={option}"
         for key, _, option in pairs
-        if (groups is None or key in groups) and (CONF / key).is_dir() and not re.search(r"[,{]", option)
+        if (groups is None or key in groups) and has_folder(key) and not re.search(r"[,{]", option)
     ]
