@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trainer.config.schema import DECIDES_WEIGHTS, Run
 from trainer.config.suggestions import all_keys, explain_unknown_key
 from trainer.core import errors
 from trainer.core.settings import added
+from trainer.training.run_folder import acquire_run_folder
 
 OPTIONS = [
     (path.parent.name, path.stem) for group in (*GROUPS, "experiment") for path in sorted((CONF / group).glob("*.yaml"))
@@ -211,7 +212,7 @@ def test_alpha_is_alpha_per_rank_times_rank_unless_typed():
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ("steps=10 epochs=1", "only one of them"),
+        ("steps=10 epochs=1", "epochs=null"),
         ("steps=0", "type steps=1"),
         ("epochs=-1", "type epochs=1"),
         ("batch=0", "type batch=1"),
@@ -453,3 +454,18 @@ def test_invalid_config_file_is_a_data_error(text: str, tmp_path: Path):
         read_run(path)
     with pytest.raises(errors.DataError):
         read_run(tmp_path / "missing.yaml")
+
+
+def test_a_command_finds_the_folder_that_started_with_its_data(tmp_path: Path):
+    run = run_of(f"out={tmp_path}")
+
+    def folder(data: str, fresh: bool = False) -> str:
+        with acquire_run_folder(replace(run, fresh=fresh), {"data": data}) as acquired:
+            return acquired.path.name
+
+    id = run_id(run)
+    assert folder("shoes") == id
+    with pytest.raises(errors.UsageError, match="started with different data.* type fresh=true"):
+        folder("bags")
+    assert folder("bags", fresh=True) == f"{id}-2"
+    assert (folder("shoes"), folder("bags")) == (id, f"{id}-2")

@@ -195,7 +195,10 @@ def resolve(run: Run) -> Run:
             f"method={run.model.methods[0]}"
         )
     if run.steps is not None and run.epochs is not None:
-        raise UsageError(f"steps={run.steps} and epochs={run.epochs} are both set; type only one of them")
+        raise UsageError(
+            f"steps={run.steps} and epochs={run.epochs} are both set, one of them perhaps by a recipe; to train for "
+            f"{run.steps} steps, type epochs=null as well"
+        )
     if run.steps is None and run.epochs is None:
         run = replace(run, steps=suggested.steps)
     if run.optimizer.lr is None:

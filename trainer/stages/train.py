@@ -67,6 +67,7 @@ def train(
                 _show_finished(run, run_folder, overrides)
                 return True
             check_buildable(run, is_new=not (run_folder.path / CHECKPOINTS).exists())
+            open_device(run)  # a device that is missing is reported before anything is encoded
             journal = stack.enter_context(Journal(run_folder.path))
             stack.enter_context(log_to_folder(run_folder.path, journal))
             # `run.execute` does the same; here, journal and log get its message too.

@@ -138,7 +138,7 @@ def copy_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
 def describe_precision(run: Run) -> str:
     """Returns a sentence about the types of the weights and of the matrix products."""
     products = f"matrix products in {run.precision.compute.value}"
-    if run.method.is_adapter:
+    if run.method.freezes:
         return f"frozen weights {run.precision.storage.name}, trainable parameters float32, {products}"
     weights = str(run.method.dtype(run.precision.dtype())).removeprefix("torch.")
     return f"all weights are trained, in {weights}; {products}"

@@ -120,7 +120,7 @@ def acquire_run_folder(run: Run, digests: dict[str, Any]) -> Iterator[RunFolder]
         id = folder.name
     else:
         id = run_id(run)
-        folder = _latest_folder(Path(run.out), id, run.fresh)
+        folder = _own_folder(Path(run.out), id, run.fresh, digests | {"program": __version__})
     if not (folder / MANIFEST).exists():
         with files.storage_errors("make the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,16 +155,37 @@ def _check_digests(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> No
         raise UsageError(
             f"{folder} started with different data, weights or program version "
             f"({'; '.join(_shorten_digests(change) for change in changes)}). "
-            "Continuing would mix two runs: type fresh=true to start a new one, or restore what changed"
+            "Continuing would mix two runs: type fresh=true to train with what is there now, in a new folder, or "
+            "restore what changed"
         )
+
+
+def _own_folder(out: Path, id: str, fresh: bool, digests: dict[str, Any]) -> Path:
+    """Returns the last folder of the id that started with these digests, else the last one; with `fresh` a new one."""
+    latest = _latest_folder(out, id, fresh)
+    if fresh:
+        return latest
+    for number in sorted(_folder_numbers(out, id), reverse=True):
+        folder = _numbered_folder(out, id, number)
+        if (folder / MANIFEST).exists() and read_manifest(folder)["digests"] == digests:
+            return folder
+    return latest
 
 
 def _latest_folder(out: Path, id: str, fresh: bool) -> Path:
     """Returns the last existing folder of `<id>`, `<id>-2`, `<id>-3`, ...; with `fresh` the next one."""
+    numbers = _folder_numbers(out, id)
+    return _numbered_folder(out, id, max(numbers, default=0) + 1 if fresh else max(numbers, default=1))
+
+
+def _folder_numbers(out: Path, id: str) -> list[int]:
+    """Returns the numbers of the existing folders of an id; the one without a number is 1."""
     numbers = [1] if (out / id / MANIFEST).exists() else []
     names = [path.name for path in out.glob(f"{id}-*")]
-    numbers += [int(name.rpartition("-")[2]) for name in names if re.fullmatch(rf"{id}-\d+", name)]
-    number = max(numbers, default=0) + 1 if fresh else max(numbers, default=1)
+    return numbers + [int(name.rpartition("-")[2]) for name in names if re.fullmatch(rf"{id}-\d+", name)]
+
+
+def _numbered_folder(out: Path, id: str, number: int) -> Path:
     return out / (id if number == 1 else f"{id}-{number}")
 
 
