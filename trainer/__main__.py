@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr, suppress
 from typing import TYPE_CHECKING
 
 from trainer.core import garbage, redaction
@@ -225,6 +225,12 @@ def script() -> None:
     garbage.collect_seldom()
     code = main()
     garbage.skip_last_collection()
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        # Everything is saved and closed. A signal that interrupted an import may have left a lock behind, for which
+        # functions that run at exit could wait.
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
