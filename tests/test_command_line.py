@@ -340,9 +340,10 @@ def test_process_exits_with_the_code_of_the_error():
     assert done.stderr == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?\n"
 
 
-def test_missing_package_is_named_with_the_interpreter_and_what_to_type():
+def test_missing_package_is_named_with_the_interpreter_and_what_to_type(tmp_path: Path):
+    (tmp_path / "mlflow.db").touch()
     # -S hides all installed packages.
-    for arguments, package in (["stage=check"], "hydra"), (["ui"], "mlflow"):
+    for arguments, package in (["stage=check"], "hydra"), (["ui", "--out", str(tmp_path)], "mlflow"):
         done = run([sys.executable, "-S", "-m", "trainer", *arguments])
         assert (done.returncode, done.stdout) == (errors.InstallationError.code, "")
         assert f"package {package}, which trainer needs, is not installed" in done.stderr
