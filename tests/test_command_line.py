@@ -383,3 +383,9 @@ def test_bash_completes_the_console_script():
         ["bash", "-c", script], env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     )
     assert done.stdout == "tracking=none\n"
+
+
+@pytest.mark.parametrize("setting", ["stage=sample run", "stage=check model=sd15 model.path"])
+def test_name_that_is_too_long_for_the_file_system_is_refused(setting: str, capsys: pytest.CaptureFixture):
+    assert main(f"{setting}={'x' * 300}".split()) == 64
+    assert len(capsys.readouterr().err.splitlines()) == 1

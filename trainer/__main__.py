@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return 128 + signal.SIGPIPE
+        if error.errno == errno.ENAMETOOLONG:
+            print_error(f"{error.filename}: the name is too long for the file system; type a shorter one.")
+            return UsageError.code
         return report_bug(error)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (reason := missing_package(error)):

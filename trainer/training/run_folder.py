@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -218,7 +219,8 @@ def find_run_folder(name: str, out: str) -> Path:
     Raises errors.UsageError if there is none, errors.StorageError if it contains links.
     """
     for folder in (Path(name).expanduser(), Path(out) / name):
-        if (folder / MANIFEST).is_file():
+        # Path.is_file raises an error for a name that is too long.
+        if os.path.isfile(folder / MANIFEST):
             files.check_plain(folder)
             return folder
     runs = sorted(path.parent.name for path in Path(out).glob(f"*/{MANIFEST}"))
