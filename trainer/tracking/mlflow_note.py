@@ -24,7 +24,9 @@ def read_note(folder: Path) -> dict[str, Any]:
         note = documents.expect(documents.read_json(folder / FILE_NAME), dict, where)
         for name in ("uri", "experiment_id", "run_id", "status"):
             documents.expect(note.get(name), str | None, f"{where}: {name}")
-        documents.expect(note.get("sent"), int | None, f"{where}: sent")
+        sent = documents.expect(note.get("sent"), int | None, f"{where}: sent")
+        if sent is not None and not 0 <= sent < 2**63:  # not a position in a file
+            return {}
     except errors.TrainerError:
         return {}
     return note
