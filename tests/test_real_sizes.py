@@ -90,4 +90,4 @@ def test_configs_for_forecasts_come_with_the_program():
     assert shapes["prompt"] == (512, 4096) and shapes["control"] == shapes["latents"] == (16, 128, 128)
     plus = GROUPS["model"]["qwen_image_edit"](path="Qwen/Qwen-Image-Edit-2509", vision_area=147456, numbered=True)
     assert plus.with_published_configs().shapes(1024, 1024, [(512, 512)])["prompt"] == (512 + 196, 3584)
-    assert plus.published_config("transformer")["num_layers"] == 60
+    assert plus.with_published_configs().component_config("transformer")["num_layers"] == 60

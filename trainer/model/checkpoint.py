@@ -158,13 +158,6 @@ class Checkpoint:
         folder = published.config_folder(self.path)
         return self if folder is None else replace(self, path=str(folder), revision=None)
 
-    def published_config(self, component: str) -> dict[str, Any]:
-        """Returns the JSON config of one component, without the network if `path` is the hub id of a published model.
-
-        Raises errors.WeightsError, DataError.
-        """
-        return self.with_published_configs().component_config(component)
-
     # Weights
 
     def component_weights(self, component: str, checkpoint: Path | None = None) -> WeightReader:

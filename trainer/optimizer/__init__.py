@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from trainer.optimizer.stochastic_rounding import StochasticRounding
 
 
+def check_betas(betas: list[float], example: str) -> None:
+    """Raises errors.UsageError unless `betas` are two decay rates; `example` is what to type instead."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UsageError(
+            f"optimizer.betas={betas} must be two numbers from 0 to below 1; type for example optimizer.betas={example}"
+        )
+
+
 @dataclass(slots=True)
 class Optimizer:
     """Base class of the optimizer settings; an option overrides `create`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainer.core.errors import UsageError
-from trainer.optimizer import Optimizer
+from trainer.optimizer import Optimizer, check_betas
 
 
 @dataclass(slots=True)
@@ -18,10 +18,6 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         Optimizer.__post_init__(self)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(
-                f"optimizer.betas={self.betas} must be two numbers from 0 to below 1; "
-                "type for example optimizer.betas=[0.9,0.999]"
-            )
+        check_betas(self.betas, "[0.9,0.999]")
         if not self.eps > 0:
             raise UsageError(f"optimizer.eps={self.eps:g} could divide by zero; type a number above 0, such as 1e-8")

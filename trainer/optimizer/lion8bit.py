@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainer.core.errors import UsageError
 from trainer.core.libraries import import_bitsandbytes
-from trainer.optimizer import Optimizer
+from trainer.optimizer import Optimizer, check_betas
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +26,7 @@ class Lion8bit(Optimizer):
 
     def __post_init__(self) -> None:
         Optimizer.__post_init__(self)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(
-                f"optimizer.betas={self.betas} must be two numbers from 0 to below 1; "
-                "type for example optimizer.betas=[0.9,0.99]"
-            )
+        check_betas(self.betas, "[0.9,0.99]")
 
     def default_lr(self, suggested: float | None) -> float | None:
         # The paper recommends rates 3 to 10 times smaller than AdamW's, since every step has the full length.

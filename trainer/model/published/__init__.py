@@ -1,4 +1,4 @@
-"""Configs of published models, which come with the program: single files and forecasts need no network.
+"""Configs of published models, which come with the program: single files need no network.
 
 `OWNER/NAME/` has the configs of the model with this hub id, and for models that may be single files the tokenizers. A
 CLIP tokenizer's `merges.txt` is the part of OpenAI's `bpe_simple_vocab_16e6.txt` that CLIP uses (MIT license, see
