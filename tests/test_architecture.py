@@ -55,7 +55,7 @@ LIBRARIES = {
     "schedulefree": {"optimizer"},
     "torchao": {"precision"},
     "accelerate": {"model", "distributed"},
-    "huggingface_hub": {"model", "dataset"},
+    "huggingface_hub": {"core", "model"},
 }
 """The packages that may import a library."""
 HEAVY = {

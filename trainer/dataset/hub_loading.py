@@ -15,6 +15,7 @@ import datasets
 from trainer.core import documents
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, WeightsError
+from trainer.core.hub import download_advice
 from trainer.dataset.image_formats import IMAGE_SUFFIXES
 from trainer.dataset.paths import is_inside
 
@@ -128,7 +129,7 @@ def load_from_hub(path: str, subset: str | None, revision: str | None) -> datase
     except Exception as error:
         raise WeightsError(
             f"dataset.path={path}: the dataset cannot be loaded from the hub ({_reason(error)}). "
-            "Type dataset.path=FOLDER for a copy on this machine, or log in (`hf auth login`) if it is gated"
+            f"Type dataset.path=FOLDER for a copy on this machine, {download_advice(error)}"
         ) from error
 
 

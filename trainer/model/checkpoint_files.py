@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.core import documents, files
 from trainer.core.errors import DataError, StorageError, WeightsError
+from trainer.core.hub import download_advice
 from trainer.core.tensor_files import check_safetensors
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def locate(setting: str, path: str, revision: str | None, patterns: list[str]) -
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
             f"model.{setting}={path}: the weights cannot be downloaded from the hub ({reason}). Type "
-            f"model.{setting}=FOLDER for a copy on this machine, or log in (`hf auth login`) after accepting the "
-            "model's terms on its page"
+            f"model.{setting}=FOLDER for a copy on this machine, {download_advice(error)}"
         ) from error
 
 
