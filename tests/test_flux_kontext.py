@@ -94,7 +94,7 @@ def our_images(family: FluxKontext, network: Any, control_size: tuple[int, int] 
         return family.predict(network, latents, t, conditions, GUIDANCE)
 
     with torch.no_grad():
-        latents = family.objective.sample(predict, noise, STEPS, family.time_shift(*noise.shape[2:]))
+        latents = family.sample(predict, noise, STEPS)
         return family.build_encoder(DEVICE).decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -50,7 +50,7 @@ def test_perfect_prediction_has_no_loss_and_samples_the_latents():
 
     torch.testing.assert_close(losses(noise - latents), torch.zeros(2))
     torch.testing.assert_close(losses(noise - latents + 2), torch.full((2,), 4.0))
-    torch.testing.assert_close(flow.sample(lambda x, t: noise - latents, noise, steps=5, shift=2.0), latents)
+    torch.testing.assert_close(flow.sample(lambda x, t: noise - latents, noise, flow.sampling_times(5, 2.0)), latents)
 
 
 def test_add_noise_interpolates_from_latents_to_noise():
@@ -65,14 +65,7 @@ def test_sampling_times_equal_those_of_diffusers(terminal: float):
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal or None)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=math.log(2.3))
-    times = []
-
-    def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        times.append(t[0].item())
-        return latents
-
-    Flow(terminal=terminal).sample(predict, torch.zeros(1, 1), 7, 2.3)
-    np.testing.assert_allclose(times, scheduler.sigmas[:-1], rtol=1e-6)
+    np.testing.assert_allclose(Flow(terminal=terminal).sampling_times(7, 2.3), scheduler.sigmas, rtol=1e-6)
 
 
 # Learning rate schedules

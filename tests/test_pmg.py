@@ -105,11 +105,11 @@ def test_images_match_the_pipeline_with_the_same_prompt(family: PMG):
     pipeline.set_progress_bar_config(disable=True)
 
     def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return family.apply_guidance(*(family.predict(network, latents, t, batch) for batch in batches), 3.0)
+        return family.apply_guidance(*(family.predict(network, latents, t, batch) for batch in batches), 3.0, t)
 
     with torch.no_grad():
         prompt, negative_prompt = (encode_prompt(network, batch) for batch in batches)
-        latents = family.objective.sample(predict, noise, 4, 1.0)
+        latents = family.sample(predict, noise, 4)
         ours = family.build_encoder(CPU).decode(latents).permute(0, 2, 3, 1).numpy()
         theirs = pipeline(
             prompt_embeds=prompt,

@@ -144,10 +144,10 @@ def our_images(family: QwenImageEdit, network: Any, controls: int = 1) -> np.nda
 
     def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         predictions = (family.predict(network, latents, t, batch) for batch in (conditions, unconditional))
-        return family.apply_guidance(*predictions, GUIDANCE)
+        return family.apply_guidance(*predictions, GUIDANCE, t)
 
     with torch.no_grad():
-        latents = family.objective.sample(predict, noise, STEPS, family.time_shift(*noise.shape[2:]))
+        latents = family.sample(predict, noise, STEPS)
         return family.build_encoder(CPU).decode(latents).permute(0, 2, 3, 1).numpy()
 
 

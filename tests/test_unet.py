@@ -87,10 +87,11 @@ def our_images(family: UNetFamily, network: Any, guidance: float) -> np.ndarray:
         prediction = family.predict(network, latents, t, conditions, guidance)
         if guidance == 1:
             return prediction
-        return family.apply_guidance(prediction, family.predict(network, latents, t, unconditional, guidance), guidance)
+        without_captions = family.predict(network, latents, t, unconditional, guidance)
+        return family.apply_guidance(prediction, without_captions, guidance, t)
 
     with torch.no_grad():
-        latents = family.resolved_objective().sample(predict, initial_noise(family), STEPS, 1.0)
+        latents = family.sample(predict, initial_noise(family), STEPS)
     return family.build_encoder(CPU).decode(latents).permute(0, 2, 3, 1).numpy()
 
 

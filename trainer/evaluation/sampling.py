@@ -38,8 +38,6 @@ def generate_images(
     """
     import torch
 
-    objective = family.resolved_objective()
-
     def collate_conditions(examples: list[Example], indices: list[int]) -> Batch:
         batch = collate([get_conditions(examples[i]) for i in indices])
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -58,9 +56,9 @@ def generate_images(
             prediction = predict(latents, t, conditional, guidance)
             if without_captions is None:
                 return prediction
-            return family.apply_guidance(prediction, predict(latents, t, without_captions, guidance), guidance)
+            return family.apply_guidance(prediction, predict(latents, t, without_captions, guidance), guidance, t)
 
         with torch.no_grad():
-            latents = objective.sample(guided_prediction, noise.to(device), steps, family.time_shift(*noise.shape[2:]))
+            latents = family.sample(guided_prediction, noise.to(device), steps)
         images = encoder.decode(latents).permute(0, 2, 3, 1).mul(255).round().byte().cpu().numpy()
         yield from zip(indices, images, strict=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from trainer.core import files
 from trainer.core.dtypes import Dtype
+from trainer.core.settings import added
 from trainer.model import checkpoint_files, lora_files
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.configs import ConfigRules, check_checkpoint
@@ -70,12 +71,16 @@ class Family(Checkpoint):
     """Base class of model families."""
 
     encoder_dtype: Dtype = Dtype.float32
+    encoder_dtypes: dict[str, Dtype] = added(default_factory=dict)
+    """Other dtypes for some of the encoders, by component; see `encoder_dtype_of`."""
     suggested: SuggestedSettings = field(default_factory=SuggestedSettings)
 
     methods: ClassVar[tuple[str, ...]] = ("lora", "dora", "lokr", "loha", "full")
     """Training methods (options of the config group `method`) that apply to this family."""
     classifier_free_guidance: ClassVar[bool] = False
-    """Whether sampling with guidance also predicts without the caption."""
+    """Whether sampling with a guidance above 1 also predicts without the caption."""
+    unsupported_formats: ClassVar[Mapping[str, str]] = {}
+    """Export formats that do not exist for this family, and why."""
     index_keys: ClassVar[Mapping[str, str]] = {}
     """Keys of `model_index.json` besides the components, and what becomes of them."""
 
@@ -113,16 +118,20 @@ class Family(Checkpoint):
         """
         raise NotImplementedError
 
+    def encoder_dtype_of(self, component: str) -> Dtype:
+        """Returns the dtype in which `build_encoder` loads a component; it belongs to the digests in `recipes`."""
+        return self.encoder_dtypes.get(component, self.encoder_dtype)
+
     def build_encoder(self, device: torch.device) -> Encoder:
         """Returns the encoder, which loads nothing yet."""
         raise NotImplementedError
 
-    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int] | None:
-        """Returns the number of tokens of each caption, and how many the model reads; None if unknown.
+    def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
+        """Returns tokenizer -> the number of tokens of each caption, and how many the model reads; empty if unknown.
 
         Loads only tokenizers.
         """
-        return None
+        return {}
 
     # The network
 
@@ -193,9 +202,29 @@ class Family(Checkpoint):
         check_checkpoint(present, self.config_rules(), self.folder() / "model_index.json", self.index_keys)
         self.resolved_objective()
 
-    def time_shift(self, height: int, width: int) -> float:
-        """Returns the shift of the times towards noise for latents of this size; 1 for none."""
+    def time_shift(self, height: int, width: int, steps: int | None = None) -> float:
+        """Returns the shift of the times towards noise for latents of this size; 1 for none.
+
+        `steps` is the number of sampling steps, None in training.
+        """
         return 1.0
+
+    def sampling_times(self, steps: int, height: int, width: int) -> list[float]:
+        """Returns the times of sampling for latents of this size; see `Objective.sampling_times`.
+
+        A family whose pipeline samples at other times overrides it.
+        """
+        return self.resolved_objective().sampling_times(steps, self.time_shift(height, width, steps))
+
+    def sample(
+        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int
+    ) -> torch.Tensor:
+        """Returns latents sampled from `noise` (B, C, h, w) with `predict(noisy latents, t)`.
+
+        A family whose pipeline has a different solver overrides it.
+        """
+        times = self.sampling_times(steps, *noise.shape[-2:])
+        return self.resolved_objective().sample(predict, noise, times)
 
     def predict(
         self, network: Any, latents: torch.Tensor, t: torch.Tensor, conditions: Batch, guidance: float | None = None
@@ -217,8 +246,13 @@ class Family(Checkpoint):
         """Returns the family with another weight of the preference, for a family that writes keywords."""
         raise NotImplementedError
 
-    def apply_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Combines predictions (B, C, h, w) with and without caption: classifier-free guidance (Ho & Salimans 2022)."""
+    def apply_guidance(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Combines predictions (B, C, h, w) with and without caption: classifier-free guidance (Ho & Salimans 2022).
+
+        `t` (B,) are the times of the predictions. It is not called if `guidance` is 1 or less.
+        """
         return unconditional + guidance * (conditional - unconditional)
 
     # Exports

@@ -86,11 +86,12 @@ class FluxKontext(Family):
             "pooled": (transformer["pooled_projection_dim"],),
         }
 
-    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+    def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
         from transformers import T5Tokenizer
 
         tokenizer = T5Tokenizer.from_pretrained(self.component_folder("tokenizer_2"))
-        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], self.text_length
+        counts = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+        return {"tokenizer_2": (counts, self.text_length)}
 
     def build_encoder(self, device: torch.device) -> FluxEncoder:
         from trainer.model.flux.encoder import FluxEncoder
@@ -132,7 +133,7 @@ class FluxKontext(Family):
             "scheduler": SCHEDULER_RULES,
         }
 
-    def time_shift(self, height: int, width: int) -> float:
+    def time_shift(self, height: int, width: int, steps: int | None = None) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)
 
     def predict(

@@ -232,9 +232,10 @@ class PMG(UNetFamily):
     def _caption_shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(self.caption_tensors, (self.max_sequence_length,))
 
-    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+    def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
         tokenizer = load_tokenizer(self.component_folder("llm"))
-        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], self.max_sequence_length
+        counts = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+        return {"llm": (counts, self.max_sequence_length)}
 
     def tokenize(self, name: str, caption: str) -> torch.Tensor:
         """Returns the token ids of a history, (L,), or for "tokens_mask" ones of the same shape."""

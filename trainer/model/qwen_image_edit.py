@@ -147,7 +147,7 @@ class QwenImageEdit(Family):
             "scheduler": SCHEDULER_RULES,
         }
 
-    def time_shift(self, height: int, width: int) -> float:
+    def time_shift(self, height: int, width: int, steps: int | None = None) -> float:
         return resolution_shift(self.component_config("scheduler"), height, width)
 
     def predict(
@@ -170,10 +170,12 @@ class QwenImageEdit(Family):
         )[0]
         return unpack(output[:, : tokens[0].shape[1]], *latents.shape[2:])
 
-    def apply_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+    def apply_guidance(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float, t: torch.Tensor
+    ) -> torch.Tensor:
         """Like `Family.apply_guidance`, but tokens keep the norm they have with the caption, as in the pipeline."""
         with_caption = pack(conditional)
-        guided = pack(Family.apply_guidance(self, conditional, unconditional, guidance))
+        guided = pack(Family.apply_guidance(self, conditional, unconditional, guidance, t))
         rescaled = guided * (with_caption.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack(rescaled, *conditional.shape[2:])
 

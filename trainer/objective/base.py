@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -41,14 +41,19 @@ class Objective(Protocol):
     def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the losses (B,) times the weights of their times."""
 
+    def sampling_times(self, steps: int, shift: float) -> list[float]:
+        """Returns `steps` + 1 decreasing times: those at which sampling calls the network, and the one where it ends.
+
+        `shift` is that of `Family.time_shift`.
+        """
+
     def sample(
-        self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        noise: torch.Tensor,
-        steps: int,
-        shift: float,
+        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, times: Sequence[float]
     ) -> torch.Tensor:
-        """Returns clean latents, sampled from `noise` (B, ...) with `steps` calls of `predict(noisy latents, t)`."""
+        """Returns clean latents, sampled from `noise` (B, ...).
+
+        Calls `predict(noisy latents, t)` at each of the `times` but the last; see `sampling_times`.
+        """
 
 
 def denoising_losses(

@@ -7,10 +7,11 @@ calls it `alphas_cumprod`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
@@ -183,25 +184,34 @@ class Diffusion:
         snr = a / (1 - a)
         return losses * snr.clamp(max=self.min_snr) / (snr if self.prediction is Prediction.epsilon else snr + 1)
 
-    def sample(
-        self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        noise: torch.Tensor,
-        steps: int,
-        shift: float,
-    ) -> torch.Tensor:
-        """Samples with deterministic DDIM (Song et al. 2021, eq. 12); `shift` is not used.
+    def sampling_times(self, steps: int, shift: float) -> list[float]:
+        """Returns the timesteps of diffusers' schedulers; `shift` is not used.
 
-        The timesteps are those of diffusers' schedulers. Where these are evenly spaced, the result equals
-        DDIMScheduler's; elsewhere EulerDiscreteScheduler's, because DDIMScheduler steps by an even width regardless.
+        The last one, where sampling ends, is -1 if no timestep is left.
+        """
+        last, scheduler = self.timesteps - 1, self.scheduler
+        stride = self.timesteps // steps
+        if scheduler.timestep_spacing is Spacing.trailing:
+            times = [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
+        elif scheduler.timestep_spacing is Spacing.linspace:
+            times = [round(last * i / (steps - 1)) if steps > 1 else 0 for i in reversed(range(steps))]
+        else:
+            times = [min(i * stride + scheduler.steps_offset, last) for i in reversed(range(steps))]
+        return [float(t) for t in (*times, max(times[-1] - stride, -1))]
+
+    def sample(
+        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, times: Sequence[float]
+    ) -> torch.Tensor:
+        """Samples with deterministic DDIM (Song et al. 2021, eq. 12).
+
+        Where the times are evenly spaced, the result equals that of DDIMScheduler; elsewhere EulerDiscreteScheduler's,
+        because DDIMScheduler steps by an even width regardless.
         """
         scheduler, table = self.scheduler, self._table()
-        times = self._sample_times(steps)
-        end = times[-1] - self.timesteps // steps
-        last = table[end] if end >= 0 else 1.0 if scheduler.set_alpha_to_one else table[0]
+        before_first = 1.0 if scheduler.set_alpha_to_one else table[0]
         latents = noise
-        for t, next_a in zip(times, [*(table[t] for t in times[1:]), last], strict=True):
-            a = table[t]
+        for t, next_t in pairwise(times):
+            a, next_a = table[int(t)], table[int(next_t)] if next_t >= 0 else before_first
             prediction = predict(latents, latents.new_full((len(latents),), t)).to(latents.dtype)
             if self.prediction is Prediction.epsilon:
                 epsilon = prediction
@@ -214,16 +224,6 @@ class Diffusion:
                 clean = clean.clamp(-scheduler.clip_sample_range, scheduler.clip_sample_range)
             latents = math.sqrt(next_a) * clean + math.sqrt(1 - next_a) * epsilon
         return latents
-
-    def _sample_times(self, steps: int) -> list[int]:
-        """Returns the timesteps that sampling visits, from noise to image."""
-        last, scheduler = self.timesteps - 1, self.scheduler
-        if scheduler.timestep_spacing is Spacing.trailing:
-            return [round(self.timesteps - i * self.timesteps / steps) - 1 for i in range(steps)]
-        if scheduler.timestep_spacing is Spacing.linspace:
-            return [round(last * i / (steps - 1)) if steps > 1 else 0 for i in reversed(range(steps))]
-        stride = self.timesteps // steps
-        return [min(i * stride + scheduler.steps_offset, last) for i in reversed(range(steps))]
 
     def _table(self) -> tuple[float, ...]:
         """Returns a_t of every timestep."""

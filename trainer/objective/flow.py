@@ -6,7 +6,7 @@ Liu et al. 2022; Esser et al. 2024.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -76,22 +76,21 @@ class Flow:
         """Returns the losses unchanged."""
         return losses
 
-    def sample(
-        self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        noise: torch.Tensor,
-        steps: int,
-        shift: float,
-    ) -> torch.Tensor:
-        """Samples with Euler's method from t = 1 to 0.
+    def sampling_times(self, steps: int, shift: float) -> list[float]:
+        """Returns `steps` + 1 times from 1 to 0.
 
-        The times are those of diffusers' FlowMatchEulerDiscreteScheduler if the pipeline passes `sigmas` to it.
+        They are the sigmas of diffusers' FlowMatchEulerDiscreteScheduler if the pipeline passes `sigmas` to it.
         """
         times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])
             times = [1 - (1 - t) * stretch for t in times]
-        times.append(0.0)
+        return [*times, 0.0]
+
+    def sample(
+        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, times: Sequence[float]
+    ) -> torch.Tensor:
+        """Samples with Euler's method."""
         latents = noise
         for t, next_t in pairwise(times):
             prediction = predict(latents, latents.new_full((len(latents),), t))

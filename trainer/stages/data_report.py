@@ -81,7 +81,7 @@ def describe_upscaling(data: TrainingData, samples: Iterable[Sample]) -> list[st
 def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
     """Returns a line about captions that the model does not read completely, if there are any.
 
-    There is one more line for each of the samples' other texts of which this is true.
+    Each tokenizer has its own line, and so has each of the samples' other texts of which this is true.
     """
     texts = {"captions": [sample.caption for sample in samples]}
     texts |= {
@@ -89,17 +89,14 @@ def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
     }
     lines = []
     for name, values in texts.items():
-        tokens = run.model.count_caption_tokens(values)
-        if tokens is None:
-            return []
-        counts, limit = tokens
-        too_long = [sample.id for sample, count in zip(samples, counts, strict=True) if count > limit]
-        if too_long:
-            more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
-            lines.append(
-                f"{len(too_long)} {name} are longer than the {limit} tokens that the model reads, and are cut off: "
-                f"{', '.join(too_long[:MAX_EXAMPLES])}{more}"
-            )
+        for tokenizer, (counts, limit) in run.model.count_caption_tokens(values).items():
+            too_long = [sample.id for sample, count in zip(samples, counts, strict=True) if count > limit]
+            if too_long:
+                more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
+                lines.append(
+                    f"{len(too_long)} {name} are longer than the {limit} tokens that the model reads ({tokenizer}), "
+                    f"and are cut off: {', '.join(too_long[:MAX_EXAMPLES])}{more}"
+                )
     return lines
 
 
@@ -141,11 +138,9 @@ def _captions(run: Run, samples: Sequence[Sample]) -> Iterator[str]:
     captions = [sample.caption for sample in samples]
     lengths = [len(caption) for caption in captions]
     yield f"captions: {min(lengths)} to {max(lengths)} characters, median {median(lengths):.0f}"
-    tokens = run.model.count_caption_tokens(captions)
-    if tokens is not None:
-        counts, limit = tokens
-        yield f"tokens: {min(counts)} to {max(counts)}; the model reads {limit}"
-        yield from describe_long_captions(run, samples)
+    for tokenizer, (counts, limit) in run.model.count_caption_tokens(captions).items():
+        yield f"tokens ({tokenizer}): {min(counts)} to {max(counts)}; the model reads {limit}"
+    yield from describe_long_captions(run, samples)
     shared = [group for group in _group(samples, lambda sample: sample.caption) if len(group) > 1]
     if shared and len(shared) < len(samples):
         largest = max(shared, key=len)

@@ -178,5 +178,6 @@ def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
 
 def unconditional_samples(run: Run, samples: list[TransformedSample]) -> list[TransformedSample]:
     """Returns the samples without captions, for classifier-free guidance; an empty list if it is not used."""
-    needed = run.model.classifier_free_guidance and run.sample.guidance != 1
+    assert run.sample.guidance is not None
+    needed = run.model.classifier_free_guidance and run.sample.guidance > 1
     return [replace(sample, drop_caption=True) for sample in samples] if needed else []

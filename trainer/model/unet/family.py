@@ -139,9 +139,11 @@ class UNetFamily(UNetCheckpoint):
         quiet_libraries()
         return UNetEncoder(self, device)
 
-    def count_caption_tokens(self, captions: Sequence[str]) -> tuple[list[int], int]:
+    def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
+        # SDXL's second tokenizer has the same vocabulary.
         tokenizer = load_clip_tokenizer(self.component_folder("tokenizer"))
-        return [len(tokenizer(caption, verbose=False).input_ids) for caption in captions], tokenizer.model_max_length
+        counts = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+        return {"tokenizer": (counts, tokenizer.model_max_length)}
 
     def tokenize(self, name: str, caption: str) -> torch.Tensor:
         """Returns the token ids of a caption, (L,), truncated or padded; `name` is "tokens" and a suffix."""
