@@ -17,6 +17,7 @@ from trainer.export.format import ExportFormat
 from trainer.export.verify import WeightChange
 from trainer.method.adapter_layers import frozen_tensor, merged_tensor
 from trainer.model import checkpoint_files
+from trainer.model.weights import required_tensors
 
 if TYPE_CHECKING:
     from trainer.config.schema import Run
@@ -30,13 +31,13 @@ class CheckpointFormat(ExportFormat):
 
     def write(self, run: Run, network: torch.nn.Module, path: Path) -> None:
         dtype = run.export.dtype.torch if run.export.dtype else run.method.dtype(run.precision.dtype())
-        shapes = {name: tensor.shape for name, tensor in run.model.meta_model().state_dict().items()}
-        _check_space(run, shapes.values(), dtype, path)
+        expected = required_tensors(run.model.meta_model())
+        _check_space(run, expected.values(), dtype, path)
         replace = files.replace_folder if self.is_folder else files.replace_file
         with replace(path) as unfinished:
-            self.save(run, lambda name: merged_tensor(network, name).to(dtype), shapes, dtype, unfinished)
-            changes = _weight_changes(run, network, shapes)
-            preserved = verify.check_checkpoint(run.model.weights(unfinished).read, changes, shapes, dtype, path)
+            self.save(run, lambda name: verify.cast(merged_tensor(network, name), dtype), expected, dtype, unfinished)
+            changes = _weight_changes(run, network, expected)
+            preserved = verify.check_checkpoint(run.model.weights(unfinished).read, changes, expected, dtype, path)
             self.check_rest(run, unfinished, path)
         if preserved < verify.MIN_PRESERVED[torch.float32]:
             print_line(
@@ -94,7 +95,7 @@ class SingleFileFormat(CheckpointFormat):
             if component not in model.components:
                 continue
             base, written = model.component_weights(component), model.component_weights(component, unfinished)
-            for name in model.meta_component(component).state_dict():
+            for name in required_tensors(model.meta_component(component)):
                 frozen = model.network_name(component, name) is None
                 if frozen and not torch.equal(base.read(name), written.read(name)):
                     raise DataError(
@@ -103,9 +104,9 @@ class SingleFileFormat(CheckpointFormat):
                     )
 
 
-def _check_space(run: Run, shapes: Iterable[torch.Size], dtype: torch.dtype, path: Path) -> None:
+def _check_space(run: Run, tensors: Iterable[torch.Tensor], dtype: torch.dtype, path: Path) -> None:
     """Raises errors.StorageError if the disk has no space for the checkpoint beside an earlier one."""
-    needed = sum(shape.numel() for shape in shapes) * dtype.itemsize
+    needed = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
     model = run.model
     copied = [name for name in model.components if name != model.denoiser]
     single_files = {file for name in copied if (file := model.component_file(name)) is not None}
@@ -133,9 +134,6 @@ def _weight_changes(run: Run, network: torch.nn.Module, names: Iterable[str]) ->
     original = None if run.method.is_adapter else run.model.weights()
     for name in names:
         after = merged_tensor(network, name)
-        if original is None:
-            before = frozen_tensor(network, name)
-        else:
-            # Weights that train in bfloat16 were rounded when they were loaded. The rounding is not part of the change.
-            before = original.read(name).to(after.device, network.get_parameter(name).dtype)
+        # Weights that train in bfloat16 were rounded when they were loaded. The rounding is not part of the change.
+        before = original.read(name).to(after.device, after.dtype) if original else frozen_tensor(network, name)
         yield WeightChange(name, before.float(), after.float())

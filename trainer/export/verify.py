@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,11 @@ class WeightChange(NamedTuple):
     name: str
     before: torch.Tensor
     after: torch.Tensor
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor in another dtype, unless it holds whole numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,14 +62,14 @@ def compare_adapters(
 def check_checkpoint(
     read: Callable[[str], torch.Tensor],
     changes: Iterable[WeightChange],
-    shapes: dict[str, torch.Size],
+    expected: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     path: Path,
 ) -> float:
     """Compares the tensors of a written checkpoint, which `read` returns by name, with the trained ones.
 
-    Returns the fraction of the trained change that rounding to `dtype` preserves, see MIN_PRESERVED. `path` is the
-    name of the export.
+    `expected` has their shapes, on the meta device; `dtype` is that of all but whole numbers. Returns the fraction of
+    the trained change that rounding to `dtype` preserves, see MIN_PRESERVED. `path` is the name of the export.
 
     Raises errors.DataError if that fraction is too small, if nothing was trained, or if a tensor differs.
     """
@@ -73,7 +78,7 @@ def check_checkpoint(
     trained, preserved = 0.0, 0.0
     for name, before, after in changes:
         written = read(name)
-        if written.shape != shapes[name] or written.dtype != dtype:
+        if written.shape != expected[name].shape or written.dtype != cast(expected[name], dtype).dtype:
             wrong.append(name)
             continue
         written = written.to(after.device).float()
@@ -85,8 +90,9 @@ def check_checkpoint(
         preserved += (change * (written - before)).sum().item()
     if wrong:
         raise DataError(
-            f"{path} was written and read back, and differs from the trained weights in {len(wrong)} of {len(shapes)} "
-            f"tensors ({', '.join(wrong[:3])}). It was discarded; try export.dtype=float32, and please report this"
+            f"{path} was written and read back, and differs from the trained weights in {len(wrong)} of "
+            f"{len(expected)} tensors ({', '.join(wrong[:3])}). It was discarded; try export.dtype=float32, and please "
+            "report this"
         )
     if not trained:
         raise DataError(

@@ -26,6 +26,18 @@ def cast_trainable_to_float32(network: torch.nn.Module) -> None:
         parameter.data = parameter.data.float()
 
 
+def set_train_mode(network: torch.nn.Module) -> None:
+    """Puts a network in train mode, except layers with running statistics: these keep the checkpoint's.
+
+    Statistics of a batch would depend on the size of the micro-batches. Buffers never train, so a run's checkpoints do
+    not hold them.
+    """
+    network.train()
+    for module in network.modules():
+        if getattr(module, "track_running_stats", False):
+            module.eval()
+
+
 @contextmanager
 def swap_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """Replaces the trainable parameters inside the block, for example by their moving average; None: does nothing."""

@@ -21,7 +21,15 @@ from trainer.model import checkpoint_files, lora_files
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.configs import ConfigRules, check_checkpoint
 from trainer.model.pretrained import quiet_libraries
-from trainer.model.weights import Quantize, WeightReader, check_tensors, empty_model, load_weights, save_shards
+from trainer.model.weights import (
+    Quantize,
+    WeightReader,
+    check_tensors,
+    empty_model,
+    load_weights,
+    required_tensors,
+    save_shards,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -309,7 +317,7 @@ class Family(Checkpoint):
     def save_component(self, component: str, folder: Path) -> None:
         """Writes the weights of a component of a single file as diffusers reads them. Raises OSError."""
         weights = self.component_weights(component)
-        save_shards(((name, weights.read(name)) for name in self.meta_component(component).state_dict()), folder)
+        save_shards(((name, weights.read(name)) for name in required_tensors(self.meta_component(component))), folder)
 
     def save_single_file(self, read: Callable[[str], torch.Tensor], dtype: torch.dtype, path: Path) -> None:
         """Writes the checkpoint as one file in the layout of the original program. Raises OSError.

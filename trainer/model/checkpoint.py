@@ -11,7 +11,7 @@ from trainer.core.errors import UsageError, WeightsError
 from trainer.core.settings import added, path_setting
 from trainer.model import checkpoint_files, published, single_file
 from trainer.model.single_file import FileWeights, Layout, TensorFile
-from trainer.model.weights import DIFFUSERS_WEIGHTS, ComponentWeights, WeightReader
+from trainer.model.weights import DIFFUSERS_WEIGHTS, ComponentWeights, WeightReader, required_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +180,8 @@ class Checkpoint:
         """Returns a reader of one component's weights in a single file. Raises errors.WeightsError."""
         from trainer.model.single_file_contents import describe_kind
 
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.meta_component(component).state_dict().items()}
+        tensors = required_tensors(self.meta_component(component))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         found = single_file.find_weights(file, shapes, self.readable_layouts(component), self.file_prefixes[component])
         wrong = [f"it lacks {name}" for name in found.missing] or found.wrong_shapes()
         if wrong:

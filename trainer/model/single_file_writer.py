@@ -12,6 +12,7 @@ import torch
 from trainer.core.tensor_files import SAFETENSORS_NAMES, stream_tensors
 from trainer.model.single_file import Form, Location, Piece, TensorFile, file_shape
 from trainer.model.single_file_contents import DROPPED, reason_not_read
+from trainer.model.weights import required_tensors
 
 if TYPE_CHECKING:
     from trainer.model import Family
@@ -58,9 +59,9 @@ class SingleFileWriter:
         layout, prefix = family.original_layout(component), family.file_prefixes[component][0]
         self._weights[component] = family.component_weights(component)
         dtypes = self._weights[component].dtypes()
-        for name, tensor in family.meta_component(component).state_dict().items():
+        for name, tensor in required_tensors(family.meta_component(component)).items():
             location = layout(name)
-            in_network = family.network_name(component, name) is not None
+            in_network = family.network_name(component, name) is not None and tensor.is_floating_point()
             dtype = self._dtype if in_network else TORCH_DTYPES[dtypes[name]]
             for piece in location.pieces:
                 key = prefix + piece.key

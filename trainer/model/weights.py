@@ -31,7 +31,7 @@ Quantize = Callable[[str, "torch.nn.Module", Callable[[str], "torch.Tensor"]], "
 
 LEFTOVERS = {
     "*position_ids": "numbers that the network counts itself",
-    "*rotary_emb.inv_freq": "frequencies that the network computes itself",
+    "*inv_freq": "frequencies that the network computes itself",
     "llm.lm_head.*": "the head of a language model, whose hidden states are read",
     "*scaled_fp8": "a mark of ComfyUI",
 }
@@ -43,6 +43,11 @@ QUANTIZATION = (".SCB", ".input_scale", ".scale_input", ".scale_weight", ".weigh
 def is_leftover(name: str) -> bool:
     """Returns whether a tensor of this name is harmless."""
     return any(fnmatch(name, pattern) for pattern in LEFTOVERS)
+
+
+def required_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns what the files of a network must hold, by name: its parameters and its persistent buffers."""
+    return {name: tensor for name, tensor in network.state_dict().items() if not is_leftover(name)}
 
 
 def wrong_tensors(place: Path | str, verb: str, names: list[str]) -> DataError:
@@ -59,9 +64,9 @@ def check_tensors(meta_model: torch.nn.Module, found: Iterable[str], place: Path
 
     Tensors of quantized weights and `LEFTOVERS` are accepted.
     """
-    known = meta_model.state_dict().keys()
+    known = required_tensors(meta_model).keys()
     found = set(found)
-    missing = sorted({name for name, _ in meta_model.named_parameters()} - found)
+    missing = sorted(known - found)
     if missing:
         raise wrong_tensors(place, "lack", missing)
 
@@ -155,11 +160,26 @@ class CombinedWeights:
 
 @contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Networks built inside have their parameters on the meta device, with shapes but no memory; buffers are real."""
-    from accelerate import init_empty_weights
+    """Networks built inside have shapes but no memory: what files hold is on the meta device; see `required_tensors`.
 
-    with init_empty_weights():
-        yield
+    Other buffers are real, since the network computes them.
+    """
+    from accelerate import init_empty_weights
+    from torch.nn import Module
+
+    register_buffer = Module.register_buffer
+
+    def register(module: Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        if tensor is not None and persistent and not is_leftover(name):
+            tensor = tensor.to("meta")
+        register_buffer(module, name, tensor, persistent)
+
+    Module.register_buffer = register
+    try:
+        with init_empty_weights():
+            yield
+    finally:
+        Module.register_buffer = register_buffer
 
 
 def load_weights(
@@ -171,8 +191,9 @@ def load_weights(
 ) -> torch.nn.Module:
     """Gives a network on the meta device its weights and returns it, on `device` in `dtype` and in eval mode.
 
-    Each tensor is moved to the device before the next is read, so memory holds the network and one more tensor.
-    `quantize`, if given, may replace each layer that has weights. Raises errors.DataError if a shape is wrong.
+    Like diffusers' `from_pretrained`, this reads persistent buffers too, and leaves whole numbers in their dtype. Each
+    tensor is moved to the device before the next is read, so memory holds the network and one more tensor. `quantize`,
+    if given, may replace each layer that has weights. Raises errors.DataError if a shape is wrong.
     """
     import torch
 
@@ -182,22 +203,24 @@ def load_weights(
             if quantized is not None:
                 meta_model.set_submodule(name, quantized)
                 continue
-        for own_name, parameter in list(layer.named_parameters(recurse=False)):
-            if parameter.is_meta:
+        for own_name, expected in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            if expected.is_meta:
                 full_name = f"{name}.{own_name}" if name else own_name
                 tensor = read(full_name)
-                if tensor.shape != parameter.shape:
+                if tensor.shape != expected.shape:
                     raise DataError(
                         f"the weights' {full_name} has shape {tuple(tensor.shape)}, but the config says "
-                        f"{tuple(parameter.shape)}"
+                        f"{tuple(expected.shape)}"
                     )
-                setattr(layer, own_name, torch.nn.Parameter(tensor.to(device, dtype)))
-    # Moves the buffers. They are computed by the network; those in the file are ignored.
+                tensor = tensor.to(device, dtype if expected.is_floating_point() else expected.dtype)
+                is_parameter = isinstance(expected, torch.nn.Parameter)
+                setattr(layer, own_name, torch.nn.Parameter(tensor) if is_parameter else tensor)
+    # Moves the buffers that the network computes.
     return meta_model.to(device).eval()
 
 
 def empty_model(meta_model: torch.nn.Module) -> torch.nn.Module:
-    """Moves a network from the meta device to the CPU without using memory: each weight is a single zero, expanded.
+    """Moves a network from the meta device to the CPU without using memory: each tensor is a single zero, expanded.
 
     Libraries load adapters onto the device of the weights, and on the meta device their values would be lost.
     """
@@ -206,6 +229,9 @@ def empty_model(meta_model: torch.nn.Module) -> torch.nn.Module:
     for module in meta_model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
     return meta_model
 
 

@@ -17,7 +17,7 @@ from trainer.core.rng import seed_for
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import shard_optimizer_state
-from trainer.method.trainable import trainable_parameters
+from trainer.method.trainable import set_train_mode, trainable_parameters
 from trainer.training.average import initial_average, keeps_average, update_average
 from trainer.training.batches import Batches
 from trainer.training.build import build_network, copy_weights, load_initial_weights
@@ -154,7 +154,7 @@ class Session:
         if self._out_of_patience():
             return iter(())
         run, rank, world_size = self.run, self.processes.rank, self.processes.world_size
-        self.network.train()
+        set_train_mode(self.network)
         network_size = sum(parameter.numel() for parameter in self.network.parameters())
         lr = run.optimizer.lr
         assert lr is not None
@@ -273,7 +273,7 @@ class Session:
         if self.step == self.saved_step > 0:
             # An earlier attempt stopped during this evaluation and saved this step without its loss.
             self.saved_step = -1
-        self.network.train()
+        set_train_mode(self.network)
         return is_best
 
     def _out_of_patience(self) -> bool:

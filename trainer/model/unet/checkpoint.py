@@ -20,6 +20,7 @@ from trainer.model.weights import (
     WeightReader,
     load_weights,
     on_meta_device,
+    required_tensors,
     save_shards,
 )
 
@@ -131,7 +132,7 @@ class UNetCheckpoint(Family):
         if not component.startswith("text_encoder"):
             return Family.save_component(self, component, folder)
         weights = self.component_weights(component)
-        names = self.meta_component(component).state_dict()
+        names = required_tensors(self.meta_component(component))
         return save_shards(((published_name(name), weights.read(name)) for name in names), folder, TRANSFORMERS_WEIGHTS)
 
     def network_name(self, component: str, name: str) -> str | None:
