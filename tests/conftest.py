@@ -10,16 +10,22 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import dataclasses
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from trainer.config.groups import GROUPS
 from trainer.core.digests import Digests
-from trainer.model import Family
+
+if TYPE_CHECKING:
+    from families import Tiny
 
 pytest.register_assert_rewrite(
+    "families",
+    "parity",
     "program",
     "fault_table",
     "faults_checkpoints",
@@ -30,33 +36,20 @@ pytest.register_assert_rewrite(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiny:
-    """A tiny checkpoint of a model family."""
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """Returns the tiny checkpoint of a family by its name, which is written when it is first asked for."""
+    import torch
+    from families import Tiny
 
-    name: str
-    """Name of the family in the config group `model`."""
-    settings: list[str]
-    """Overrides (key=value) that select the checkpoint."""
-
-    def family(self) -> Family:
-        """Returns the family with its own settings; those of other groups are left out."""
-        values = dict(
-            setting.removeprefix("model.").split("=", 1) for setting in self.settings if setting.startswith("model.")
-        )
-        settings_class = GROUPS["model"][self.name]
-        types = {field.name: field.type for field in dataclasses.fields(settings_class)}
-        return settings_class(**{name: int(value) if types[name] == "int" else value for name, value in values.items()})
+    torch.set_num_threads(1)
+    return cache(lambda name: Tiny.save(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session", params=sorted(GROUPS["model"]))
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Tiny]) -> Tiny:
     """A tiny checkpoint of each family in turn."""
-    import torch
-
-    torch.set_num_threads(1)
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    return Tiny(request.param, GROUPS["model"][request.param].save_tiny_checkpoint(folder))
+    return tiny_checkpoint(request.param)
 
 
 @pytest.fixture

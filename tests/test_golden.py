@@ -1,19 +1,25 @@
 """Losses of a short training in float64, compared digit by digit: only a change of the mathematics may change them.
 
-`python -m tests.test_golden` prints the losses of this machine, to be copied here in the commit that changes them.
+`python -m tests.test_golden NAME` prints the losses of a family on this machine. They are copied into
+tests/families/NAME.py in the commit that adds the family or changes the losses.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    # As pytest does.
+    sys.path.insert(0, str(Path(__file__).parent))
+
 import pytest
 import torch
-from conftest import Tiny
+from families import FAMILIES, Tiny, case_of, path_of
 
 from trainer.cache.store import Cache, count_outcomes
 from trainer.config.groups import GROUPS
@@ -31,79 +37,6 @@ from trainer.optimizer.adamw import AdamW
 from trainer.training.batches import Batches
 from trainer.training.loader import load_batches
 from trainer.training.loop import TrainingLoop
-
-GOLDEN = {
-    "flux_kontext": {
-        "torch 2.13.0, AVX512": [
-            1.3145386465805269,
-            0.08949942101053893,
-            1.3630077366238278,
-            0.07970928489450042,
-            1.4205035235804404,
-            0.08625643831954395,
-            1.4941573277788864,
-            0.09233096794470201,
-            1.3430457270085892,
-            0.12535149505344456,
-        ],
-    },
-    "qwen_image_edit": {
-        "torch 2.13.0, AVX512": [
-            1.3443999970344642,
-            0.06776251263634918,
-            1.5400633716575567,
-            0.0937737609821519,
-            1.5780224074574523,
-            0.09933976370967992,
-            1.5285121191513975,
-            0.08784270725490796,
-            1.2740505068939534,
-            0.065877429062039,
-        ],
-    },
-    "pmg": {
-        "torch 2.13.0, AVX512": [
-            0.9656844530449684,
-            0.1445836161101129,
-            1.0418503607118974,
-            0.369096909846615,
-            1.1681318276588022,
-            0.2802728812012267,
-            1.127737031200523,
-            0.7583065700815934,
-            1.0969710106257191,
-            0.15001804932727927,
-        ],
-    },
-    "sd15": {
-        "torch 2.13.0, AVX512": [
-            0.9629697546104405,
-            0.11384877745714225,
-            1.0629197366667653,
-            0.1614411082719154,
-            1.1487053808334795,
-            0.16829014192755776,
-            1.1617841277710894,
-            0.24885483104124764,
-            1.0911668724515966,
-            0.14174321267481943,
-        ],
-    },
-    "sdxl": {
-        "torch 2.13.0, AVX512": [
-            0.9839146764228286,
-            0.687204275720285,
-            1.189288481432434,
-            1.290379276857514,
-            1.0827222386306248,
-            0.5680566029395461,
-            1.1299941687315491,
-            0.4651890832460931,
-            0.999687900041343,
-            0.46190906831537815,
-        ],
-    },
-}
 
 
 def machine() -> str:
@@ -128,13 +61,12 @@ def make_batches(family: Family, resolution: str, folder: Path) -> Batches:
     return batches
 
 
-def train(name: str, folder: Path) -> list[float]:
+def train(tiny: Tiny, folder: Path) -> list[float]:
     """Trains the tiny model of a family for five steps; returns loss and gradient norm of each step.
 
     The method is LoRA, or the first one that the family supports.
     """
     torch.set_num_threads(1)
-    tiny = Tiny(name, GROUPS["model"][name].save_tiny_checkpoint(folder / "model"))
     family = tiny.family()
     settings = dict(setting.split("=", 1) for setting in tiny.settings)
     batches = make_batches(family, settings["dataset.resolution"], folder)
@@ -166,19 +98,28 @@ def train(name: str, folder: Path) -> list[float]:
     return [value for step in steps for value in (step.loss, step.grad_norm)]
 
 
-@pytest.mark.parametrize("name", sorted(GROUPS["model"]))
-def test_losses_equal_the_golden_ones(name: str, tmp_path: Path):
-    losses = train(name, tmp_path)
+def to_paste(losses: list[float]) -> str:
+    lines = [f'        "{machine()}": [', *(f"            {value!r}," for value in losses), "        ],"]
+    return "\n".join(["    golden = {", *lines, "    }"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_equal_the_golden_ones(name: str, tiny_checkpoint: Callable[[str], Tiny], tmp_path: Path):
+    golden = case_of(name).golden
+    if not golden:
+        pytest.fail(f"{path_of(name)} lacks golden; paste what `python -m tests.test_golden {name}` prints", False)
+    losses = train(tiny_checkpoint(name), tmp_path)
     assert len(losses) == 10
-    assert name in GOLDEN, f"add the losses that `python -m tests.test_golden {name}` prints"
-    golden = GOLDEN[name]
     if machine() in golden:
         assert losses == golden[machine()]
     # Other machines sum in another order.
-    assert losses == pytest.approx(next(iter(golden.values())), rel=1e-5)
+    for recorded in golden.values():
+        assert losses == pytest.approx(recorded, rel=1e-5)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or sorted(GROUPS["model"]):
+    for name in sys.argv[1:] or FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            print(name, machine(), train(name, Path(folder)), sep="\n")
+            print(
+                f"# {path_of(name)}", to_paste(train(Tiny.save(name, Path(folder) / "model"), Path(folder))), sep="\n"
+            )
