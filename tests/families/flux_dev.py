@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from families import Pictures, Published, Request
 from families.flux_kontext import FluxKontextCase
-
 from trainer.model.flux.tokens import pack
 
 

@@ -53,6 +53,20 @@ def clip_config(vocabulary: int, length: int, width: int, **options: Any) -> Any
     )
 
 
+def t5_config(vocabulary: int, width: int, **options: Any) -> Any:
+    """Returns the T5Config of two layers, with weights as large as those of `clip_config`."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=3.0,
+        **options,
+    )
+
+
 def save_clip_tokenizer(folder: Path, words: Sequence[str], length: int) -> int:
     """Writes a CLIP tokenizer with one token per word and characters for the rest; returns its vocabulary size."""
     from transformers import CLIPTokenizer

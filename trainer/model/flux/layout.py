@@ -1,4 +1,4 @@
-"""Writes checkpoint folders in the layout of FLUX Kontext, with small components."""
+"""Writes checkpoint folders in the layout of FLUX, with small components."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from trainer.model.tiny_components import (
     save_clip_tokenizer,
     save_model_index,
     save_t5_tokenizer,
+    t5_config,
 )
 
 
-def save_tiny_checkpoint(folder: Path, text_length: int = 8) -> None:
-    """Writes a checkpoint with one block of each kind and random weights."""
+def save_tiny_checkpoint(folder: Path, pipeline: str, text_length: int = 8) -> None:
+    """Writes a checkpoint for this diffusers pipeline with one block of each kind and random weights."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(SEED)
@@ -40,11 +41,18 @@ def save_tiny_checkpoint(folder: Path, text_length: int = 8) -> None:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    save_checkpoint(folder, vae, transformer, WORDS, text_length=text_length, text_width=16)
+    save_checkpoint(folder, vae, transformer, WORDS, text_length=text_length, text_width=16, pipeline=pipeline)
 
 
 def save_checkpoint(
-    folder: Path, vae: Any, transformer: Any, words: Sequence[str], *, text_length: int, text_width: int
+    folder: Path,
+    vae: Any,
+    transformer: Any,
+    words: Sequence[str],
+    *,
+    text_length: int,
+    text_width: int,
+    pipeline: str = "FluxKontextPipeline",
 ) -> None:
     """Writes a checkpoint with this VAE and (in bfloat16) this transformer, and with random text encoders.
 
@@ -61,7 +69,7 @@ def save_checkpoint(
     scheduler.save_pretrained(folder / "scheduler")
     save_model_index(
         folder,
-        "FluxKontextPipeline",
+        pipeline,
         {
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
             "text_encoder": ("transformers", "CLIPTextModel"),
@@ -86,20 +94,11 @@ def save_tokenizers(folder: Path, words: Sequence[str], length: int) -> tuple[in
 
 def save_text_encoders(folder: Path, clip_vocabulary: int, t5_vocabulary: int, length: int, width: int) -> None:
     """Writes a CLIP and a T5 encoder with random weights, in bfloat16."""
-    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
     torch.manual_seed(seed_for(SEED, "text encoders"))
     clip = clip_config(clip_vocabulary, length, width, intermediate_size=128, num_attention_heads=4)
-    t5 = T5Config(
-        vocab_size=t5_vocabulary,
-        d_model=width,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        initializer_factor=3.0,
-    )
+    t5 = t5_config(t5_vocabulary, width, d_kv=16, d_ff=128, num_heads=4)
     models: tuple[tuple[Any, Any, str], ...] = (
         (CLIPTextModel, clip, "text_encoder"),
         (T5EncoderModel, t5, "text_encoder_2"),
