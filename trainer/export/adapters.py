@@ -92,10 +92,10 @@ def _component_prefixes(run: Run) -> list[str]:
 
 
 class ComfyUIFormat(AdapterFormat):
-    """A file for ComfyUI, which reads no metadata: each layer has a tensor with its alpha, always in float32."""
+    """A file for ComfyUI, which reads no metadata: where each layer has a tensor with its alpha, it is in float32."""
 
     def save(self, run: Run, network: torch.nn.Module, dtype: torch.dtype, path: Path) -> None:
-        tensors = to_comfyui(layer_adapters(network), run.model.comfyui_key)
+        tensors = to_comfyui(layer_adapters(network), run.model.comfyui_key, run.model.alpha_tensors)
         alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
         tensor_files.save_tensors(path, _cast(tensors, dtype) | alphas, {"format": "pt"})
 

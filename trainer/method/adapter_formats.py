@@ -34,15 +34,18 @@ def load_peft(network: torch.nn.Module, folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(network, str(folder), torch_device="cpu", low_cpu_mem_usage=True).get_base_model()
 
 
-def to_comfyui(adapters: dict[str, LayerAdapter], comfyui_key: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """Returns an adapter by ComfyUI's names. ComfyUI reads no metadata: each layer has a tensor with its alpha.
+def to_comfyui(
+    adapters: dict[str, LayerAdapter], comfyui_key: Callable[[str], str], with_alpha: bool
+) -> dict[str, torch.Tensor]:
+    """Returns an adapter by ComfyUI's names. ComfyUI reads no metadata, but a tensor with the alpha of each layer.
 
-    `comfyui_key` converts `<layer>.<tensor>`.
+    Without such a tensor, readers take alpha for the rank, and the update is scaled accordingly. `comfyui_key` converts
+    `<layer>.<tensor>`.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
-        if adapter.method() == "lokr":
-            # Readers ignore the alpha of LoKr layers without a low-rank factor.
+        # Readers ignore the alpha of LoKr layers without a low-rank factor.
+        if adapter.method() == "lokr" or not with_alpha:
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in adapter.rescaled(1.0).items()}
         else:
             rank = adapter.rank()

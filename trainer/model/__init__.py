@@ -89,6 +89,8 @@ class Family(Checkpoint):
     """Whether sampling with a guidance above 1 also predicts without the caption."""
     unsupported_formats: ClassVar[Mapping[str, str]] = {}
     """Export formats that do not exist for this family, and why."""
+    alpha_tensors: ClassVar[bool] = True
+    """Whether diffusers' LoRA loader reads the alpha of a layer from a tensor. If not, files for ComfyUI have none."""
     index_keys: ClassVar[Mapping[str, str]] = {}
     """Keys of `model_index.json` besides the components, and what becomes of them."""
 

@@ -76,12 +76,18 @@ class Flow:
         """Returns the losses unchanged."""
         return losses
 
-    def sampling_times(self, steps: int, shift: float) -> list[float]:
+    def sampling_times(self, steps: int, shift: float, smallest: float | None = None) -> list[float]:
         """Returns `steps` + 1 times from 1 to 0.
 
-        They are the sigmas of diffusers' FlowMatchEulerDiscreteScheduler if the pipeline passes `sigmas` to it.
+        Before the shift, all but the last are evenly spaced from 1 to `smallest`. The default is 1 / steps: the sigmas
+        of diffusers' FlowMatchEulerDiscreteScheduler if the pipeline passes `sigmas` to it. If it does not, the
+        scheduler starts from its own smallest sigma.
         """
-        times = [shift_time((steps - i) / steps, shift) for i in range(steps)]
+        if smallest is None:
+            times = [(steps - i) / steps for i in range(steps)]
+        else:
+            times = [1 - (1 - smallest) * i / max(steps - 1, 1) for i in range(steps)]
+        times = [shift_time(t, shift) for t in times]
         if self.terminal and steps > 1:
             stretch = (1 - self.terminal) / (1 - times[-1])
             times = [1 - (1 - t) * stretch for t in times]
