@@ -106,10 +106,10 @@ def test_unsupported_formats_are_refused_and_the_supported_ones_named(method: Ad
     for format in Format:
         settings = Export([format])
         if format.name in method.formats:
-            assert settings.select(method.formats) == [format]
+            assert settings.select(method.formats, {}) == [format]
         else:
             with pytest.raises(UsageError, match=re.escape(f"type export.formats=[{','.join(method.formats)}]")):
-                settings.select(method.formats)
+                settings.select(method.formats, {})
 
 
 def comfyui_merge(weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -211,9 +211,9 @@ def test_full_training_is_exported_as_a_checkpoint(family: Family, tmp_path: Pat
 
 def test_adapter_formats_are_refused_for_full_training():
     with pytest.raises(UsageError, match="type export.formats=\\[pipeline,single_file\\]"):
-        Export([Format.pipeline, Format.peft]).select(Full.formats)
-    assert Export().select(Lora.formats) == [Format.diffusers]
-    assert Export().select(Full.formats) == [Format.pipeline]
+        Export([Format.pipeline, Format.peft]).select(Full.formats, {})
+    assert Export().select(Lora.formats, {}) == [Format.diffusers]
+    assert Export().select(Full.formats, {}) == [Format.pipeline]
 
 
 @EACH_ADAPTER

@@ -34,7 +34,7 @@ def check(run: Run) -> None:
     run.lr_scheduler.check(run.steps)
     assert run.sample.steps is not None, "the run is resolved"
     run.model.objective.check_sample_steps(run.sample.steps)
-    run.export.select(run.method.formats)
+    run.export.select(run.method.formats, run.model.unsupported_formats)
     _check_precision(run)
     _check_stochastic_rounding(run)
     _check_average(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -151,19 +152,23 @@ class Export:
     """Null: float32 for adapters; for a complete checkpoint the dtype of the weights in training, or the compute dtype
     if they are quantized."""
 
-    def select(self, supported: tuple[str, ...]) -> list[Format]:
+    def select(self, supported: tuple[str, ...], unsupported: Mapping[str, str]) -> list[Format]:
         """Returns the formats to write, given the names of those that the method supports.
 
-        Raises errors.UsageError if `formats` has others.
+        `unsupported` are those that the model lacks, and why. Raises errors.UsageError if `formats` has others.
         """
+        available = [name for name in supported if name not in unsupported]
         if self.formats is None:
-            return [Format[supported[0]]]
-        wrong = [format.name for format in self.formats if format.name not in supported]
+            return [Format[name] for name in available[:1]]
+        remedy = f"type export.formats=[{','.join(available)}]"
+        names = [format.name for format in self.formats]
+        wrong = [name for name in names if name not in supported]
         if wrong:
-            raise UsageError(
-                f"export.formats: {', '.join(wrong)} cannot hold what this method trains; type "
-                f"export.formats=[{','.join(supported)}]"
-            )
+            raise UsageError(f"export.formats: {', '.join(wrong)} cannot hold what this method trains; {remedy}")
+        absent = [name for name in names if name in unsupported]
+        if absent:
+            reason = unsupported[absent[0]]
+            raise UsageError(f"export.formats: {absent[0]} does not exist for this model ({reason}); {remedy}")
         return list(dict.fromkeys(self.formats))
 
 

@@ -13,7 +13,9 @@ Example = dict[str, "torch.Tensor"]
 Batch = dict[str, "torch.Tensor"]
 """Tensors of several samples, each of shape (B, ...)."""
 
-OBJECTIVE_KEYS = ("latents", "latents_std", "noise", "t", "mask", "weight", "loss_mask")
+RESERVED = frozenset({"noise", "t", "mask", "weight", "loss_mask"})
+"""Tensors that training adds to those of the model family."""
+OBJECTIVE_KEYS = ("latents", "latents_std", *RESERVED)
 """Tensors that only the objective reads; all other tensors condition the network."""
 
 

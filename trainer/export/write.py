@@ -60,7 +60,7 @@ def write_exports(run: Run, network: torch.nn.Module, weights: dict[str, torch.T
     Raises errors.DataError if an export differs from the trained weights or if training has changed nothing, and
     errors.StorageError if an export cannot be written. The earlier export then stays as it was.
     """
-    formats = run.export.select(run.method.formats)
+    formats = run.export.select(run.method.formats, run.model.unsupported_formats)
     _remove_unfinished(folder)
     network.eval()
     parameters = trainable_parameters(network)

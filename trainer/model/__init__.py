@@ -2,34 +2,26 @@
 
 A family is a dataclass of the settings in its yaml file, with behavior and without state. It knows nothing of
 optimizers, batches, logging, noise or losses. To add a family, write one module in this package and one yaml file in
-`conf/model`; see `Family` for what to implement.
+`conf/model`. What raises NotImplementedError must be written; the rest has defaults.
 
 Shapes: B samples, C latent channels, latents of h x w, images of H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-from trainer.core import files
 from trainer.core.dtypes import Dtype
 from trainer.core.settings import added
-from trainer.model import checkpoint_files, lora_files
-from trainer.model.checkpoint import Checkpoint
+from trainer.model import lora_files
+from trainer.model.checkpoint_saving import SavableCheckpoint
 from trainer.model.configs import ConfigRules, check_checkpoint
+from trainer.model.encoder_dtypes import check_encoder_dtypes, encoder_warnings
 from trainer.model.pretrained import quiet_libraries
-from trainer.model.weights import (
-    Quantize,
-    WeightReader,
-    check_tensors,
-    empty_model,
-    load_weights,
-    required_tensors,
-    save_shards,
-)
+from trainer.model.weights import Quantize, WeightReader, check_tensors, empty_model, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SuggestedSettings:
-    """Values of settings in other config groups that apply where the user has set none."""
+    """Values of settings in other config groups that apply where the user has set none; see `config.compose.resolve`.
+
+    They come from the family's yaml file.
+    """
 
     resolution: int = 1024
     steps: int = 1000
@@ -75,12 +70,16 @@ class Encoder(Protocol):
 
 
 @dataclass(slots=True)
-class Family(Checkpoint):
-    """Base class of model families."""
+class Family(SavableCheckpoint):
+    """Base class of model families.
+
+    `Checkpoint` and `SavableCheckpoint` read and write the files of its `components`, also in the layout of the
+    original program.
+    """
 
     encoder_dtype: Dtype = Dtype.float32
     encoder_dtypes: dict[str, Dtype] = added(default_factory=dict)
-    """Other dtypes for some of the encoders, by component; see `encoder_dtype_of`."""
+    """Other dtypes for some of the `encoders`, by component."""
     suggested: SuggestedSettings = field(default_factory=SuggestedSettings)
 
     methods: ClassVar[tuple[str, ...]] = ("lora", "dora", "lokr", "loha", "full")
@@ -88,11 +87,15 @@ class Family(Checkpoint):
     classifier_free_guidance: ClassVar[bool] = False
     """Whether sampling with a guidance above 1 also predicts without the caption."""
     unsupported_formats: ClassVar[Mapping[str, str]] = {}
-    """Export formats that do not exist for this family, and why."""
+    """Export formats (`config.sections.Format`) that do not exist for this family, and why."""
     alpha_tensors: ClassVar[bool] = True
     """Whether diffusers' LoRA loader reads the alpha of a layer from a tensor. If not, files for ComfyUI have none."""
     index_keys: ClassVar[Mapping[str, str]] = {}
     """Keys of `model_index.json` besides the components, and what becomes of them."""
+
+    def __post_init__(self) -> None:
+        SavableCheckpoint.__post_init__(self)
+        check_encoder_dtypes(self.encoder_dtypes, self.encoders)
 
     # Data
 
@@ -114,7 +117,12 @@ class Family(Checkpoint):
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
         """Returns name -> recipe of every tensor that is cached for a sample with this many control images.
 
-        One of them is `latents`; `digests` are those of the components.
+        `digests` are those of the components. One tensor is `latents` (C, h, w). With `latents_std` of the same shape,
+        each use of the sample draws its latents from this normal distribution. All others condition the network; the
+        names in `core.batch.RESERVED` are the trainer's own.
+
+        In a micro-batch, tensors of one name differ at most in their first dimension, and are padded with zeros at its
+        end. If the network must not read padding, cache a mask of ones with the same length too.
         """
         raise NotImplementedError
 
@@ -128,8 +136,13 @@ class Family(Checkpoint):
         """
         raise NotImplementedError
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Components that `build_encoder` loads in the dtype of `encoder_dtype_of`."""
+        return tuple(name for name in self.components if name == "vae" or name.startswith("text_encoder"))
+
     def encoder_dtype_of(self, component: str) -> Dtype:
-        """Returns the dtype in which `build_encoder` loads a component; it belongs to the digests in `recipes`."""
+        """Returns the dtype of one of the `encoders`. It is part of the digests in `recipes`."""
         return self.encoder_dtypes.get(component, self.encoder_dtype)
 
     def build_encoder(self, device: torch.device) -> Encoder:
@@ -146,7 +159,15 @@ class Family(Checkpoint):
     # The network
 
     def meta_model(self) -> torch.nn.Module:
-        """Returns everything that takes part in a training step, on the meta device; see `weights.on_meta_device`."""
+        """Returns everything that takes part in a training step, on the meta device; see `weights.on_meta_device`.
+
+        It is a network of diffusers, or offers two methods that diffusers' have:
+        - `enable_gradient_checkpointing()`. A class of diffusers needs `_supports_gradient_checkpointing`.
+        - `compile_repeated_blocks()`. A class of diffusers needs `_repeated_blocks`.
+
+        Without one, the setting `hardware.gradient_checkpointing` or `hardware.compile` is refused. Persistent buffers
+        are read and exported like weights, and do not train.
+        """
         raise NotImplementedError
 
     def meta_component(self, component: str) -> torch.nn.Module:
@@ -191,7 +212,7 @@ class Family(Checkpoint):
 
     @property
     def objective(self) -> Objective:
-        """The training objective; each family declares it as a setting."""
+        """The training objective, a setting: `objective: Flow = field(default_factory=Flow)`, or `Diffusion`."""
         raise NotImplementedError
 
     def resolved_objective(self) -> Objective:
@@ -241,10 +262,20 @@ class Family(Checkpoint):
     ) -> torch.Tensor:
         """Returns the network's prediction for noisy latents (B, C, h, w) at times `t` (B,), in the same shape.
 
-        `t` is the time of the family's objective: 0 (clean) to 1 (noise) for a flow, the timesteps 0, 1, ... for
-        diffusion. A network that expects another unit converts it here.
+        - For a `Flow`, `t` goes from 0 (clean) to 1 (noise), and the prediction is noise - clean latents.
+        - For a `Diffusion`, `t` is a whole timestep from 0 (almost clean) to `timesteps` - 1 (noise), stored as a
+          float, and the prediction is the noise, or v.
 
-        `conditions` are the collated cached tensors other than the latents. `guidance` is None in training.
+        If the network expects another unit of time or predicts the opposite sign, convert it here.
+
+        `conditions` are the collated cached tensors other than the latents; see `recipes`. `guidance` is None in
+        training and for the held-out loss, else `sample.guidance`, which a distilled network may read. In sampling this
+        is called a second time with the conditions of an empty caption if `classifier_free_guidance`, and
+        `sample.guidance` is above 1.
+
+        Latents and `t` are float32, and cached tensors have the dtype that the encoder returned. If the weights are
+        16-bit, `torch.autocast` is on, which casts the inputs of matrix products but not those of sums and
+        concatenations: cast conditions to the dtype of the latents first. The prediction may have any float dtype.
         """
         raise NotImplementedError
 
@@ -265,7 +296,7 @@ class Family(Checkpoint):
         """
         return unconditional + guidance * (conditional - unconditional)
 
-    # Exports
+    # Adapter files and checkpoints for diffusers. Adapters are also read by the names in `original_layout`.
 
     @classmethod
     def pipeline_class(cls) -> Any:
@@ -273,7 +304,11 @@ class Family(Checkpoint):
         raise NotImplementedError
 
     def save_lora(self, weights: dict[str, torch.Tensor], config: dict[str, Any], path: Path) -> None:
-        """Writes a LoRA (peft's names and configuration) for diffusers' `load_lora_weights`. Raises OSError."""
+        """Writes a LoRA (peft's names and configuration) for diffusers' `load_lora_weights`. Raises OSError.
+
+        If the pipeline class has no LoRA loader, list `diffusers` in `unsupported_formats`; or override this and
+        `load_lora` to write another program's file.
+        """
         lora_files.save_lora(self.pipeline_class(), {self.denoiser: weights}, config, path)
 
     def load_lora(self, path: Path) -> torch.nn.Module:
@@ -287,12 +322,11 @@ class Family(Checkpoint):
         return network
 
     def comfyui_key(self, key: str) -> str:
-        """Converts a LoRA key (`<layer>.lora_A.weight`, `<layer>.alpha`) to one that ComfyUI and diffusers read."""
-        raise NotImplementedError
+        """Converts a LoRA key (`<layer>.lora_A.weight`, `<layer>.alpha`) to one that ComfyUI and diffusers read.
 
-    def network_name(self, component: str, name: str) -> str | None:
-        """Returns the name in the network of a component's tensor; None if the network does not hold it."""
-        return name if component == self.denoiser else None
+        If ComfyUI does not know the model, list `comfyui` in `unsupported_formats`.
+        """
+        raise NotImplementedError
 
     def published_layer(self, component: str, layer: str) -> str:
         """Returns the name of a component's layer in published files."""
@@ -302,43 +336,11 @@ class Family(Checkpoint):
         """Returns further names in adapter files of a layer with this name in the original program."""
         return ()
 
-    def save_pipeline(self, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-        """Writes the checkpoint with these weights of the network, for `model.path` and diffusers. Raises OSError."""
-        for name in self.components:
-            in_folder = name != self.denoiser and self.component_file(name) is None
-            checkpoint_files.copy_component(self.component_folder(name), folder / name, with_weights=in_folder)
-            if name != self.denoiser and not in_folder:
-                self.save_component(name, folder / name)
-        checkpoint_files.copy_model_index(self.folder(), folder, self.components)
-        config = self.component_config(self.denoiser)
-        # The new weights are not quantized.
-        config.pop("quantization_config", None)
-        files.write_json(folder / self.denoiser / "config.json", config)
-        save_shards(tensors, folder / self.denoiser)
-
-    def save_component(self, component: str, folder: Path) -> None:
-        """Writes the weights of a component of a single file as diffusers reads them. Raises OSError."""
-        weights = self.component_weights(component)
-        save_shards(((name, weights.read(name)) for name in required_tensors(self.meta_component(component))), folder)
-
-    def save_single_file(self, read: Callable[[str], torch.Tensor], dtype: torch.dtype, path: Path) -> None:
-        """Writes the checkpoint as one file in the layout of the original program. Raises OSError.
-
-        `read` returns the tensors of the network by name, in `dtype`.
-        """
-        from trainer.model.single_file_writer import SingleFileWriter
-
-        SingleFileWriter(self, read, dtype).save(path)
-
-    def single_file_marks(self) -> tuple[str, ...]:
-        """Returns the names of empty tensors that tell readers of a single file how it was trained."""
-        return ()
-
     # Checks
 
     def warnings(self) -> list[str]:
         """Returns a sentence about each setting that is allowed but may be a mistake."""
-        return self.checkpoint_warnings()
+        return [*self.checkpoint_warnings(), *encoder_warnings(self)]
 
     @classmethod
     def save_tiny_checkpoint(cls, folder: Path) -> list[str]:

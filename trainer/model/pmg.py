@@ -106,6 +106,11 @@ class PMG(UNetFamily):
         """Whether the checkpoint's text encoder is used."""
         return self.keywords or self.negative_prompt is not None
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        writer = ("llm",) if self.keywords else ()
+        return ("text_encoder", *writer) if self._reads_clip else ()
+
     @classmethod
     def text_encoder_class(cls, suffix: str) -> Any:
         from transformers import CLIPTextModel
@@ -189,9 +194,10 @@ class PMG(UNetFamily):
         recipes = UNetFamily.recipes(self, digests, controls)
         if not self._reads_clip:
             return recipes
-        clip = [digests["text_encoder"], digests["tokenizer"], self.encoder_dtype.value]
+        clip = [digests["text_encoder"], digests["tokenizer"], self._dtype_key("text_encoder")]
         if self.keywords:
-            digest = recipe_digest(digests["llm"], self.max_sequence_length, self.keyword_tokens, clip)
+            dtypes = self._dtype_key("text_encoder", "llm")
+            digest = recipe_digest(digests["llm"], self.max_sequence_length, self.keyword_tokens, [*clip[:2], dtypes])
             names = [(kind, f"{kind}_{what}") for kind in KEYWORDS for what in ("words", "keywords")]
             recipes |= {name: Recipe((f"{kind}_prompt",), digest) for kind, name in names}
         if self.negative_prompt is not None:

@@ -74,8 +74,8 @@ class QwenImageEdit(Family):
         return PATCH * self._vae_scale_factor()
 
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
-        dtype = self.encoder_dtype.value
-        vae = recipe_digest(digests["vae"], dtype)
+        vae = recipe_digest(digests["vae"], self.encoder_dtype_of("vae").value)
+        dtype = self.encoder_dtype_of("text_encoder").value
         language_model = [digests[name] for name in ("text_encoder", "tokenizer", "processor")]
         prompt = Recipe(
             ("caption", "controls"),

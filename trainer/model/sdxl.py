@@ -95,7 +95,8 @@ class SDXL(UNetFamily):
 
     def _caption_digest(self, name: str, digests: dict[str, str]) -> str:
         if name == "pooled":
-            digest = recipe_digest(digests["text_encoder_2"], digests["tokenizer_2"], self.encoder_dtype.value)
+            dtype = self._dtype_key("text_encoder_2")
+            digest = recipe_digest(digests["text_encoder_2"], digests["tokenizer_2"], dtype)
         else:
             digest = UNetFamily._caption_digest(self, name, digests)
         return recipe_digest(digest, self._zeros_for_empty_caption())

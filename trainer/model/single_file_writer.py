@@ -15,7 +15,7 @@ from trainer.model.single_file_contents import DROPPED, reason_not_read
 from trainer.model.weights import required_tensors
 
 if TYPE_CHECKING:
-    from trainer.model import Family
+    from trainer.model.checkpoint_saving import SavableCheckpoint
     from trainer.model.weights import WeightReader
 
 TORCH_DTYPES = {name: getattr(torch, dtype.removeprefix("torch.")) for dtype, name in SAFETENSORS_NAMES.items()}
@@ -37,7 +37,7 @@ class SingleFileWriter:
     of the weights, which are those of the base.
     """
 
-    def __init__(self, family: Family, trained: Callable[[str], torch.Tensor], dtype: torch.dtype):
+    def __init__(self, family: SavableCheckpoint, trained: Callable[[str], torch.Tensor], dtype: torch.dtype):
         self._family, self._trained, self._dtype = family, trained, dtype
         self._weights: dict[str, WeightReader] = {}
         self._parts: dict[str, list[_Part]] = {}

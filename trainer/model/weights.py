@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.core import files, tensor_files
 from trainer.core.errors import DataError
@@ -127,11 +127,15 @@ class ComponentWeights:
         except (OSError, safetensors.SafetensorError) as error:
             raise DataError(f"{path} does not hold {name} ({error})") from error
 
+    def files(self) -> list[Path]:
+        """Returns the paths of the files, which may be missing."""
+        return sorted({*self._shards.values()} or {self._file})
+
     def dtypes(self) -> dict[str, str]:
         import safetensors
 
         found: dict[str, str] = {}
-        for path in sorted({*self._shards.values()} or {self._file}):
+        for path in self.files():
             try:
                 with safetensors.safe_open(path, "pt") as file:
                     found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -164,22 +168,24 @@ def on_meta_device() -> Iterator[None]:
 
     Other buffers are real, since the network computes them.
     """
+    import torch
     from accelerate import init_empty_weights
-    from torch.nn import Module
 
-    register_buffer = Module.register_buffer
+    # Like accelerate, which does this for parameters. Any: mypy accepts no assignment to a method.
+    module_class: Any = torch.nn.Module
+    register_buffer = module_class.register_buffer
 
-    def register(module: Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+    def register(module: torch.nn.Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         if tensor is not None and persistent and not is_leftover(name):
             tensor = tensor.to("meta")
         register_buffer(module, name, tensor, persistent)
 
-    Module.register_buffer = register
+    module_class.register_buffer = register
     try:
         with init_empty_weights():
             yield
     finally:
-        Module.register_buffer = register_buffer
+        module_class.register_buffer = register_buffer
 
 
 def load_weights(

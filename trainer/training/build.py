@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.config.compose import read_run
 from trainer.config.groups import option_name
@@ -36,26 +36,40 @@ def build_network(
     dtypes = run.model.weights().dtypes()
     run.precision.check_checkpoint(dtypes)
     quantize = run.precision.quantizer(run.model.unquantized_modules, first_device, dtypes)
-    # Any: models of diffusers have methods that Module lacks.
-    network: Any = run.model.load_network(run.method.dtype(run.precision.dtype()), first_device, quantize)
+    network = run.model.load_network(run.method.dtype(run.precision.dtype()), first_device, quantize)
     run.method.attach(network, run.model.target_modules, run.seed)
-    if run.hardware.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if run.hardware.compile:
-        network.compile_repeated_blocks()
+    apply_hardware(run, network)
     if shard:
         shard(network)
     return network
 
 
+def apply_hardware(run: Run, network: torch.nn.Module) -> None:
+    """Applies `hardware.gradient_checkpointing` and `compile`. Raises errors.UsageError if the network cannot."""
+    methods = {"gradient_checkpointing": "enable_gradient_checkpointing", "compile": "compile_repeated_blocks"}
+    for setting, method in methods.items():
+        if not getattr(run.hardware, setting):
+            continue
+        try:
+            getattr(network, method)()
+        except (AttributeError, ValueError) as error:
+            # diffusers raises ValueError for a class without `_supports_gradient_checkpointing` or `_repeated_blocks`.
+            raise UsageError(
+                f"hardware.{setting}=true: {type(network).__name__}, the network of this model, does not support it "
+                f"({error}); type hardware.{setting}=false"
+            ) from error
+
+
 def check_buildable(run: Run, is_new: bool = True) -> None:
     """Raises the errors.UsageError of `build_network`, `load_initial_weights` and the optimizer early, if file headers
-    suffice to know.
+    and the network without weights suffice to know.
 
     `is_new`: whether the run has no checkpoint yet, so that it needs initial weights.
     """
     run.precision.check_checkpoint(run.model.weights().dtypes())
     run.optimizer.check()
+    if run.hardware.gradient_checkpointing or run.hardware.compile:
+        apply_hardware(run, run.model.meta_model())
     init_from = run.method.init_from
     if not is_new or init_from is None:
         return

@@ -13,6 +13,7 @@ from typing import Any
 from trainer.cache.store import Cache
 from trainer.config.schema import Run
 from trainer.config.sections import Stage
+from trainer.core.batch import RESERVED
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
 from trainer.dataset.listing import Listing
@@ -21,7 +22,7 @@ from trainer.dataset.source import Source
 from trainer.dataset.splitting import Split, split_samples
 from trainer.dataset.survey import survey_dataset
 from trainer.dataset.transform import Transform, TransformedSample, build_transform
-from trainer.model import Recipe
+from trainer.model import Family, Recipe
 
 MASK = "mask"
 """Name of the cached tensor with the edit mask."""
@@ -88,10 +89,22 @@ def prepare(run: Run) -> TrainingData:
     data = _digest(split)
     digests.flush()
     recipes = run.model.recipes(weights, controls)
+    check_names(run.model, recipes)
     if any(sample.mask for sample in split.train):
         recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_per_latent(run)} pixels")}
     cache = Cache(root, recipes, verify=run.cache.verify)
     return TrainingData(split, transform, cache, {"data": data, "weights": weights}, listing)
+
+
+def check_names(family: Family, names: Iterable[str]) -> None:
+    """Raises errors.UsageError if a model family caches tensors under names that training uses."""
+    reserved = sorted(RESERVED & set(names))
+    if reserved:
+        kind = type(family)
+        raise UsageError(
+            f"{kind.__module__}: {kind.__name__}.recipes names a cached tensor {reserved[0]}, and training adds one "
+            f"of this name to each batch; call it for example prompt_{reserved[0]}"
+        )
 
 
 def _progress(sources: Sequence[Source]) -> Iterable[Source]:

@@ -34,7 +34,8 @@ class LLMUNetEncoder(UNetEncoder):
             family = self.family
             if sample.caption:
                 # Not read. States are never all zero, so that zeros tell which samples have a caption.
-                return torch.zeros(1, family.component_config("unet")["cross_attention_dim"], dtype=self.dtype)
+                dtype = family.encoder_dtype_of("text_encoder").torch
+                return torch.zeros(1, family.component_config("unet")["cross_attention_dim"], dtype=dtype)
             return self._clip_states(family.clip_token_ids(family.negative_prompt or "", family.negative_tokens))
         kind, _, what = name.partition("_")
         if what not in ("words", "keywords"):
@@ -72,11 +73,12 @@ class LLMUNetEncoder(UNetEncoder):
     def _llm(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return load_text_encoder(AutoModelForCausalLM, self.family.component_folder("llm"), self.dtype, self.device)
+        dtype = self.family.encoder_dtype_of("llm").torch
+        return load_text_encoder(AutoModelForCausalLM, self.family.component_folder("llm"), dtype, self.device)
 
     @cached_property
     def _clip(self) -> Any:
-        return self.family.load_text_encoder("", self.dtype, self.device)
+        return self.family.load_text_encoder("", self.device)
 
 
 def parse_keywords(text: str) -> list[str]:

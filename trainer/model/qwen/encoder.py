@@ -24,7 +24,7 @@ class QwenEncoder:
 
     def __init__(self, family: QwenImageEdit, device: torch.device):
         self.family, self.folder, self.device = family, family.folder(), device
-        self.dtype = family.encoder_dtype.torch
+        self.dtype, self.vae_dtype = (family.encoder_dtype_of(name).torch for name in ("text_encoder", "vae"))
 
     @torch.no_grad()
     def encode(self, name: str, sample: TransformedSample) -> torch.Tensor:
@@ -38,7 +38,7 @@ class QwenEncoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._latent_statistics()
         # The VAE encodes videos: an image is a video of one frame.
-        frames = latents[:, :, None].to(self.device, self.dtype) * std + mean
+        frames = latents[:, :, None].to(self.device, self.vae_dtype) * std + mean
         return vae_to_images(self._vae.decode(frames).sample[:, :, 0])
 
     def inputs(self, sample: TransformedSample) -> dict[str, torch.Tensor]:
@@ -83,14 +83,14 @@ class QwenEncoder:
         return self._language_model(**inputs).last_hidden_state[0, SYSTEM_TOKENS:]
 
     def _latents(self, pixels: np.ndarray) -> torch.Tensor:
-        frames = pixels_to_vae(pixels, self.dtype, self.device)[:, :, None]
+        frames = pixels_to_vae(pixels, self.vae_dtype, self.device)[:, :, None]
         mean, std = self._latent_statistics()
         return ((self._vae.encode(frames).latent_dist.mode() - mean) / std)[0, :, 0]
 
     def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the mean and the standard deviation of each channel, (C, 1, 1, 1)."""
         mean, std = (
-            torch.tensor(values).view(-1, 1, 1, 1).to(self.device, self.dtype)
+            torch.tensor(values).view(-1, 1, 1, 1).to(self.device, self.vae_dtype)
             for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
         )
         return mean, std
@@ -99,7 +99,7 @@ class QwenEncoder:
     def _vae(self) -> Any:
         from diffusers import AutoencoderKLQwenImage
 
-        return load_vae(AutoencoderKLQwenImage, self.folder / "vae", self.dtype, self.device)
+        return load_vae(AutoencoderKLQwenImage, self.folder / "vae", self.vae_dtype, self.device)
 
     @cached_property
     def _language_model(self) -> Any:

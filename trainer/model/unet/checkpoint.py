@@ -111,9 +111,10 @@ class UNetCheckpoint(Family):
     def _text_encoder_kind(self, component: str) -> Any:
         return self.text_encoder_class(component.removeprefix("text_encoder"))
 
-    def load_text_encoder(self, suffix: str, dtype: torch.dtype, device: torch.device) -> Any:
+    def load_text_encoder(self, suffix: str, device: torch.device) -> Any:
         """Returns a frozen text encoder."""
         name = f"text_encoder{suffix}"
+        dtype = self.encoder_dtype_of(name).torch
         if self.component_file(name) is not None:
             return load_weights(self.meta_component(name), self.component_weights(name).read, dtype, device)
         return load_text_encoder(self.text_encoder_class(suffix), self.component_folder(name), dtype, device)

@@ -20,7 +20,7 @@ class UNetEncoder:
 
     def __init__(self, family: UNetFamily, device: torch.device):
         self.family, self.device = family, device
-        self.dtype, self.vae_dtype = family.encoder_dtype.torch, family.vae_dtype.torch
+        self.vae_dtype = family.vae_dtype.torch
 
     @torch.no_grad()
     def encode(self, name: str, sample: TransformedSample) -> torch.Tensor:
@@ -63,4 +63,4 @@ class UNetEncoder:
 
     @cached_property
     def _text_encoders(self) -> list[torch.nn.Module]:
-        return [self.family.load_text_encoder(suffix, self.dtype, self.device) for suffix in self.family.text_suffixes]
+        return [self.family.load_text_encoder(suffix, self.device) for suffix in self.family.text_suffixes]

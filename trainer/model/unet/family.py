@@ -93,6 +93,11 @@ class UNetFamily(UNetCheckpoint):
 
     # Cached tensors
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        # The VAE has `vae_dtype`.
+        return () if self.train_text_encoder else self.text_encoder_names
+
     def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
         vae = Recipe(("image",), recipe_digest(digests["vae"], self.vae_dtype.value))
         return dict.fromkeys(self._latent_names(), vae) | {
@@ -122,7 +127,13 @@ class UNetFamily(UNetCheckpoint):
         if self.train_text_encoder:
             return recipe_digest(digests[name.replace("tokens", "tokenizer")])
         components = [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in self.text_suffixes]
-        return recipe_digest([digests[component] for component in components], self.encoder_dtype.value)
+        dtypes = self._dtype_key(*self.text_encoder_names)
+        return recipe_digest([digests[component] for component in components], dtypes)
+
+    def _dtype_key(self, *encoders: str) -> str | list[str]:
+        """Returns the dtypes of encoders for a digest: one name if all have the same."""
+        dtypes = [self.encoder_dtype_of(name).value for name in encoders]
+        return dtypes[0] if len(set(dtypes)) == 1 else dtypes
 
     def _caption_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of token ids and of `caption_tensors`."""
@@ -225,7 +236,7 @@ class UNetFamily(UNetCheckpoint):
             # Sampling alone depends on the spacing.
             if name != "timestep_spacing" and scheduler.get(name, value) != value
         ]
-        warnings = self.checkpoint_warnings()
+        warnings = Family.warnings(self)
         if not differences:
             return warnings
         return [
