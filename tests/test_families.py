@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from synthetic import NoiseSource, noise_sample
+from families import case_of, path_of
+from parity import denoiser_of
+from safetensors.torch import load_file, save_file
+from synthetic import noise_sample
 
-from trainer.config.groups import GROUPS
+from trainer.config.groups import GROUPS, option_name
+from trainer.config.schema import Run
 from trainer.core.batch import Batch, Example, collate, get_conditions
+from trainer.core.errors import UsageError
 from trainer.core.rng import generator, normal, uniform
-from trainer.dataset.sample import Sample
-from trainer.dataset.transform import TransformedSample
+from trainer.dataset.sample import control_names
 from trainer.evaluation.held_out_loss import held_out_loss
+from trainer.hardware import Hardware
 from trainer.method.full import Full
 from trainer.method.trainable import trainable_parameters
 from trainer.model import Family
+from trainer.model.weights import is_leftover
 from trainer.objective import Diffusion, Flow, Prediction, denoising_losses
 from trainer.optimizer.adamw import AdamW
+from trainer.precision import Precision
+from trainer.training.build import build_network
 from trainer.training.loop import TrainingLoop
 
 HEIGHT, WIDTH = 32, 48
@@ -137,6 +148,111 @@ def test_trainable_parameters_are_float32_and_get_gradients(family: Family, dtyp
     assert with_gradients == parameters.keys()
 
 
+def requires_grad(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Makes all floating-point weights and buffers of a network require a gradient, and returns them by name."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module.register_buffer(
+                    name, buffer.clone().requires_grad_(), name not in module._non_persistent_buffers_set
+                )
+    tensors = network.state_dict(keep_vars=True)
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def test_every_tensor_of_the_checkpoint_is_loaded_and_matters(family: Family, tmp_path: Path):
+    """Persistent buffers, too. Networks can compute some of them, so that one that is not read goes unnoticed."""
+    copy = shutil.copytree(family.path, tmp_path / "copy")
+    expected: dict[str, torch.Tensor] = {}
+    for path in (copy / family.denoiser).glob("*.safetensors"):
+        changed = {
+            name: tensor + 0.05 * normal(tuple(tensor.shape), name).to(tensor.dtype)
+            for name, tensor in load_file(path).items()
+            if tensor.is_floating_point() and not is_leftover(name)
+        }
+        save_file(load_file(path) | changed, path, {"format": "pt"})
+        expected |= changed
+    family = dataclasses.replace(family, path=str(copy))
+    method = GROUPS["method"][family.methods[0]]()
+    network = family.load_network(torch.float32)
+    if not method.is_adapter:
+        method.attach(network, family.target_modules, seed=0)
+    tensors = requires_grad(denoiser_of(family, network))
+    assert sorted(expected.keys() ^ tensors.keys()) == []
+    assert [name for name in expected if not torch.equal(tensors[name], expected[name].float())] == [], "not read"
+    example = encode_example(family, CAPTIONS[0])
+    t = torch.tensor([family.objective.quantile_to_time(0.5, 1.0)])
+    output = predict(family, network, [example], example["latents"][None].float(), t)
+    (output * normal(tuple(output.shape), "weights")).sum().backward()
+    unread = case_of(option_name(family)).unread
+    useless = [name for name, tensor in tensors.items() if tensor.grad is None or not tensor.grad.any()]
+    unexplained = [name for name in useless if not any(fnmatch(name, pattern) for pattern in unread)]
+    assert not unexplained, (
+        f"these tensors change no prediction: {', '.join(unexplained)}. If the original does not use them either, say "
+        f"why in unread of {path_of(option_name(family))}"
+    )
+    assert all(any(fnmatch(name, pattern) for name in useless) for pattern in unread)
+
+
+def build(family: Family, **hardware: bool) -> torch.nn.Module:
+    """Returns the network of a run with these settings of the hardware."""
+    method = GROUPS["method"][family.methods[0]]()
+    if method.is_adapter:
+        method.rank, method.alpha = 2, 2.0
+    run = Run(model=family, method=method, precision=Precision(), hardware=Hardware(**hardware))
+    return build_network(run, CPU)
+
+
+def loss_and_gradients(family: Family, network: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Returns also how many tensors autograd saves."""
+    example, saved = encode_example(family, CAPTIONS[0]), []
+    parameters = trainable_parameters(network)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.add_(0.1 * normal(tuple(parameter.shape), name))
+    t = torch.tensor([family.objective.quantile_to_time(0.5, 1.0)])
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = predict(family, network.train(), [example], example["latents"][None].float(), t).square().mean()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in parameters.items()}, len(saved)
+
+
+def test_gradient_checkpointing_changes_no_gradient_or_is_refused(family: Family):
+    plain = build(family)
+    try:
+        network = build(family, gradient_checkpointing=True)
+    except UsageError as refusal:
+        assert "type hardware.gradient_checkpointing=false" in str(refusal)
+        return
+    loss, gradients, saved = loss_and_gradients(family, network)
+    expected_loss, expected, all_saved = loss_and_gradients(family, plain)
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=0)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-6)
+    assert saved < all_saved, "nothing is recomputed"
+
+
+# Generating code takes minutes. "eager" traces the network in the same way, and runs what it traced.
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_network_predicts_the_same_or_compilation_is_refused(family: Family, backend: str):
+    plain = build(family)
+    try:
+        network = build(family, compile=True)
+    except UsageError as refusal:
+        assert "type hardware.compile=false" in str(refusal)
+        return
+    compiled = [module for module in network.modules() if module._compiled_call_impl is not None]
+    assert compiled, "nothing is compiled"
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for module in compiled:
+        module.compile(backend=backend)
+    loss, gradients, _ = loss_and_gradients(family, network)
+    expected_loss, expected, _ = loss_and_gradients(family, plain)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was traced"
+
+
 def test_recipes_depend_on_exactly_the_components_that_encode(family: Family):
     recipes = family.recipes(fake_digests(family), usual_controls(family))
     for component in family.components:
@@ -157,42 +273,44 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 50, 8, 3e-3
 
 
 class ColorTask:
-    """Latents of one color, which the caption determines, with little noise.
+    """Latents of one color with little noise. The caption or the control image determines the color.
 
-    If `shuffled`, the captions of the training samples are random.
+    If `shuffled`, it is a random one in training.
     """
 
-    def __init__(self, family: Family, shuffled: bool):
+    def __init__(self, family: Family, what: str, shuffled: bool):
         self.family, self.shuffled = family, shuffled
-        controls = tuple(NoiseSource("control", WIDTH, HEIGHT) for _ in range(usual_controls(family)))
-        self.shape = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * len(controls))["latents"]
+        count = usual_controls(family)
+        self.shape = family.shapes(HEIGHT, WIDTH, [(HEIGHT, WIDTH)] * count)["latents"]
         encoder = family.build_encoder(CPU)
-        names = [name for name in family.recipes(fake_digests(family), len(controls)) if not name.startswith("latents")]
+        names = [name for name in family.recipes(fake_digests(family), count) if not name.startswith("latents")]
         self.conditions = []
-        for caption in CAPTIONS:
-            sample = Sample(caption, NoiseSource("target", WIDTH, HEIGHT), caption, controls)
-            transformed = TransformedSample(sample, WIDTH, HEIGHT)
-            self.conditions.append({name: encoder.encode(name, transformed) for name in names})
+        for i in range(2):
+            sample = noise_sample(CAPTIONS[i if what == "caption" else 0], WIDTH, HEIGHT, count)
+            example = {name: encoder.encode(name, sample) for name in names}
+            # To a VAE that is not trained, images of noise look alike.
+            plain = {name: torch.full_like(example[name], 2 * i - 1) for name in control_names(count)}
+            self.conditions.append(example | plain if what == "control" else example)
 
-    def example(self, name: str, color: int, caption: int) -> Example:
+    def example(self, name: str, color: int, said: int) -> Example:
         plain = normal((self.shape[0], *[1] * (len(self.shape) - 1)), "colour", color)
-        return self.conditions[caption] | {"latents": plain + 0.1 * normal(self.shape, "sample", name)}
+        return self.conditions[said] | {"latents": plain + 0.1 * normal(self.shape, "sample", name)}
 
     def batches(self) -> Iterator[tuple[int, list[Batch]]]:
         objective, shift = self.family.objective, self.family.time_shift(*self.shape[-2:])
         for step in range(1, STEPS + 1):
             examples = []
             for i in range(BATCH_SIZE):
-                caption = int(generator("said", step, i).integers(2)) if self.shuffled else i % 2
+                said = int(generator("said", step, i).integers(2)) if self.shuffled else i % 2
                 t = torch.tensor(objective.quantile_to_time(uniform("time", step, i), shift))
                 noise = normal(self.shape, "noise", step, i)
-                examples.append(self.example(f"{step} {i}", i % 2, caption) | {"noise": noise, "t": t})
+                examples.append(self.example(f"{step} {i}", i % 2, said) | {"noise": noise, "t": t})
             yield step, [collate(examples)]
 
 
-def train_and_evaluate(family: Family, shuffled: bool) -> float:
+def train_and_evaluate(family: Family, what: str, shuffled: bool) -> float:
     """Returns the held-out loss after training all weights for a short time."""
-    task = ColorTask(family, shuffled)
+    task = ColorTask(family, what, shuffled)
     network = family.load_network(torch.float32).train()
     Full().attach(network, family.target_modules, seed=0)
     weights = list(trainable_parameters(network).values())
@@ -227,10 +345,13 @@ def train_and_evaluate(family: Family, shuffled: bool) -> float:
     return held_out_loss(family, predict_with_network, held_out, CPU, 32)["val/loss"]
 
 
-def test_training_learns_what_captions_say(family: Family):
+@pytest.mark.parametrize("what", ["caption", "control"])
+def test_training_learns_what_captions_and_control_images_say(family: Family, what: str):
     if "full" not in family.methods:
         pytest.skip("this family trains too few parameters to learn this in seconds")
+    if what == "control" and not usual_controls(family):
+        pytest.skip("this family takes no control images")
     # A network that predicts the noise gains little from knowing the image.
     objectives = {Diffusion: Diffusion(prediction=Prediction.v_prediction), Flow: Flow()}
     family = dataclasses.replace(family, objective=objectives[type(family.objective)])
-    assert train_and_evaluate(family, shuffled=False) < 0.9 * train_and_evaluate(family, shuffled=True)
+    assert train_and_evaluate(family, what, shuffled=False) < 0.9 * train_and_evaluate(family, what, shuffled=True)
