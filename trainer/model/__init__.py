@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer.core.dtypes import Dtype
 from trainer.core.settings import added
@@ -26,7 +26,7 @@ from trainer.model.weights import Quantize, WeightReader, check_tensors, empty_m
 if TYPE_CHECKING:
     import torch
 
-    from trainer.core.batch import Batch, Example
+    from trainer.core.batch import Batch
     from trainer.dataset.transform import TransformedSample
     from trainer.objective import Objective
 
@@ -273,18 +273,10 @@ class Family(SavableCheckpoint):
         is called a second time with the conditions of an empty caption if `classifier_free_guidance`, and
         `sample.guidance` is above 1.
 
-        Latents and `t` are float32, and cached tensors have the dtype that the encoder returned. If the weights are
-        16-bit, `torch.autocast` is on, which casts the inputs of matrix products but not those of sums and
-        concatenations: cast conditions to the dtype of the latents first. The prediction may have any float dtype.
+        Latents and `t` are float32, and cached tensors have the dtype that the encoder returned. If
+        `precision.compute` is 16-bit, `torch.autocast` is on. It casts the inputs of matrix products, but not those of
+        sums and concatenations: cast conditions to the dtype of the latents. The prediction may have any float dtype.
         """
-        raise NotImplementedError
-
-    def keywords_of(self, example: Example) -> tuple[str, str]:
-        """Returns the keywords of the target and of the user's preference, for a family that writes them."""
-        raise NotImplementedError
-
-    def with_preference_weight(self, weight: float) -> Self:
-        """Returns the family with another weight of the preference, for a family that writes keywords."""
         raise NotImplementedError
 
     def apply_guidance(

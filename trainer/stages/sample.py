@@ -19,6 +19,7 @@ from trainer.core.errors import UsageError
 from trainer.dataset.sample import Sample
 from trainer.dataset.source import FileSource, Source
 from trainer.dataset.transform import TransformedSample
+from trainer.model.keywords import KeywordWriter
 from trainer.stages.results import SamplingResult
 from trainer.training.data import TrainingData, held_out_samples, prepare, unconditional_samples
 from trainer.training.encoding import encode_missing
@@ -78,7 +79,7 @@ def _generate_best(
     from trainer.model.clip_score import ClipScorer, preference_score
 
     settings, model = trained.run.sample, trained.run.model
-    assert settings.clip is not None and settings.preference_weights is not None
+    assert settings.clip is not None and settings.preference_weights is not None and isinstance(model, KeywordWriter)
     scorer = ClipScorer(str(Path(settings.clip).expanduser()), trained.device)
     runs = {
         weight: replace(trained.run, model=model.with_preference_weight(weight))
