@@ -147,7 +147,8 @@ def test_changed_settings_make_the_entries_that_depend_on_them(harness: Harness,
         ("dataset.flip=true", made(latents=5, control=5)),
         ("dataset.caption_dropout=0.5", made(prompt=1, pooled=1)),
         ("model.text_length=6", made(prompt=5)),
-        ("model.encoder_dtype=float32", made(5, 5, 5, 5)),
+        ("model.encoder_dtypes.text_encoder_2=float32", made(prompt=5)),
+        ("model.encoder_dtype=float32", made(latents=5, pooled=5, control=5)),
     ):
         assert fill(harness, folder, cache, setting) == expected, setting
     assert fill(harness, folder, cache) == made()

@@ -40,7 +40,7 @@ def encoder_warnings(family: Family) -> list[str]:
         if family.encoder_dtype_of(name) is Dtype.float32
     }
     return [
-        f"{name} takes {size / 10**9:.0f} GB in float32; 'model.encoder_dtypes={{{name}: bfloat16}}' takes half of it"
+        f"{name} takes {size / 10**9:.0f} GB in float32; type model.encoder_dtypes.{name}=bfloat16 for half of it"
         for name, size in sizes.items()
         if size > LARGE_ENCODER_BYTES
     ]
