@@ -50,6 +50,7 @@ LIBRARIES = {
     "PIL": {"dataset"},
     "datasets": {"dataset"},
     "bitsandbytes": {"core", "optimizer", "precision"},
+    "optuna": {"sweep"},
     "prodigyopt": {"optimizer"},
     "pytorch_optimizer": {"optimizer"},
     "schedulefree": {"optimizer"},

@@ -24,7 +24,7 @@ def commands() -> list[str]:
     """The commands `python -m trainer ...` of the README that train, without comments, placeholders and sweeps."""
     lines = (line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    "))
     found = [line.partition(" #")[0].strip() for line in lines if line.startswith("python -m trainer ")]
-    left_out = r"[<\[]\w+ ?[=.]|<|\.\.\.| -m \w+\.| -m \w+=| ui\b|--help|--cfg|sweep="
+    left_out = r"[<\[]\w+ ?[=.]|<|\.\.\.| -m \w+[./]| -m \w+=| ui\b|--help|--cfg|sweep="
     return [line for line in found if not re.search(left_out, line)]
 
 

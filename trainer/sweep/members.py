@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ class State(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    PRUNED = "pruned"
     STOPPED = "stopped"
     FAILED = "failed"
 
@@ -58,6 +60,10 @@ class Member:
     """In dB."""
     minutes: float | None = None
     """Duration of all attempts."""
+    memory: float | None = None
+    """Peak memory in GiB."""
+    trial: int | None = None
+    """Number of its trial in a search."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Member:
@@ -74,7 +80,9 @@ class Member:
             "folder": str | None,
         }
         values = {name: documents.entry(fields, name, kind, where) for name, kind in kinds.items()}
-        for name in ("best_loss", "last_loss", "psnr", "minutes"):
+        # Not in the records of earlier versions.
+        values["trial"] = documents.expect(fields.get("trial"), int | None, f"{where}: trial")
+        for name in ("best_loss", "last_loss", "psnr", "minutes", "memory"):
             # A loss may be NaN.
             if not isinstance(value := fields.get(name), float):
                 value = documents.expect(value, float | None, f"{where}: {name}")
@@ -89,16 +97,36 @@ class Member:
         return {key: value for key, _, value in (text.lstrip("+").partition("=") for text in self.overrides)}
 
     @property
+    def command(self) -> list[str]:
+        """The arguments that run this member alone."""
+        # A named sweep asks for several members, and its file may hold settings that they share.
+        is_named = any(text.startswith("sweep=") for text in self.overrides)
+        return [*self.overrides, *(["hydra.mode=RUN"] if is_named else [])]
+
+    @property
+    def ending(self) -> str:
+        """The state in words; of a pruned member also the step."""
+        return f"{self.status} {self.reason}" if self.status == State.PRUNED else self.status
+
+    @property
     def title(self) -> str:
         """The settings that distinguish the member from the others."""
-        return " ".join(f"{key}={value}" for key, value in self.varied.items()) or "defaults"
+        return " ".join(f"{key}={short_value(value)}" for key, value in self.varied.items()) or "defaults"
 
 
-def set_varied(members: Sequence[Member]) -> None:
-    """Sets `varied` of all members."""
+def short_value(text: str) -> str:
+    """Returns a value for people to read: a number with more digits than a search needs is rounded."""
+    if len(text) > 8 and re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", text):
+        return f"{float(text):.4g}"
+    return text
+
+
+def set_varied(members: Sequence[Member], varied: Sequence[str] | None = None) -> None:
+    """Sets `varied` of all members to their values of these settings; None: of those that differ between them."""
     settings = [member.settings for member in members]
-    keys = dict.fromkeys(key for own in settings for key in own)
-    varied = [key for key in keys if len({own.get(key) for own in settings}) > 1]
+    if varied is None:
+        keys = dict.fromkeys(key for own in settings for key in own)
+        varied = [key for key in keys if len({own.get(key) for own in settings}) > 1]
     for member, own in zip(members, settings, strict=True):
         member.varied = {key: own[key] for key in varied if key in own}
 
@@ -173,16 +201,16 @@ def report_folder(folder: Path) -> None:
         files.write_json(Path(path), {"folder": str(folder), "journal_bytes": size})
 
 
-class WarningReader:
-    """Reads the warnings that a member writes to the journal of its run, after the member has reported its folder."""
+class JournalReader:
+    """Reads what a member writes to the journal of its run, after the member has reported its folder."""
 
     def __init__(self, report: Path):
         self._report = report
         self._journal: Path | None = None
         self._offset = 0
 
-    def read(self) -> list[str]:
-        """Returns the new warnings, each on one line."""
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the new records."""
         if self._journal is None:
             try:
                 report = documents.read_json(self._report)
@@ -190,9 +218,8 @@ class WarningReader:
                 return []
             self._journal = Path(report["folder"]) / journal_file.FILE_NAME
             self._offset = report["journal_bytes"]
-        warnings = []
+        records = []
         for offset, record in journal_file.read_records(self._journal, self._offset):
             self._offset = offset
-            if record["kind"] == "warning":
-                warnings.append(" ".join(str(record.get("text")).split()))
-        return warnings
+            records.append(record)
+        return records

@@ -6,12 +6,14 @@ import csv
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from trainer.sweep.members import Member, State, varied_values
+from trainer.sweep.members import Member, State, short_value, varied_values
 
-CSV_FIELDS = ("best_loss", "last_loss", "psnr", "minutes", "status", "code", "reason", "folder", "log")
+SEED = "seed"
+CSV_FIELDS = ("best_loss", "last_loss", "psnr", "minutes", "status", "code", "reason", "folder", "log", "memory")
 
 
 class HeatMap(NamedTuple):
@@ -57,12 +59,12 @@ def markdown_table(members: Sequence[Member]) -> str:
     others = unranked(members)
     for member in others:
         folder = f"`{member.folder}`" if member.folder else ""
-        rows.append(["", f"{member.number}", *_cells(member, keys), member.status, folder])
+        rows.append(["", f"{member.number}", *_cells(member, keys), member.ending, folder])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     reasons = "\n".join(
         f"- member {member.number}, {member.title}: {member.reason} (log `{member.log}`)"
         for member in others
-        if member.reason
+        if member.reason and member.status != State.PRUNED
     )
     return f"{table}\n\n{reasons}\n" if reasons else f"{table}\n"
 
@@ -93,18 +95,26 @@ def align(table: str) -> str:
 
 
 def heat_map(members: Sequence[Member]) -> HeatMap | None:
-    """Returns the losses over two varied settings; None unless exactly two settings vary and both are numbers."""
+    """Returns the losses over two varied settings, means over the seeds.
+
+    None unless exactly two settings vary besides the seed, both are numbers, and most of their combinations were tried.
+    """
+    varied = {key: values for key, values in varied_values(members).items() if key != SEED}
     try:
-        axes = {key: sorted({float(value) for value in values}) for key, values in varied_values(members).items()}
+        axes = {key: sorted({float(value) for value in values}) for key, values in varied.items()}
     except ValueError:
         return None
     if len(axes) != 2:
         return None
     (y, rows), (x, columns) = axes.items()
-    losses = [[math.nan] * len(columns) for _ in rows]
+    cells: dict[tuple[float, float], list[float]] = {}
     for member in rank(members):
         assert member.best_loss is not None
-        losses[rows.index(float(member.varied[y]))][columns.index(float(member.varied[x]))] = member.best_loss
+        cells.setdefault((float(member.varied[y]), float(member.varied[x])), []).append(member.best_loss)
+    tried = {(float(member.varied[y]), float(member.varied[x])) for member in members}
+    if 2 * len(tried) <= len(rows) * len(columns):
+        return None
+    losses = [[statistics.fmean(cells.get((row, column), [math.nan])) for column in columns] for row in rows]
     return HeatMap((x, columns), (y, rows), losses)
 
 
@@ -147,6 +157,6 @@ def edge_advice(members: Sequence[Member]) -> str | None:
 
 def _cells(member: Member, keys: Sequence[str]) -> list[str]:
     numbers = (member.best_loss, ".4f"), (member.last_loss, ".4f"), (member.psnr, ".2f"), (member.minutes, ".1f")
-    return [member.varied.get(key, "") for key in keys] + [
+    return [short_value(member.varied.get(key, "")) for key in keys] + [
         format(value, form) if is_finite(value) else "" for value, form in numbers
     ]

@@ -10,11 +10,10 @@ import signal
 import socket
 import sys
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,17 @@ from trainer.core.errors import Interrupted, TrainerError
 from trainer.core.lock import Lock
 from trainer.sweep.executors import Executor
 from trainer.sweep.members import (
+    JournalReader,
     Member,
     State,
-    WarningReader,
     failure_reason,
     member_environment,
-    set_varied,
-    varied_values,
 )
+from trainer.sweep.plan import Plan, waiting
+from trainer.sweep.record import SweepRecord
 from trainer.sweep.summary import print_summary, summarize
 from trainer.tracking import Tracking
-from trainer.tracking.journal import Journal
+from trainer.tracking.journal import METRICS, Journal
 from trainer.tracking.tracker import Tracker
 from trainer.training.run_folder import RunSummary, find_run_folder, finished_folder
 from trainer.training.tracked_run import shorten_overrides
@@ -44,6 +43,7 @@ from trainer.training.tracked_run import shorten_overrides
 IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "save", "cache", "hydra")
 """Settings that may change when a sweep is continued."""
 POLL_SECONDS = 0.05
+HELD_OUT_LOSS = "val/loss"
 
 
 class MembersFailedError(TrainerError):
@@ -70,7 +70,9 @@ class Running:
     handle: Any
     """What the executor knows about it."""
     member: Member
-    warnings: WarningReader
+    journal: JournalReader
+    pruned_at: int = 0
+    """Step at which the plan has ended it early; 0 if it has not."""
 
 
 class Sweep:
@@ -87,16 +89,15 @@ class Sweep:
     def __init__(self, folder: Path, out: Path, tracking: Tracking, executor: Executor[Any], flags: Sequence[str] = ()):
         self.folder, self.out, self.tracking, self.executor, self.flags = folder, out, tracking, executor, list(flags)
         self.members: list[Member] = []
-        self._folder_id = ""
+        self._record = SweepRecord()
         self._running: dict[int, Running] = {}
         """Running members by number."""
         self._signal = 0
         self._parent_run: str | None = None
+        self._total = 0
 
-    def run(self, overrides: Sequence[Sequence[str]], first: int = 0) -> list[Member]:
-        """Runs one member for each list of overrides and returns these members. A member that fails stops no other.
-
-        `first` is the number of members in earlier batches of the same sweep. Adaptive sweepers run several batches.
+    def run(self, plan: Plan) -> list[Member]:
+        """Runs the members of a plan and returns all members of the sweep. A member that fails stops no other.
 
         Raises errors.Interrupted after SIGINT or SIGTERM, when the running members have saved, and errors.LockedError
         if another process runs the same sweep.
@@ -105,38 +106,43 @@ class Sweep:
             files.check_plain(self.folder)
             stack.enter_context(Lock(self.folder / "lock"))
             stack.enter_context(self._handle_signals())
-            new = [Member(first + i, list(texts)) for i, texts in enumerate(overrides, 1)]
-            if (finished := self._finished_members(new, first)) is not None:
-                self.members = finished
+            self._record = SweepRecord.read(self.folder)
+            self.members = plan.start(self._record.members, self._record.folder_id)
+            plan.set_varied(self.members)
+            self._total = plan.total
+            if self._is_finished(plan):
+                self.members = self._record.members[: len(self.members)]
                 print_line(
-                    f"sweep {self.folder.name} is finished ({_count(finished)}); nothing to do. Its data were not read "
-                    "again."
+                    f"sweep {self.folder.name} is finished ({_count(self.members)}); nothing to do. Its data were not "
+                    "read again."
                 )
-                print_summary(self.folder, finished, self.tracking, self.out)
-                return finished[first:]
-            self._load(new, first)
-            print_line(f"sweep {self.folder.name}: {_count(new)}, {self.executor.slots} at a time, in {self.folder}")
-            if not any(member.varied for member in self.members):
+                print_summary(self.folder, self.members, plan, self.tracking, self.out)
+                return self.members
+            self._save()
+            new = waiting(self.members)
+            slots = self.executor.slots
+            print_line(f"sweep {self.folder.name}: {plan.description}, {slots} at a time, in {self.folder}")
+            if plan.is_exhausted and not any(member.varied for member in self.members):
                 print_line("no setting has several values, such as optimizer.lr=1e-4,1e-3, so this is a single run")
             # The exception tells the tracker that the sweep has failed. The caller looks at the members instead.
             stack.enter_context(contextlib.suppress(MembersFailedError))
             journal = stack.enter_context(Journal(self.folder))
-            tracker = stack.enter_context(self._open_tracker(journal))
+            tracker = stack.enter_context(self._open_tracker(journal, plan))
             journal.log_event("sweep", members=[member.title for member in new])
             self._parent_run = self._wait_for_run_id(tracker)
-            self._run_members(deque(new))
-            has_arrived = summarize(self.folder, self.members, self.tracking, self.out, tracker, journal)
-            self._save(complete=has_arrived and all(member.status == State.FINISHED for member in self.members))
+            self._run_members(plan, deque(new))
+            has_arrived = summarize(self.folder, self.members, plan, self.tracking, self.out, tracker, journal)
+            self._save(complete=has_arrived and all(map(plan.is_over, self.members)))
             if self._signal:
                 raise Interrupted(self._signal)
-            if any(member.status == State.FAILED for member in new):
+            if not all(map(plan.is_over, self.members)):
                 raise MembersFailedError(self.verdict())
-        return new
+        return self.members
 
     def verdict(self) -> str:
         """Returns one line on how all members so far have ended."""
         counts = Counter(member.status for member in self.members)
-        states = (State.FINISHED, State.FAILED, State.STOPPED, State.WAITING)
+        states = (State.FINISHED, State.PRUNED, State.FAILED, State.STOPPED, State.WAITING)
         text = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
         return (
             f"Sweep {self.folder.name}: {text}; {self.folder / 'ranking.md'}. The same command runs the members that "
@@ -145,9 +151,9 @@ class Sweep:
 
     # Running members
 
-    def _run_members(self, waiting: deque[Member]) -> None:
+    def _run_members(self, plan: Plan, queue: deque[Member]) -> None:
         try:
-            self._start_and_poll(waiting)
+            self._start_and_poll(plan, queue)
         except BaseException:
             # For example, the disk is full. The members save before this process ends and nobody watches them.
             for running in self._running.values():
@@ -156,14 +162,13 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
             raise
 
-    def _start_and_poll(self, waiting: deque[Member]) -> None:
+    def _start_and_poll(self, plan: Plan, queue: deque[Member]) -> None:
         forwarded = False
-        while self._running or (waiting and not self._signal):
-            for _ in range(len(waiting)):
-                if not self._signal and len(self._running) < self.executor.slots:
-                    member = waiting.popleft()
-                    if not self._start(member):
-                        waiting.append(member)
+        while True:
+            if not self._signal:
+                self._fill_slots(plan, queue)
+            if not self._running and (self._signal or not queue):
+                return
             if self._signal and not forwarded:
                 # Not in the signal handler, which would miss a member that is just being started.
                 forwarded = True
@@ -175,12 +180,39 @@ class Sweep:
                     self.executor.stop(running.handle, self._signal)
             for running in list(self._running.values()):
                 code = self.executor.poll(running.handle)
-                for text in running.warnings.read():
-                    self._print(running.member, f"warning: {text}")
+                self._follow(plan, running)
                 if code is not None:
                     del self._running[running.member.number]
-                    self._record_end(running.member, code)
+                    self._record_end(running, code)
+                    plan.record_end(running.member, self.members)
             time.sleep(POLL_SECONDS)
+
+    def _fill_slots(self, plan: Plan, queue: deque[Member]) -> None:
+        """Starts waiting members, and then further ones of the plan, while slots are free."""
+        for _ in range(len(queue)):
+            if len(self._running) < self.executor.slots:
+                member = queue.popleft()
+                if not self._start(member):
+                    queue.append(member)
+        while len(self._running) < self.executor.slots and (new := plan.next_member(self.members)) is not None:
+            self.members.append(new)
+            plan.set_varied(self.members)
+            self._save()
+            if not self._start(new):
+                queue.append(new)
+
+    def _follow(self, plan: Plan, running: Running) -> None:
+        """Prints the new warnings of a running member, and ends it early if the plan says so."""
+        for record in running.journal.read():
+            if record["kind"] == "warning":
+                self._print(running.member, f"warning: {' '.join(str(record.get('text')).split())}")
+            elif record["kind"] == METRICS and HELD_OUT_LOSS in record["values"] and not running.pruned_at:
+                step, loss = record["step"], record["values"][HELD_OUT_LOSS]
+                if plan.should_prune(running.member, step, loss):
+                    running.pruned_at = step
+                    text = f"pruned at step {step}, held-out loss {loss:.4f}; waiting for it to save"
+                    self._print(running.member, text)
+                    self.executor.stop(running.handle, signal.SIGTERM)
 
     def _start(self, member: Member) -> bool:
         """Starts a member. Returns False if it still runs because an earlier process of the sweep was killed."""
@@ -196,98 +228,83 @@ class Sweep:
             member.log = str(log)
             return False
         member.status, member.log = State.RUNNING, str(log)
-        self._running[member.number] = Running(handle, member, WarningReader(report))
+        self._running[member.number] = Running(handle, member, JournalReader(report))
         self._print(member, f"started, log {log}")
         self._save()
         return True
 
-    def _record_end(self, member: Member, code: int) -> None:
+    def _record_end(self, running: Running, code: int) -> None:
+        member = running.member
         member.code = code
         stopped = code in (130, 143) or (self._signal and code in (128 + self._signal, -self._signal))
         member.status = State.FINISHED if code == 0 else State.STOPPED if stopped else State.FAILED
         member.reason = "" if code == 0 else failure_reason(Path(member.log), code)
+        if running.pruned_at and stopped and not self._signal:
+            member.status, member.reason = State.PRUNED, f"at step {running.pruned_at}"
         with contextlib.suppress(TrainerError):  # The member ended before it had a run folder or a loss.
             member.folder = documents.read_json(self._report_file(member))["folder"]
             self._report_file(member).unlink()
             summary = RunSummary.read(Path(member.folder))
             member.best_loss, member.last_loss = summary.best_loss, summary.last_loss
-            member.psnr, member.minutes = summary.psnr, round(summary.seconds / 60, 1)
+            member.psnr, member.memory = summary.psnr, summary.memory
+            member.minutes = round(summary.seconds / 60, 1)
         loss = f", held-out loss {member.best_loss:.4f}" if member.best_loss is not None else ""
-        reason = f": {member.reason}" if member.reason else ""
-        self._print(member, f"{member.status}{loss}{reason}")
+        reason = f": {member.reason}" if member.reason and member.status != State.PRUNED else ""
+        self._print(member, f"{member.ending}{loss}{reason}")
         self._save()
 
     def _report_file(self, member: Member) -> Path:
         return self.folder / f"{member.number}.json"
 
     def _print(self, member: Member, text: str) -> None:
-        print_line(f"[{member.number}/{len(self.members)}] {member.title}: {text}")
+        print_line(f"[{member.number}/{self._total}] {member.title}: {text}")
 
     # The record of the sweep, and the tracker
 
-    def _load(self, new: list[Member], first: int) -> None:
-        """Reads the members of earlier batches, adds the new ones and writes `sweep.json`."""
-        record = self._read_record()
-        self.members = [Member.from_json(fields) for fields in record.get("members", [])[:first]] + new
-        self._folder_id = record.get("folder_id") or uuid.uuid4().hex
-        set_varied(self.members)
-        self._save()
+    def _is_finished(self, plan: Plan) -> bool:
+        """Returns whether nothing about the members of a plan is left to do: none of them would train.
 
-    def _finished_members(self, new: list[Member], first: int) -> list[Member] | None:
-        """Returns the members of earlier batches and the `new` ones, as recorded, if nothing about them is left to do.
-
-        None if one of them would train, or if the tracker does not have everything.
+        Their trackers have everything.
         """
-        record = self._read_record()
-        if not record.get("complete") or not self.tracking.is_complete(self.folder, self.out):
-            return None
-        members = [Member.from_json(fields) for fields in record["members"][: first + len(new)]]
-        if len(members) != first + len(new):
-            return None
-        for member, typed in zip(members[first:], new, strict=True):
-            try:
-                # The same overrides may mean other settings if a yaml file has changed.
-                arguments = [*self.flags, *typed.overrides, "hydra.mode=RUN"]
-                request = requested_run(command_line.parse(arguments), find_run_folder)
-                folder = finished_folder(request.run) if request else None
-            except TrainerError:
-                return None
-            if folder is None or member.folder is None or folder.resolve() != Path(member.folder).resolve():
-                return None
-            if not self.tracking.is_complete(folder, self.out):
-                return None
-        return members
+        # A sweep in batches knows only the members of the first ones so far.
+        recorded = self._record.members[: len(self.members)]
+        if not (self._record.complete and plan.is_exhausted and len(recorded) == len(self.members)):
+            return False
+        return self.tracking.is_complete(self.folder, self.out) and all(map(self._has_ended, recorded, self.members))
 
-    def _read_record(self) -> dict[str, Any]:
+    def _has_ended(self, recorded: Member, member: Member) -> bool:
+        """Returns whether a member with the overrides of `member` is the one in the record, which has ended well."""
         try:
-            path = self.folder / "sweep.json"
-            record = documents.expect(documents.read_json(path), dict, f"{path}")
-            documents.entry(record, "members", list[dict], f"{path}")
-            documents.expect(record.get("folder_id"), str | None, f"{path}: folder_id")
+            # The same overrides may mean other settings if a yaml file has changed.
+            request = requested_run(
+                command_line.parse([*self.flags, *member.overrides, "hydra.mode=RUN"]), find_run_folder
+            )
+            folder = finished_folder(request.run) if request else None
         except TrainerError:
-            return {}
-        return record
+            return False
+        if recorded.status != State.FINISHED:
+            return True
+        if folder is None or recorded.folder is None or folder.resolve() != Path(recorded.folder).resolve():
+            return False
+        return self.tracking.is_complete(folder, self.out)
 
     def _save(self, complete: bool = False) -> None:
-        """Writes `sweep.json`. `complete`: all members are finished, and the tracker has everything."""
-        members = [asdict(member) for member in self.members]
-        record = {"id": self.folder.name, "folder_id": self._folder_id, "complete": complete, "members": members}
-        files.write_json(self.folder / "sweep.json", record)
+        """Writes `sweep.json`. `complete`: nothing is left to do about the members, and the tracker has everything."""
+        self._record.write(self.folder, self.members, complete)
 
-    def _open_tracker(self, journal: Journal) -> Tracker:
-        varied = [f"{key}={','.join(values)}" for key, values in varied_values(self.members).items()]
+    def _open_tracker(self, journal: Journal, plan: Plan) -> Tracker:
         return self.tracking.open(
             journal,
             self.out,
-            name=f"sweep {shorten_overrides(varied)[:230]} [{self.folder.name[:6]}]",
+            name=f"sweep {shorten_overrides(plan.searched)[:230]} [{self.folder.name[:6]}]",
             params={},
             tags={
                 "trainer.sweep": self.folder.name,
-                "trainer.folder_id": self._folder_id,
+                "trainer.folder_id": self._record.folder_id,
                 "trainer.folder": str(self.folder.absolute()),
                 "trainer.host": socket.gethostname(),
             },
-            description=f"**Sweep** of {len(self.members)} runs, in progress. Folder: `{self.folder.absolute()}`",
+            description=f"**Sweep** of {plan.description}, in progress. Folder: `{self.folder.absolute()}`",
         )
 
     def _wait_for_run_id(self, tracker: Tracker) -> str | None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,6 +98,7 @@ class MLflowTracker(Tracker):
         description: str,
         artifacts: Sequence[Path] = (),
         varied: Sequence[str] = (),
+        pruned: Mapping[Path, str] | None = None,
     ) -> bool:
         if self.run_id is None:
             return False
@@ -106,6 +107,9 @@ class MLflowTracker(Tracker):
             for run_id in run_ids(folders, self.experiment_id):
                 if "mlflow.parentRunId" not in client.get_run(run_id).data.tags:
                     client.set_tag(run_id, "mlflow.parentRunId", self.run_id, synchronous=True)
+            for folder, when in (pruned or {}).items():
+                for run_id in run_ids([folder], self.experiment_id):
+                    client.set_tag(run_id, "pruned", when, synchronous=True)
             for path in artifacts:
                 client.log_artifact(self.run_id, str(path))
             images = [path for path in artifacts if path.suffix == ".png"]

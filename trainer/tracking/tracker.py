@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -35,10 +35,12 @@ class Tracker:
         description: str,
         artifacts: Sequence[Path] = (),
         varied: Sequence[str] = (),
+        pruned: Mapping[Path, str] | None = None,
     ) -> bool:
         """Nests the runs in `folders` under this run and gives this run a `description` (Markdown) and files.
 
         Runs that already have a parent keep it. PNG files among the `artifacts` are shown below the description.
-        `varied` names the settings in which the runs differ. Returns whether all of this has arrived.
+        `varied` names the settings in which the runs differ. `pruned` says of runs that were ended early when that was,
+        such as "at step 10". Returns whether all of this has arrived.
         """
         return True

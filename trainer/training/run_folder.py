@@ -54,6 +54,8 @@ class RunSummary:
     last_loss: float | None
     psnr: float | None
     """Mean PSNR of the last generated images against their targets, in dB; None if there are no targets."""
+    memory: float | None
+    """Memory in GiB: the peak on the GPU, or what the process holds at the end."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -71,6 +73,8 @@ class RunSummary:
             best_loss=_optional_number(summary, "best_val_loss", where),
             last_loss=_optional_number(summary, "last_val_loss", where),
             psnr=_optional_number(final, "val/psnr", where),
+            memory=_optional_number(final, "system/device_memory_peak_gib", where)
+            or _optional_number(final, "system/memory_gib", where),
         )
 
 
