@@ -4,7 +4,7 @@ To add a family, write this file. It defines `CASE`, an object of a subclass of 
 
 1. `pictures` and `generate`: what is generated with the tiny checkpoint by the program and by diffusers' pipeline, and
    how this pipeline is called. Pictures, latents and all that reaches the denoiser are then compared.
-2. `extra_targets` and, unless the family has no export for ComfyUI, `comfyui_prefix` and `comfyui_layers`.
+2. `extra_targets` and, unless `Family.unsupported_formats` names it, how ComfyUI names its layers.
 3. `published`: how many parameters the networks of the published sizes have.
 4. `golden`: losses of a short training, as `python -m tests.test_golden NAME` prints them.
 
@@ -43,7 +43,7 @@ from trainer.model import Family
 
 FAMILIES = sorted(GROUPS["model"])
 """Names of all families."""
-PARTS = ("pictures", "comfyui", "published")
+PARTS = ("pictures", "published")
 """What `Case.left_out` may name."""
 
 
@@ -167,9 +167,12 @@ class Case:
         """
         raise NotImplementedError
 
-    def load_pipeline(self, family: Family) -> Any:
-        """Returns diffusers' pipeline with the checkpoint of the family, in float32."""
-        pipeline = family.pipeline_class().from_pretrained(family.path, dtype=torch.float32).to(DEVICE)
+    def load_pipeline(self, family: Family, **options: Any) -> Any:
+        """Returns diffusers' pipeline with the checkpoint of the family, in float32.
+
+        `options` are further arguments of `from_pretrained`.
+        """
+        pipeline = family.pipeline_class().from_pretrained(family.path, dtype=torch.float32, **options).to(DEVICE)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
