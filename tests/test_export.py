@@ -10,11 +10,14 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from trainer.config.groups import GROUPS, option_name
 from trainer.config.schema import DECIDES_WEIGHTS, FREE_IN_POST_TRAINING_STAGES, Run
 from trainer.config.sections import Export, Format
 from trainer.core import documents, files, tensor_files
@@ -39,21 +42,32 @@ from trainer.precision import Precision
 from trainer.precision import Storage as Stored
 
 CPU = torch.device("cpu")
-ADAPTERS = [Lora(rank=4, alpha=8.0), Dora(rank=4, alpha=8.0), Loha(rank=4, alpha=8.0), Lokr(rank=2, alpha=8.0)]
+ADAPTERS = [kind(rank=4, alpha=8.0) for kind in GROUPS["method"].values() if kind.is_adapter]
 EACH_ADAPTER = pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
 
 
 @pytest.fixture
 def family(tiny) -> Family:
-    found = tiny.family()
-    if "lora" not in found.methods:
-        pytest.skip("this family supports no adapters")
-    return found
+    """Each family in turn, for tests of what a family decides."""
+    return tiny.family()
+
+
+@pytest.fixture
+def flux(tiny_checkpoint) -> Family:
+    """One family, for tests of what is the same for all."""
+    return tiny_checkpoint("flux_kontext").family()
 
 
 def run_of(family: Family, *formats: Format, dtype: Dtype | None = None, **settings) -> Run:
-    defaults = {"method": Lora(rank=4, alpha=8.0, dropout=0.5), "precision": Precision()}
-    return Run(model=family, export=Export(list(formats) or None, dtype), **defaults | settings)
+    """Returns a run with those of the formats that the family has. Skips the test if there are none."""
+    run = Run(model=family, **{"method": Lora(rank=4, alpha=8.0, dropout=0.5), "precision": Precision()} | settings)
+    if option_name(run.method) not in family.methods:
+        pytest.skip("the family does not support this method")
+    available = [format for format in formats if format.name not in family.unsupported_formats]
+    if formats and not available:
+        pytest.skip(family.unsupported_formats[formats[-1].name])
+    run.export = Export(available or None, dtype)
+    return run
 
 
 def network_of(run: Run, size: float = 0.3) -> torch.nn.Module:
@@ -167,24 +181,24 @@ def test_adapters_are_merged_into_the_dequantized_weights(family: Family, comput
 
 
 def test_large_checkpoints_are_split_into_shards_that_load(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
-    run = run_of(family, Format.pipeline)
+    run = run_of(flux, Format.pipeline)
     network = network_of(run)
     (path,) = write(run, network, tmp_path)
-    pieces = sorted((path / family.denoiser).glob("*.safetensors"))
+    pieces = sorted((path / flux.denoiser).glob("*.safetensors"))
     assert len(pieces) > 3 and all(piece.stat().st_size < 80_000 for piece in pieces)
-    again = dataclasses.replace(family, path=str(path))
-    assert_close(prediction(again, again.load_network(torch.float32).eval()), prediction(family, network))
+    again = dataclasses.replace(flux, path=str(path))
+    assert_close(prediction(again, again.load_network(torch.float32).eval()), prediction(flux, network))
 
 
-def test_pipeline_export_copies_only_weights_configs_and_tokenizers(family: Family, tmp_path: Path):
+def test_pipeline_export_copies_only_weights_configs_and_tokenizers(flux: Family, tmp_path: Path):
     source = tmp_path / "source"
-    files.shutil.copytree(family.folder(), source)
-    for name in (f"{family.denoiser}/optimizer.pt", "vae/diffusion_pytorch_model.bin", "vae/.cache"):
+    files.shutil.copytree(flux.folder(), source)
+    for name in (f"{flux.denoiser}/optimizer.pt", "vae/diffusion_pytorch_model.bin", "vae/.cache"):
         (source / name).write_text("")
-    run = run_of(dataclasses.replace(family, path=str(source)), Format.pipeline)
+    run = run_of(dataclasses.replace(flux, path=str(source)), Format.pipeline)
     (path,) = write(run, network_of(run), tmp_path / "export")
     expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in SUFFIXES}
     assert {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} == expected
@@ -193,13 +207,12 @@ def test_pipeline_export_copies_only_weights_configs_and_tokenizers(family: Fami
 def test_full_training_is_exported_as_a_checkpoint(family: Family, tmp_path: Path):
     run = run_of(family, Format.pipeline, Format.single_file, method=Full(), precision=Precision())
     network = network_of(run, 0.01)
-    path, single_file = write(run, network, tmp_path)
+    path, *single_file = write(run, network, tmp_path)
     again = dataclasses.replace(family, path=str(path))
-    from_file = dataclasses.replace(family, **{family.denoiser: str(single_file)})
-    for name, tensor in from_file.load_network(torch.float32).state_dict().items():
-        assert torch.equal(tensor, network.state_dict()[name]), name
-    exported = ComponentWeights(path / family.denoiser)
-    assert all(torch.equal(exported.read(name), parameter) for name, parameter in trainable_parameters(network).items())
+    bases = [again, *(dataclasses.replace(family, **{family.denoiser: str(file)}) for file in single_file)]
+    for base in bases:
+        found = base.load_network(torch.float32).state_dict()
+        assert [name for name, tensor in network.state_dict().items() if not torch.equal(found[name], tensor)] == []
     assert_close(prediction(again, again.load_network(torch.float32).eval()), prediction(family, network))
     weights = {name: parameter.detach().clone() for name, parameter in trainable_parameters(network).items()}
     without = dataclasses.replace(run, export=Export([]))
@@ -217,11 +230,11 @@ def test_adapter_formats_are_refused_for_full_training():
 
 
 @EACH_ADAPTER
-def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adapter, tmp_path: Path):
+def test_an_adapter_that_changes_nothing_is_refused(flux: Family, method: Adapter, tmp_path: Path):
     precision = Precision(storage=Stored.bf16, compute=Dtype.bfloat16)
-    run = run_of(family, *(Format[name] for name in method.formats), method=method, precision=precision)
+    run = run_of(flux, *(Format[name] for name in method.formats), method=method, precision=precision)
     network = run.model.load_network(precision.dtype())
-    method.attach(network, family.target_modules, seed=0)
+    method.attach(network, flux.target_modules, seed=0)
     with pytest.raises(DataError, match="changes nothing"):
         write(run, network, tmp_path)
     assert contents(tmp_path) == {}
@@ -231,15 +244,15 @@ def test_an_adapter_that_changes_nothing_is_refused(family: Family, method: Adap
         assert write(dataclasses.replace(run, export=Export([Format.peft])), network, tmp_path)
 
 
-def test_unchanged_weights_of_full_training_are_refused(family: Family, tmp_path: Path):
-    run = run_of(family, method=Full())
+def test_unchanged_weights_of_full_training_are_refused(flux: Family, tmp_path: Path):
+    run = run_of(flux, method=Full())
     with pytest.raises(DataError, match="nothing has changed"):
         write(run, network_of(run, 0), tmp_path)
     assert contents(tmp_path) == {}
 
 
-def test_a_change_that_is_lost_in_rounding_is_refused_with_a_remedy(family: Family, tmp_path: Path):
-    run = run_of(family, Format.pipeline, precision=Precision(storage=Stored.bf16))
+def test_a_change_that_is_lost_in_rounding_is_refused_with_a_remedy(flux: Family, tmp_path: Path):
+    run = run_of(flux, Format.pipeline, precision=Precision(storage=Stored.bf16))
     network = network_of(run, 1e-3)
     with pytest.raises(DataError, match="type export.dtype=float32"):
         write(run, network, tmp_path)
@@ -248,14 +261,14 @@ def test_a_change_that_is_lost_in_rounding_is_refused_with_a_remedy(family: Fami
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
-def test_exports_have_the_selected_dtype(family: Family, dtype: Dtype, tmp_path: Path):
-    run = run_of(family, Format.diffusers, Format.comfyui, Format.peft, Format.pipeline, dtype=dtype)
+def test_exports_have_the_selected_dtype(flux: Family, dtype: Dtype, tmp_path: Path):
+    run = run_of(flux, Format.diffusers, Format.comfyui, Format.peft, Format.pipeline, dtype=dtype)
     write(run, network_of(run), tmp_path)
     found = set()
     for path in [
         *tmp_path.glob("*.safetensors"),
         *(tmp_path / "peft").glob("*.safetensors"),
-        *tmp_path.glob(f"pipeline/{family.denoiser}/*.safetensors"),
+        *tmp_path.glob(f"pipeline/{flux.denoiser}/*.safetensors"),
     ]:
         with open_tensors(path) as file:
             found |= {file.get_slice(key).get_dtype() for key in set(file.keys()) if not key.endswith(".alpha")}
@@ -275,47 +288,75 @@ def with_methods(family: Family, **methods) -> Family:
     return kind(**{f.name: getattr(family, f.name) for f in dataclasses.fields(family)})
 
 
-def confuse_layers(self: Family, key: str) -> str:
-    # Self-attention only: in cross-attention the shapes of the two differ.
-    other = re.sub(r"(attn1?)\.to_([qk])", lambda found: f"{found[1]}.to_{'k' if found[2] == 'q' else 'q'}", key)
-    return type(self).__mro__[1].comfyui_key(self, other)
+def swapped(names: Iterable[str], shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, str]:
+    """Returns two of the names that belong to tensors of equal shapes, each with the other."""
+    found: dict[tuple[int, ...], str] = {}
+    for name in names:
+        first = found.setdefault(shape_of(name), name)
+        if first != name:
+            return {first: name, name: first}
+    raise AssertionError("all shapes differ")
 
 
-def swap_two(self: Family, tensors, folder: Path) -> None:
-    tensors = dict(tensors)
-    first, second = sorted(name for name in tensors if name.endswith("to_q.weight"))[:2]
-    tensors[first], tensors[second] = tensors[second], tensors[first]
-    type(self).__mro__[1].save_pipeline(self, tensors.items(), folder)
+def wrong_comfyui_names(family: Family) -> dict[str, Any]:
+    network = family.meta_model()
+    layers = [name for name, _ in network.named_modules() if name.endswith(family.target_modules)]
+    others = swapped(layers, lambda name: network.get_submodule(name).weight.shape)
+
+    def comfyui_key(self: Family, key: str) -> str:
+        layer = key.removesuffix(".alpha").partition(".lora_")[0]
+        return family.comfyui_key(others.get(layer, layer) + key.removeprefix(layer))
+
+    return {"comfyui_key": comfyui_key}
 
 
-def swap_two_in_file(self: Family, read, dtype: torch.dtype, path: Path) -> None:
-    first, second = sorted(name for name in self.meta_model().state_dict() if name.endswith("to_q.weight"))[:2]
-    others = {first: second, second: first}
-    type(self).__mro__[1].save_single_file(self, lambda name: read(others.get(name, name)), dtype, path)
+def swapped_weights(family: Family) -> dict[str, str]:
+    tensors = family.meta_model().state_dict()
+    return swapped((name for name in tensors if tensors[name].dim() > 1), lambda name: tensors[name].shape)
+
+
+def wrong_checkpoint(family: Family) -> dict[str, Any]:
+    others = swapped_weights(family)
+
+    def save_pipeline(self: Family, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+        weights = dict(tensors)
+        family.save_pipeline(((name, weights[others.get(name, name)]) for name in weights), folder)
+
+    return {"save_pipeline": save_pipeline}
+
+
+def wrong_single_file(family: Family) -> dict[str, Any]:
+    others = swapped_weights(family)
+
+    def save_single_file(self: Family, read: Callable, dtype: torch.dtype, path: Path) -> None:
+        family.save_single_file(lambda name: read(others.get(name, name)), dtype, path)
+
+    return {"save_single_file": save_single_file}
 
 
 @pytest.mark.parametrize(
-    ("format", "methods"),
+    ("format", "mistake"),
     [
-        (Format.comfyui, {"comfyui_key": confuse_layers}),
-        (Format.pipeline, {"save_pipeline": swap_two}),
-        (Format.single_file, {"save_single_file": swap_two_in_file}),
+        (Format.comfyui, wrong_comfyui_names),
+        (Format.pipeline, wrong_checkpoint),
+        (Format.single_file, wrong_single_file),
     ],
 )
 def test_a_wrong_export_is_refused_and_the_earlier_one_stays(
-    family: Family, format: Format, methods: dict, tmp_path: Path
+    family: Family, format: Format, mistake: Callable[[Family], dict[str, Any]], tmp_path: Path
 ):
     run = run_of(family, format)
     network = network_of(run)
     write(run, network, tmp_path)
     before = contents(tmp_path)
+    wrong = with_methods(family, **mistake(family))
     with pytest.raises(DataError, match="differs from the trained (adapter|weights)"):
-        write(dataclasses.replace(run, model=with_methods(family, **methods)), network_of(run, 0.2), tmp_path)
+        write(dataclasses.replace(run, model=wrong), network_of(run, 0.2), tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_a_second_export_replaces_the_first_and_leaves_no_other_files(family: Family, tmp_path: Path):
-    run = run_of(family, *(Format[name] for name in Lora.formats))
+def test_a_second_export_replaces_the_first_and_leaves_no_other_files(flux: Family, tmp_path: Path):
+    run = run_of(flux, Format.diffusers, Format.peft, Format.pipeline)
     network = network_of(run)
     paths = write(run, network, tmp_path)
     first = contents(tmp_path)
@@ -330,8 +371,8 @@ def test_a_second_export_replaces_the_first_and_leaves_no_other_files(family: Fa
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(family: Family, tmp_path: Path):
-    run = run_of(family, Format.pipeline)
+def test_an_export_that_fails_leaves_the_earlier_one(flux: Family, tmp_path: Path):
+    run = run_of(flux, Format.pipeline)
     network = network_of(run)
     write(run, network, tmp_path)
     before = contents(tmp_path)
@@ -341,7 +382,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(family: Family, tmp_path: P
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match="No space left"):
-        write(dataclasses.replace(run, model=with_methods(family, save_pipeline=full_disk)), network, tmp_path)
+        write(dataclasses.replace(run, model=with_methods(flux, save_pipeline=full_disk)), network, tmp_path)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 

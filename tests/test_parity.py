@@ -33,6 +33,7 @@ from synthetic import DEVICE, NoiseSource
 from trainer.config.sections import Format
 from trainer.dataset.sample import Sample
 from trainer.dataset.transform import TransformedSample
+from trainer.model import Family
 
 
 def same_pictures(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
@@ -92,6 +93,11 @@ EACH_LORA = pytest.mark.parametrize(
 )
 
 
+def need_format(family: Family, format: Format) -> None:
+    if format.name in family.unsupported_formats:
+        pytest.skip(family.unsupported_formats[format.name])
+
+
 @pytest.fixture(scope="module")
 def trained_lora(tiny_checkpoint: Callable[[str], Tiny]) -> Callable[[str, str], TrainedLora]:
     """Returns a LoRA for these pictures of a family, trained when it is first asked for."""
@@ -111,6 +117,7 @@ def test_pipeline_with_an_export_generates_the_pictures_of_the_trained_network(
 ):
     lora = trained_lora(name, key)
     case, request, family = lora.case, lora.request, lora.family
+    need_format(family, format)
     path = lora.export(format, tmp_path)
     if format is Format.pipeline:
         family = dataclasses.replace(family, path=str(path))
@@ -131,7 +138,7 @@ def test_comfyui_finds_every_layer_and_its_alpha(
 ):
     lora = trained_lora(name, key)
     case, family = lora.case, lora.family
-    case.need("comfyui")
+    need_format(family, Format.comfyui)
     network = family.load_network(torch.float32, DEVICE)
     path = lora.export(Format.comfyui, tmp_path)
     merge_comfyui_lora(path, partial(case.find_comfyui_layer, network), case.comfyui_factors)

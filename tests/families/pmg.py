@@ -8,7 +8,6 @@ from families import Case
 class PMGCase(Case):
     left_out = {
         "pictures": "no pipeline has its soft prompt; tests/test_pmg.py passes this prompt to StableDiffusionPipeline",
-        "comfyui": "its export is a soft prompt",
         "published": "its UNet is that of sd15, and the language model is any",
     }
     golden = {
