@@ -262,6 +262,7 @@ def test_check_reports_duplicates_leaks_and_lengths_and_shows_samples(harness: H
         "5 for training, 2 held out",
         "64x64 px: 5 for training, 2 held out",
         "original sizes: 40x32 to 80x64 px",
+        "tokens (tokenizer_2): ",
         "6 images are enlarged, up to 2.0 times",
         "3 captions are longer than the 12 tokens that the model reads (tokenizer_2), and are cut off: train/images/2",
         "the same image is the target of several samples, 2 time(s): {",

@@ -166,7 +166,8 @@ class CombinedWeights:
 def on_meta_device() -> Iterator[None]:
     """Networks built inside have shapes but no memory: what files hold is on the meta device; see `required_tensors`.
 
-    Other buffers are real, since the network computes them.
+    Other buffers are real, since the network computes them. Large buffers that files hold are computed before they are
+    dropped; a network that has no other tensors can be built inside `torch.device("meta")` as well, which avoids that.
     """
     import torch
     from accelerate import init_empty_weights
