@@ -15,6 +15,7 @@ from synthetic import noise_sample
 
 from trainer.config import rules
 from trainer.config.compose import compose_config, to_run
+from trainer.config.groups import GROUPS
 from trainer.config.schema import Run
 from trainer.config.sections import Export, Format
 from trainer.core.batch import RESERVED, Batch
@@ -133,6 +134,16 @@ def test_formats_that_a_family_lacks_are_refused_and_not_the_default():
     )
     with pytest.raises(UsageError, match=re.escape(message)):
         rules.check(run)
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS["model"]))
+def test_families_write_every_format_of_their_methods_or_say_why_not(name: str):
+    kind = GROUPS["model"][name]
+    formats = {format for method in kind.methods for format in GROUPS["method"][method].formats}
+    assert kind.unsupported_formats.keys() <= formats and all(kind.unsupported_formats.values())
+    for format, method in (("diffusers", "pipeline_class"), ("comfyui", "comfyui_key")):
+        if format in formats - kind.unsupported_formats.keys():
+            assert getattr(kind, method).__qualname__ != f"Family.{method}", format
 
 
 # Hardware
