@@ -73,8 +73,8 @@ class Encoder(Protocol):
 class Family(SavableCheckpoint):
     """Base class of model families.
 
-    `Checkpoint` and `SavableCheckpoint` read and write the files of its `components`, also in the layout of the
-    original program.
+    What a family says of its files (`components`, `denoiser`, `original_layout`, ...) is declared by `Checkpoint`,
+    which reads them, and `SavableCheckpoint`, which writes them.
     """
 
     encoder_dtype: Dtype = Dtype.float32
@@ -171,6 +171,7 @@ class Family(SavableCheckpoint):
         raise NotImplementedError
 
     def meta_component(self, component: str) -> torch.nn.Module:
+        """See `Checkpoint.meta_component`."""
         if component != self.denoiser:
             raise NotImplementedError
         return self.meta_model()
@@ -269,9 +270,8 @@ class Family(SavableCheckpoint):
         If the network expects another unit of time or predicts the opposite sign, convert it here.
 
         `conditions` are the collated cached tensors other than the latents; see `recipes`. `guidance` is None in
-        training and for the held-out loss, else `sample.guidance`, which a distilled network may read. In sampling this
-        is called a second time with the conditions of an empty caption if `classifier_free_guidance`, and
-        `sample.guidance` is above 1.
+        training and for the held-out loss. In sampling it is `sample.guidance`, which a distilled network reads; with
+        `classifier_free_guidance` and above 1, each step also predicts with the conditions of an empty caption.
 
         Latents and `t` are float32, and cached tensors have the dtype that the encoder returned. If
         `precision.compute` is 16-bit, `torch.autocast` is on. It casts the inputs of matrix products, but not those of
