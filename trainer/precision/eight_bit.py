@@ -20,9 +20,11 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     precision of e4m3 is the same over its range, so this loses nothing, and multiplying by them is exact in
     float16 and bfloat16.
     """
-    ratio = weight.abs().amax(1).float().cpu() / torch.finfo(E4M3).max
+    ratio = weight.abs().amax(1).float() / torch.finfo(E4M3).max
+    if not ratio.is_meta:
+        ratio = ratio.cpu()
     exponent = torch.frexp(ratio).exponent.clamp(min=MIN_SCALE_EXPONENT)
-    scale = torch.ldexp(torch.ones(len(exponent)), exponent).to(weight.device)
+    scale = torch.ldexp(torch.ones_like(ratio), exponent).to(weight.device)
     return (weight.float() / scale[:, None]).to(E4M3).view(torch.uint8), scale
 
 
