@@ -214,16 +214,18 @@ def run_all(*actions: Action) -> Action:
 
 # Runs of a tiny model
 
+FAMILY = "flux_kontext"
+"""The family of tests that are not about a family."""
+
 
 class Harness:
     """Runs the program with a tiny model, and compares runs with an uninterrupted one, the reference.
 
-    `family` is a name of the config group `model` (default: the first).
+    `family` is a name of the config group `model`.
     """
 
-    def __init__(self, folder: Path, family: str | None = None):
+    def __init__(self, folder: Path, family: str = FAMILY):
         self.folder = folder
-        family = family or next(iter(GROUPS["model"]))
         torch.set_num_threads(1)
         tiny = GROUPS["model"][family].save_tiny_checkpoint(folder / "model")
         self.settings = [f"model={family}", *tiny, *SMALL, f"cache.path={folder / 'cache'}"]

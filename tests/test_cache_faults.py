@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from images import random_image, save_image
 from layouts import write_pairs
-from program import Action, Harness, at_call, start
+from program import FAMILY, Action, Harness, at_call, start
 
 SHORT = ["steps=2", "batch=4", "evaluation.every=2", "evaluation.samples=2", "save.every=2"]
 
@@ -60,7 +60,7 @@ def encode_nan(name: str, sample_id: str) -> Callable[[], None]:
     def setup() -> None:
         from trainer.config.groups import GROUPS
 
-        family = next(iter(GROUPS["model"].values()))
+        family = GROUPS["model"][FAMILY]
         build_encoder = family.build_encoder
 
         def build(self, device):

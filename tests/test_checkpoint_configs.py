@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, Tiny, case_of
 from safetensors.torch import load_file, save_file
 
 from trainer.config.groups import GROUPS
@@ -21,36 +23,24 @@ from trainer.model.flux_kontext import FluxKontext
 from trainer.model.unet.family import UNetFamily
 from trainer.objective import Diffusion, Prediction, Spacing
 
-FAMILIES = ["sd15", "sdxl", "flux_kontext", "qwen_image_edit"]
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
-    for name, folder in folders.items():
-        GROUPS["model"][name].save_tiny_checkpoint(folder)
-    return folders
-
-
-def family_with(tiny: dict[str, Path], name: str, folder: Path, file: str, **changes: Any) -> Any:
+def family_with(tiny_checkpoint: Callable[[str], Tiny], name: str, folder: Path, file: str, **changes: Any) -> Any:
     """Returns a family whose checkpoint is a copy with changes to one config."""
-    shutil.copytree(tiny[name], folder, dirs_exist_ok=True)
+    family: Any = case_of(name).family(tiny_checkpoint(name))
+    shutil.copytree(family.path, folder, dirs_exist_ok=True)
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    kind: Any = GROUPS["model"][name]
-    options = {"text_length": 8} if name == "flux_kontext" else {}
-    family = kind(path=str(folder), **options)
-    if name == "qwen_image_edit":
-        family.objective.terminal = 0.02
-    return family
+    return dataclasses.replace(family, path=str(folder))
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tiny_checkpoints_say_nothing_that_is_ignored(tiny: dict[str, Path], name: str, tmp_path: Path):
-    family: Family = family_with(tiny, name, tmp_path / "copy", SCHEDULER, new_option_that_is_off=False)
+def test_tiny_checkpoints_say_nothing_that_is_ignored(
+    tiny_checkpoint: Callable[[str], Tiny], name: str, tmp_path: Path
+):
+    family: Family = family_with(tiny_checkpoint, name, tmp_path / "copy", SCHEDULER, new_option_that_is_off=False)
     family.check_configs()
 
 
@@ -83,21 +73,23 @@ def test_tiny_checkpoints_say_nothing_that_is_ignored(tiny: dict[str, Path], nam
     ],
 )
 def test_what_is_not_followed_is_refused_by_name(
-    tiny: dict[str, Path], name: str, file: str, changes: dict[str, Any], message: str, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Tiny], name: str, file: str, changes: dict[str, Any], message: str, tmp_path: Path
 ):
     with pytest.raises(TrainerError) as refusal:
-        family_with(tiny, name, tmp_path / "copy", file, **changes).check_configs()
+        family_with(tiny_checkpoint, name, tmp_path / "copy", file, **changes).check_configs()
     assert message in str(refusal.value)
 
 
-def test_scheduler_of_a_checkpoint_is_followed_and_settings_override_it(tiny: dict[str, Path], tmp_path: Path):
+def test_scheduler_of_a_checkpoint_is_followed_and_settings_override_it(
+    tiny_checkpoint: Callable[[str], Tiny], tmp_path: Path
+):
     changes = {
         "_class_name": "EulerDiscreteScheduler",
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    family: UNetFamily = family_with(tiny, "sd15", tmp_path / "copy", SCHEDULER, **changes)
+    family: UNetFamily = family_with(tiny_checkpoint, "sd15", tmp_path / "copy", SCHEDULER, **changes)
     with pytest.raises(UsageError, match=r"type model.objective.prediction=v_prediction"):
         family.check_configs()
     family.objective = Diffusion(prediction=Prediction.v_prediction)
@@ -113,8 +105,10 @@ def test_scheduler_of_a_checkpoint_is_followed_and_settings_override_it(tiny: di
     assert "rescale_betas_zero_snr=True (not False)" in family.warnings()[0]
 
 
-def test_keys_that_a_scheduler_lacks_have_the_defaults_of_its_class(tiny: dict[str, Path], tmp_path: Path):
-    family: UNetFamily = family_with(tiny, "sdxl", tmp_path / "copy", SCHEDULER)
+def test_keys_that_a_scheduler_lacks_have_the_defaults_of_its_class(
+    tiny_checkpoint: Callable[[str], Tiny], tmp_path: Path
+):
+    family: UNetFamily = family_with(tiny_checkpoint, "sdxl", tmp_path / "copy", SCHEDULER)
     path = tmp_path / "copy" / SCHEDULER
     path.write_text(json.dumps({"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000}))
     scheduler = family.resolved_objective().scheduler
@@ -133,11 +127,11 @@ def test_keys_that_a_scheduler_lacks_have_the_defaults_of_its_class(tiny: dict[s
     ],
 )
 def test_shift_is_that_of_the_flow_scheduler(
-    tiny: dict[str, Path], changes: dict[str, Any], shift: float, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Tiny], changes: dict[str, Any], shift: float, tmp_path: Path
 ):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    family: FluxKontext = family_with(tiny, "flux_kontext", tmp_path / "copy", SCHEDULER, **changes)
+    family: FluxKontext = family_with(tiny_checkpoint, "flux_kontext", tmp_path / "copy", SCHEDULER, **changes)
     family.check_configs()
     assert family.time_shift(64, 64) == pytest.approx(shift)
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "copy", subfolder="scheduler")
@@ -150,8 +144,8 @@ def digest(family: Family, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/tmp/outside.safetensors", "weights.bin", 7])
-def test_index_that_names_other_files_is_refused(tiny: dict[str, Path], name: object, tmp_path: Path):
-    family: Family = family_with(tiny, "sd15", tmp_path / "copy", SCHEDULER)
+def test_index_that_names_other_files_is_refused(tiny_checkpoint: Callable[[str], Tiny], name: object, tmp_path: Path):
+    family: Family = family_with(tiny_checkpoint, "sd15", tmp_path / "copy", SCHEDULER)
     index = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
     for use in (lambda: digest(family, tmp_path), family.weights):
@@ -160,9 +154,9 @@ def test_index_that_names_other_files_is_refused(tiny: dict[str, Path], name: ob
 
 
 def test_links_out_of_a_checkpoint_are_refused_and_those_of_the_hub_cache_are_followed(
-    tiny: dict[str, Path], tmp_path: Path
+    tiny_checkpoint: Callable[[str], Tiny], tmp_path: Path
 ):
-    family: Family = family_with(tiny, "sd15", tmp_path / "copy", SCHEDULER)
+    family: Family = family_with(tiny_checkpoint, "sd15", tmp_path / "copy", SCHEDULER)
     expected = digest(family, tmp_path)
     # A snapshot of the hub's cache consists of links to blobs.
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
@@ -188,9 +182,9 @@ def test_links_out_of_a_checkpoint_are_refused_and_those_of_the_hub_cache_are_fo
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("change", ["lack", "also hold"])
 def test_weights_that_are_not_those_of_the_config_are_refused(
-    tiny: dict[str, Path], component: str, change: str, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Tiny], component: str, change: str, tmp_path: Path
 ):
-    family: UNetFamily = family_with(tiny, "sd15", tmp_path / "copy", SCHEDULER)
+    family: UNetFamily = family_with(tiny_checkpoint, "sd15", tmp_path / "copy", SCHEDULER)
     (path,) = (tmp_path / "copy" / component).glob("*.safetensors")
     tensors = load_file(path)
     name = sorted(tensors)[0]

@@ -106,19 +106,22 @@ def run_of(*overrides: str) -> Run:
     return to_run(compose(*overrides))
 
 
+def required_path(group: str, option: str, folder: Path) -> list[str]:
+    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    return [f"{group}.path={folder}"] if values.get("path", "given") is None else []
+
+
 def required(group: str, option: str, folder: Path) -> list[str]:
     """Returns the overrides that a user must type together with an option."""
-    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
-    path = [f"{group}.path={folder}"] if values.get("path", "given") is None else []
-    families = GROUPS["model"]
-    if group == "method":
-        model = next(
-            name
-            for name, settings in {"mini_kontext": families["flux_kontext"], **families}.items()
-            if option in settings.methods
-        )
-        return [*path, f"model={model}"]
-    return [*path, f"method={families[option].methods[0]}"] if group == "model" and option in families else path
+    path = required_path(group, option, folder)
+    if group == "model":
+        methods = OmegaConf.get_type(compose(f"model={option}").model).methods
+        return path if "lora" in methods else [*path, f"method={methods[0]}"]
+    if group == "method" and option not in OmegaConf.get_type(compose().model).methods:
+        # Any model that the method applies to.
+        model = min(name for name, family in GROUPS["model"].items() if option in family.methods)
+        return [*path, f"model={model}", *required_path("model", model, folder)]
+    return path
 
 
 def to_override(value: Any) -> str:

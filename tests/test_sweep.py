@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow_helpers import view_state
+from program import FAMILY
 
 from trainer.config.groups import GROUPS
 from trainer.dataset import image_grid
@@ -40,8 +41,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    name, kind = next(iter(GROUPS["model"].items()))
-    return [f"model={name}", *kind.save_tiny_checkpoint(tmp_path_factory.mktemp("model")), *SMALL]
+    tiny = GROUPS["model"][FAMILY].save_tiny_checkpoint(tmp_path_factory.mktemp("model"))
+    return [f"model={FAMILY}", *tiny, *SMALL]
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
