@@ -54,9 +54,10 @@ def apply_hardware(run: Run, network: torch.nn.Module) -> None:
             getattr(network, method)()
         except (AttributeError, ValueError) as error:
             # diffusers raises ValueError for a class without `_supports_gradient_checkpointing` or `_repeated_blocks`.
+            reason = f"{error}".strip(" .")
             raise UsageError(
                 f"hardware.{setting}=true: {type(network).__name__}, the network of this model, does not support it "
-                f"({error}); type hardware.{setting}=false"
+                f"({reason}); type hardware.{setting}=false"
             ) from error
 
 
