@@ -95,7 +95,36 @@ SHOES = {
     "save.every": 500,
     "save.keep": 5,
 }
+DREAMBOOTH = {
+    "method.rank": 4,
+    "method.alpha": 4,
+    "method.init": "gaussian",
+    "optimizer.weight_decay": 1e-4,
+    "lr_scheduler.kind": "constant",
+    "dataset.resolution": "512",
+    "batch": 4,
+    "steps": 500,
+}
+"""Defaults of diffusers' DreamBooth scripts, and the values of both READMEs."""
 GUIDES = {
+    "flux_dev_lora": DREAMBOOTH
+    | {
+        "model.kind": "flux_dev",
+        "model.guidance": 1,
+        "model.objective.times": "uniform",
+        "precision.compute": "bfloat16",
+        "optimizer.kind": "prodigy",
+        "optimizer.lr": 1,
+    },
+    "sd3_lora": DREAMBOOTH
+    | {
+        "model.kind": "sd3",
+        "model.text_length": 77,
+        "model.objective.times": "logit_normal",
+        "precision.compute": "float16",
+        "optimizer.kind": "adamw",
+        "optimizer.lr": 4e-4,
+    },
     "floorplans_a100": {
         "model.kind": "sd15",
         "model.objective.schedule": "scaled_linear",

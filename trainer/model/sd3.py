@@ -134,13 +134,13 @@ class SD3(Family):
         return partial(transformer_layout, blocks=self.component_config("transformer")["num_layers"])
 
     def check_configs(self) -> None:
+        Family.check_configs(self)
+        check_terminal(self.objective, self.component_config("scheduler").get("shift_terminal"))
         if self.t5 and not self.component_folder("text_encoder_3").is_dir():
             raise UsageError(
                 f"model.path={self.path} has no T5 encoder (text_encoder_3); type model.t5=false to train without it, "
                 "as the pipeline of this checkpoint generates images"
             )
-        Family.check_configs(self)
-        check_terminal(self.objective, self.component_config("scheduler").get("shift_terminal"))
 
     def config_rules(self) -> dict[str, ConfigRules]:
         channels = (self.component_config("vae").get("latent_channels", 4),)
