@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import case_of, path_of
+from families import case_of, path_of, usual_method
 from parity import denoiser_of
 from safetensors.torch import load_file, save_file
 from synthetic import noise_sample
 
-from trainer.config.groups import GROUPS, option_name
+from trainer.config.groups import option_name
 from trainer.config.schema import Run
 from trainer.core.batch import Batch, Example, collate, get_conditions
 from trainer.core.errors import UsageError
@@ -60,10 +60,8 @@ def encode_example(family: Family, caption: str, controls: int | None = None) ->
 
 
 def load_trainable(family: Family, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Returns the network with the trainable parameters of the family's first method."""
-    network, method = family.load_network(dtype), GROUPS["method"][family.methods[0]]()
-    if method.is_adapter:
-        method.rank, method.alpha = 2, 2.0
+    """Returns the network with the trainable parameters of the family's usual method."""
+    network, method = family.load_network(dtype), usual_method(family, rank=2, alpha=2.0)
     method.attach(network, family.target_modules, seed=0)
     return network
 
@@ -173,9 +171,9 @@ def test_every_tensor_of_the_checkpoint_is_loaded_and_matters(family: Family, tm
         save_file(load_file(path) | changed, path, {"format": "pt"})
         expected |= changed
     family = dataclasses.replace(family, path=str(copy))
-    method = GROUPS["method"][family.methods[0]]()
-    network = family.load_network(torch.float32)
+    method, network = usual_method(family), family.load_network(torch.float32)
     if not method.is_adapter:
+        # The network predicts nothing without it.
         method.attach(network, family.target_modules, seed=0)
     tensors = requires_grad(denoiser_of(family, network))
     assert sorted(expected.keys() ^ tensors.keys()) == []
@@ -196,9 +194,7 @@ def test_every_tensor_of_the_checkpoint_is_loaded_and_matters(family: Family, tm
 
 def build(family: Family, **hardware: bool) -> torch.nn.Module:
     """Returns the network of a run with these settings of the hardware."""
-    method = GROUPS["method"][family.methods[0]]()
-    if method.is_adapter:
-        method.rank, method.alpha = 2, 2.0
+    method = usual_method(family, rank=2, alpha=2.0)
     run = Run(model=family, method=method, precision=Precision(), hardware=Hardware(**hardware))
     return build_network(run, CPU)
 

@@ -19,17 +19,16 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from families import FAMILIES, Tiny, case_of, path_of
+from families import FAMILIES, Tiny, case_of, path_of, usual_method
 
 from trainer.cache.store import Cache, count_outcomes
-from trainer.config.groups import GROUPS
 from trainer.core.batch import Batch, get_conditions
 from trainer.core.digests import Digests
 from trainer.dataset.demo import Demo
 from trainer.dataset.splitting import split_samples
 from trainer.dataset.transform import build_transform
 from trainer.lr_scheduler.cosine import Cosine
-from trainer.method.lora import Lora, LoraInit
+from trainer.method.lora import LoraInit
 from trainer.method.trainable import trainable_parameters
 from trainer.model import Family
 from trainer.objective import denoising_losses
@@ -37,6 +36,7 @@ from trainer.optimizer.adamw import AdamW
 from trainer.training.batches import Batches
 from trainer.training.loader import load_batches
 from trainer.training.loop import TrainingLoop
+from trainer.training.visits import Visits
 
 
 def machine() -> str:
@@ -54,9 +54,9 @@ def make_batches(family: Family, resolution: str, folder: Path) -> Batches:
     ]
     cache = Cache(folder / "cache", family.recipes(dict.fromkeys(family.components, ""), controls))
     transform = build_transform(dataset, family.size_multiple)
-    batches = Batches(samples, cache, family, dataset, transform, seed=0, batch_size=5, micro_batch_size=2)
+    batches = Batches(Visits(0, 5, dataset, transform, samples), cache, family, micro_batch_size=2)
     encoder = family.build_encoder(torch.device("cpu"))
-    transformed = [batches.transformed(0, index) for index in range(len(samples))]
+    transformed = [transform.apply(sample) for sample in samples]
     count_outcomes(cache.recipes, cache.encode_missing(cache.missing(transformed), encoder.encode))
     return batches
 
@@ -64,17 +64,14 @@ def make_batches(family: Family, resolution: str, folder: Path) -> Batches:
 def train(tiny: Tiny, folder: Path) -> list[float]:
     """Trains the tiny model of a family for five steps; returns loss and gradient norm of each step.
 
-    The method is LoRA, or the first one that the family supports.
+    The method is LoRA, if the family supports it.
     """
     torch.set_num_threads(1)
     family = tiny.family()
     settings = dict(setting.split("=", 1) for setting in tiny.settings)
     batches = make_batches(family, settings["dataset.resolution"], folder)
     network = family.load_network(torch.float64)
-    if "lora" in family.methods:
-        method = Lora(rank=2, alpha=2.0, init=LoraInit.gaussian)
-    else:
-        method = GROUPS["method"][family.methods[0]]()
+    method = usual_method(family, rank=2, alpha=2.0, init=LoraInit.gaussian)
     method.attach(network, family.target_modules, seed=0)
     network.double()
     parameters = list(trainable_parameters(network).values())

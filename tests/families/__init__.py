@@ -39,6 +39,8 @@ from trainer.config.groups import GROUPS
 from trainer.core.rng import normal
 from trainer.dataset.sample import Sample
 from trainer.dataset.transform import TransformedSample
+from trainer.method import Method
+from trainer.method.lora import Lora
 from trainer.model import Family
 
 FAMILIES = sorted(GROUPS["model"])
@@ -251,6 +253,14 @@ class Tiny:
         own = [text.removeprefix("model.") for text in self.settings if text.startswith("model.")]
         settings = OmegaConf.merge(OmegaConf.structured(GROUPS["model"][self.name]), OmegaConf.from_dotlist(own))
         return OmegaConf.to_object(settings)
+
+
+def usual_method(family: Family, **settings: Any) -> Method:
+    """Returns LoRA with these settings, or the only method of a family without LoRA."""
+    if "lora" in family.methods:
+        return Lora(**settings)
+    (name,) = family.methods
+    return GROUPS["method"][name]()
 
 
 def path_of(name: str) -> str:
