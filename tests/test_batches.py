@@ -14,12 +14,13 @@ from trainer.core.batch import collate, group_by_shape
 from trainer.core.rng import normal
 from trainer.dataset import Dataset
 from trainer.dataset.sample import Sample
-from trainer.dataset.transform import Transform, TransformedSample
+from trainer.dataset.transform import Resolution, Transform, TransformedSample
 from trainer.model import Recipe
 from trainer.objective import Flow, denoising_losses
 from trainer.training.batches import Batches
+from trainer.training.visits import Visit, Visits
 
-TRANSFORM = Transform(((32, 32), (48, 32), (32, 48)))
+TRANSFORM = Transform((Resolution("32", ((32, 32), (48, 32), (32, 48))),))
 
 
 class Family:
@@ -39,14 +40,18 @@ def encode(name: str, sample: TransformedSample) -> torch.Tensor:
 
 
 def make_batches(
-    samples: list[Sample], folder: Path, names: tuple[str, ...] = ("latents",), settings: Dataset | None = None, **more
+    samples: list[Sample], folder: Path, names: tuple[str, ...] = ("latents",), settings: Dataset | None = None
 ) -> Batches:
     """Batches of samples whose tensors `names` are in a new cache."""
     cache = Cache(folder, {name: Recipe(("mask",) if name == "mask" else ("image",), "test") for name in names})
     missing = cache.missing([TRANSFORM.apply(sample) for sample in samples])
     count_outcomes(cache.recipes, cache.encode_missing(missing, encode))
-    settings = settings or Dataset()
-    return Batches(samples, cache, Family(), settings, TRANSFORM, seed=0, batch_size=6, micro_batch_size=2, **more)
+    visits = Visits(0, 6, settings or Dataset(), TRANSFORM, samples)
+    return Batches(visits, cache, Family(), micro_batch_size=2)
+
+
+def visit(batches: Batches, number: int, index: int) -> Visit:
+    return Visit(number, batches.visits.training[index], TRANSFORM.resolutions[0])
 
 
 def make_samples() -> list[Sample]:
@@ -89,8 +94,8 @@ def test_only_dimension_0_is_padded():
 def test_masks_and_sample_weights_scale_the_loss(tmp_path: Path):
     plain = make_samples()[:2]
     samples = [replace(plain[0], mask=NoiseSource("mask", 64, 64)), replace(plain[1], weight=3.0)]
-    batches = make_batches(samples, tmp_path, ("latents", "mask"), Dataset(mask_floor=0.2), has_loss_weights=True)
-    weights = [example["weight"].mean().item() for example in (batches.example(0, 0), batches.example(1, 1))]
+    batches = make_batches(samples, tmp_path, ("latents", "mask"), Dataset(mask_floor=0.2))
+    weights = [batches.example(visit(batches, i, i))["weight"].mean().item() for i in (0, 1)]
     assert weights == pytest.approx([0.2 + 0.8 * 0.5, 3.0])
     flow, clean = Flow(), torch.zeros(2, 4, 2, 2)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).expand(2, 1, 2, 2)
@@ -100,8 +105,8 @@ def test_masks_and_sample_weights_scale_the_loss(tmp_path: Path):
 
 def test_the_posterior_is_sampled_anew_at_each_visit_but_equally_in_each_run(tmp_path: Path):
     batches = make_batches(make_samples(), tmp_path, ("latents", "latents_std"))
-    first, again, later = (batches.example(visit, 0)["latents"] for visit in (0, 0, 7))
-    mean = batches.cache.example(batches.transformed(0, 0))["latents"]
+    first, again, later = (batches.example(visit(batches, number, 0))["latents"] for number in (0, 0, 7))
+    mean = batches.cache.example(TRANSFORM.apply(batches.visits.training[0]))["latents"]
     assert torch.equal(first, again) and not torch.equal(first, later)
     torch.testing.assert_close(first, mean + 0.25 * normal(tuple(mean.shape), 0, "posterior", 0, "sample 0"))
 

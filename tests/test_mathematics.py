@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from least_squares import train
+from synthetic import NoiseSource
 
 from trainer.core.errors import UsageError
 from trainer.core.rng import generator, normal, uniform
+from trainer.dataset import Dataset
+from trainer.dataset.sample import Sample
+from trainer.dataset.transform import Resolution, Transform
 from trainer.evaluation.held_out_loss import QUANTILES
 from trainer.evaluation.metrics import psnr
 from trainer.lr_scheduler.constant import Constant
 from trainer.lr_scheduler.cosine import Cosine
 from trainer.objective import Flow, TimeDistribution, denoising_losses
-from trainer.training.batches import visits_of_step
+from trainer.training.visits import Visits
 
 # The flow objective
 
@@ -92,12 +97,15 @@ def test_warmup_longer_than_the_run_is_refused():
 
 def test_each_epoch_visits_every_sample_once_in_a_new_order():
     count, batch = 10, 4
-    stream = [index for step in range(1, 11) for _, index in visits_of_step(7, step, batch, count)]
+    samples = [Sample(f"{i}", NoiseSource(f"{i}", 8, 8), "a caption") for i in range(count)]
+    visits = Visits(7, batch, Dataset(), Transform((Resolution("8", ((8, 8),)),)), samples)
+    stream = [visit.sample for step in range(1, 11) for visit in visits.of_step(step)]
     epochs = [stream[i : i + count] for i in range(0, 40, count)]
-    assert all(Counter(epoch) == Counter(range(count)) for epoch in epochs)
+    assert all(Counter(epoch) == Counter(samples) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert stream != [index for step in range(1, 11) for _, index in visits_of_step(8, step, batch, count)]
-    assert [visit for step in (1, 2) for visit, _ in visits_of_step(7, step, batch, count)] == list(range(8))
+    other = replace(visits, seed=8)
+    assert stream != [visit.sample for step in range(1, 11) for visit in other.of_step(step)]
+    assert [visit.number for step in (1, 2) for visit in visits.of_step(step)] == list(range(8))
 
 
 def test_random_numbers_depend_on_their_names_only_and_never_change():

@@ -13,7 +13,7 @@ from synthetic import DEVICE, NoiseSource, normal
 from families import Case, Pictures, Published, Request
 from trainer.core.batch import collate, get_conditions
 from trainer.dataset.sample import Sample
-from trainer.dataset.transform import Transform
+from trainer.dataset.transform import Resolution, Transform
 from trainer.model.flux.tokens import pack
 from trainer.model.flux_kontext import FluxKontext
 
@@ -75,7 +75,7 @@ def test_position_ids_distinguish_two_control_images(family: FluxKontext):
     calls = record_calls(network)
     encoder = family.build_encoder(DEVICE)
     controls = (NoiseSource("control 0", 48, 32), NoiseSource("control 1", 32, 64))
-    sample = Transform(((48, 32),), ((48, 32), (32, 64))).apply(
+    sample = Transform((Resolution("48x32", ((48, 32),)),), ((48, 32), (32, 64))).apply(
         Sample("id", NoiseSource("target", 48, 32), "make it night", controls)
     )
     names = family.recipes(dict.fromkeys(family.components, ""), 2)

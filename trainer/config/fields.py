@@ -14,7 +14,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config.groups import GROUPS
-from trainer.config.schema import DECIDES_WEIGHTS, Run
+from trainer.config.schema import DATA_FOLDERS, DECIDES_WEIGHTS, Run
 from trainer.core.errors import UsageError
 from trainer.core.settings import is_path
 
@@ -127,7 +127,7 @@ def expanded_paths(config: DictConfig) -> dict[str, str | list[str]]:
         value = node[field.name]
         texts = list(value) if OmegaConf.is_config(value) else [value]
         results = [_expand(key, text) if isinstance(text, str) else text for text in texts]
-        if results != texts and (key.partition(".")[0] not in DECIDES_WEIGHTS or key == "dataset.path"):
+        if results != texts and (key.partition(".")[0] not in DECIDES_WEIGHTS or key in DATA_FOLDERS):
             expanded[key] = results if OmegaConf.is_config(value) else results[0]
     return expanded
 

@@ -45,6 +45,7 @@ def identity_settings(run: Run) -> dict[str, Any]:
     # The suggested values are part of the settings that use them.
     del settings["model"]["suggested"]
     del settings["dataset"]["path"]
+    settings["dataset"].get("regularization", {}).pop("path", None)
     # alpha is already resolved from it.
     settings["method"].pop("alpha_per_rank", None)
     return settings

@@ -16,6 +16,7 @@ from trainer.config.sections import POST_TRAINING_STAGES, Format, Stage
 from trainer.core import redaction
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
+from trainer.dataset import size_name
 from trainer.hardware import Card
 from trainer.hardware.devices import detect_card
 from trainer.precision import Storage
@@ -264,8 +265,11 @@ def memory_remedies(run: Run) -> list[str]:
         remedies.append("precision=fp8")
     if not adapter:
         remedies.append("method=lora")
-    size = run.dataset.size()
-    assert size is not None, "the run is resolved"
-    width, height = (max(side // 2, 16) for side in size)
-    remedies.append(f"dataset.resolution={width}" + (f"x{height}" if size[0] != size[1] else ""))
+    smaller = list(run.dataset.resolutions())[:-1]
+    if not smaller:
+        size = run.dataset.size()
+        assert size is not None, "the run is resolved"
+        smaller = [(max(size[0] // 2, 16), max(size[1] // 2, 16))]
+    names = ",".join(map(size_name, smaller))
+    remedies.append(f"dataset.resolution={names if len(smaller) == 1 else f'[{names}]'}")
     return remedies

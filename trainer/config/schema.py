@@ -77,6 +77,8 @@ DECIDES_WEIGHTS = (
     "ema",
 )
 """Settings that decide the trained weights. The identity of a run is computed from them."""
+DATA_FOLDERS = ("dataset.path", "dataset.regularization.path")
+"""Settings that say where the data lies. Not these, but the data itself decides the weights."""
 FREE_IN_POST_TRAINING_STAGES = (
     "stage",
     "run",
@@ -86,7 +88,7 @@ FREE_IN_POST_TRAINING_STAGES = (
     "evaluation",
     "hardware",
     "cache",
-    "dataset.path",
+    *DATA_FOLDERS,
 )
 """Settings that may be combined with `run`. All others are those of the existing run."""
 

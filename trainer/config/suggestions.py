@@ -26,7 +26,8 @@ def _walk(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Yields each dotted key, and whether its settings class has such a field."""
     settings = OmegaConf.get_type(node)
     known = {f.name for f in fields(settings)} if settings and is_dataclass(settings) else set(node)
-    for name in map(str, node):
+    # The keys of a dictionary may be numbers: `dataset.resolution={512: 1, 1024: 3}`.
+    for name in node:
         yield f"{prefix}{name}", name in known
         if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
             value = node[name]

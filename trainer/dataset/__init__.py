@@ -6,6 +6,7 @@ reader, and one file in `conf/dataset/`: `pairs.py` and `pairs.yaml`, for exampl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.core.errors import DataError, UsageError
-from trainer.core.settings import path_setting
+from trainer.core.settings import added, path_setting
+from trainer.dataset.regularization import Regularization
 
 if TYPE_CHECKING:
     from trainer.core.digests import Digests
@@ -26,7 +28,7 @@ class Dataset:
     """Base class of the settings of a layout. `conf/dataset.yaml` explains the settings that all layouts share."""
 
     path: str | None = path_setting(None)
-    resolution: str | None = None
+    resolution: Any = None
     validation_fraction: float = 0.15
     limit: int | None = None
     on_fault: str = "stop"
@@ -38,6 +40,7 @@ class Dataset:
     buckets: Any = False
     bucket_ratio: float = 2.0
     max_upscale: float | None = None
+    regularization: Regularization = added(default_factory=Regularization)
 
     generated: ClassVar[bool] = False
     """Whether the program generates the images itself, so that none can be damaged."""
@@ -65,7 +68,7 @@ class Dataset:
             raise UsageError(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
 
     def _check_sizes(self) -> None:
-        self.size()
+        self.resolution = _spell_resolutions(self.resolutions())
         if self.control_resolution is not None:
             parse_size("control_resolution", self.control_resolution)
         if not isinstance(self.buckets, bool | list) or self.buckets == []:
@@ -75,6 +78,11 @@ class Dataset:
             )
         for size in self.buckets if isinstance(self.buckets, list) else ():
             parse_size("buckets", size)
+        if isinstance(self.buckets, list) and len(self.resolutions()) > 1:
+            raise UsageError(
+                f"dataset.buckets={self.buckets} lists the sizes of one resolution, but dataset.resolution has "
+                f"{len(self.resolutions())}: type dataset.buckets=true, or leave out dataset.resolution."
+            )
         if self.bucket_ratio < 1:
             raise UsageError(
                 f"dataset.bucket_ratio={self.bucket_ratio:g} is below 1, "
@@ -86,18 +94,42 @@ class Dataset:
                 "type 1 or more, or null for no limit."
             )
 
+    def resolutions(self) -> dict[Size, float]:
+        """Returns the relative share of visits of each resolution, (width, height) in pixels, the smallest first.
+
+        Empty for the model's own resolution. Raises errors.UsageError.
+        """
+        value = self.resolution
+        if value is None:
+            return {}
+        if not isinstance(value, list | dict):
+            value = [value]
+        weights = value if isinstance(value, dict) else dict.fromkeys(map(str, value), 1.0)
+        sizes = {parse_size("resolution", text): _check_weight(text, weight) for text, weight in weights.items()}
+        if not value or len(sizes) < len(value):
+            raise UsageError(
+                f"dataset.resolution={value}: type different sizes such as [512,1024], or sizes with their shares of "
+                "the visits such as {512: 1, 1024: 3}."
+            )
+        return dict(sorted(sizes.items(), key=lambda item: (item[0][0] * item[0][1], item[0])))
+
     def size(self) -> Size | None:
-        """Returns `resolution` as (width, height) in pixels; None for the model's own. Raises errors.UsageError."""
-        return None if self.resolution is None else parse_size("resolution", self.resolution)
+        """Returns the largest resolution as (width, height) in pixels; None for the model's own."""
+        return next(reversed(self.resolutions()), None)
 
     def resolve(self, resolution: int, has_controls: bool) -> Self:
         """Returns the settings with values in place of nulls that depend on the model.
 
         `resolution` is the model's own, in pixels. `has_controls`: whether the model takes control images.
         """
-        width, height = self.size() or (resolution, resolution)
-        # A square has one spelling, because the spelling is part of the identity of a run.
-        return replace(self, resolution=str(width) if width == height else f"{width}x{height}")
+        return self if self.resolution is not None else replace(self, resolution=resolution)
+
+    def for_regularization(self) -> Self:
+        """Returns the settings that read the regularization images, if these have the layout of the dataset.
+
+        Without those that only make sense for the dataset itself. Raises errors.UsageError.
+        """
+        return replace(self, path=self.regularization.path, regularization=Regularization())
 
     def require_folder(self) -> Path:
         """Returns the folder of the dataset.
@@ -139,3 +171,26 @@ def parse_size(key: str, text: object) -> Size:
             f"dataset.{key}={text} is not a size: type 1024 for a square, or width x height such as 832x576."
         )
     return width, height
+
+
+def size_name(size: Size) -> str:
+    """Returns the setting of a size. A square has one spelling, because it is part of the identity of a run."""
+    width, height = size
+    return str(width) if width == height else f"{width}x{height}"
+
+
+def _check_weight(text: object, weight: object) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UsageError(
+            f"dataset.resolution: {weight} is not a share of the visits at {text}; type a number above 0, as in "
+            "{512: 1, 1024: 3}."
+        )
+    return float(weight)
+
+
+def _spell_resolutions(resolutions: dict[Size, float]) -> str | list[str] | dict[str, float] | None:
+    """Returns the shortest setting with this meaning, so that runs with the same resolutions have the same identity."""
+    names = {size_name(size): weight for size, weight in resolutions.items()}
+    if len(names) < 2:
+        return next(iter(names), None)
+    return names if len({*names.values()}) > 1 else [*names]

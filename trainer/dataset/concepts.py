@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
@@ -45,6 +46,9 @@ class Concepts(Dataset):
         for name, count in self.repeats.items():
             if count < 1:
                 raise UsageError(f"dataset.repeats: {count} for {name} leaves out its samples; type 1 or more")
+
+    def for_regularization(self) -> Self:
+        return replace(Dataset.for_regularization(self), triggers={}, weights={}, repeats={})
 
     def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per image; see `Dataset.read`.

@@ -59,6 +59,12 @@ class Demo(Dataset):
         task = self.task or (Task.edit if has_controls else Task.describe)
         return replace(Dataset.resolve(self, resolution, has_controls), task=task)
 
+    def for_regularization(self) -> Self:
+        raise UsageError(
+            "dataset=demo has no layout of a folder: type dataset.regularization.caption='what the images show' beside "
+            f"dataset.regularization.path={self.regularization.path}, whose images then all have this caption."
+        )
+
     def describe(self) -> str:
         return "the demo world"
 
@@ -75,9 +81,7 @@ class Demo(Dataset):
                 f"dataset.edits={self.edits}: the edits of the demo world are {', '.join(demo_world.EDITS)}; "
                 "type for example dataset.edits=[night]"
             )
-        size = self.size()
-        assert size is not None, "dataset.resolution is not resolved"
-        side = max(size)
+        side = max(max(size) for size in self.resolutions())
         describe = self.task is Task.describe
         kinds = [demo_world.DESCRIBE] if describe else self.edits
         samples = []

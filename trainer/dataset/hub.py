@@ -6,12 +6,13 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
+from trainer.dataset import Dataset
 from trainer.dataset.collector import SampleCollector
 from trainer.dataset.listing import Listing
 from trainer.dataset.sample import Sample
@@ -38,6 +39,10 @@ class Hub(Table):
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = None
+
+    def for_regularization(self) -> Self:
+        settings = Dataset.for_regularization(self)
+        return replace(settings, subset=None, revision=None, train_split="train", validation_split=None)
 
     def read(self, digests: Digests, ignored: Iterable[Path] = ()) -> Listing:
         """Reads one sample per row; see `Dataset.read`.

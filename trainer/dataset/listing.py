@@ -31,6 +31,8 @@ class Listing:
     found: int = 0
     facts: dict[Source, ImageFacts] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    regularization: list[Sample] = field(default_factory=list)
+    """Samples of `dataset.regularization`. Their faults and notes are among the others."""
 
     def raise_on_faults(self, dataset_name: str, max_shown: int | None = MAX_FAULTS_SHOWN) -> None:
         """Raises one errors.DataError that counts all faults and shows the first, if there are any."""

@@ -21,11 +21,18 @@ class Split:
     """The samples of a dataset by their use.
 
     `test` is a test set that the layout defines: neither training nor evaluation uses it, `stage=sample` can.
+    `regularization` is for training, too; see `Dataset.regularization`.
     """
 
     train: list[Sample]
     validation: list[Sample]
     test: list[Sample] = field(default_factory=list)
+    regularization: list[Sample] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[Sample]:
+        """All samples that training uses."""
+        return [*self.train, *self.regularization]
 
 
 def split_samples(samples: Sequence[Sample], fraction: float, *, dataset_name: str) -> Split:

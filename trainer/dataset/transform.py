@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
-from trainer.dataset import Dataset, parse_size
-from trainer.dataset.buckets import Size, make_buckets, nearest_bucket
+from trainer.dataset import Dataset, parse_size, size_name
+from trainer.dataset.buckets import Size, make_buckets, nearest_bucket, upscale_factor
 from trainer.dataset.decoding_memory import reserved
 from trainer.dataset.sample import Sample, control_names
 from trainer.dataset.source import Source
@@ -128,32 +130,87 @@ class TransformedSample:
 
 
 @dataclass(slots=True, frozen=True)
-class Transform:
-    """The sizes that images are resized to. Each image takes the size with the aspect ratio nearest to its own.
+class Resolution:
+    """One resolution of a run. Each image takes the size with the aspect ratio nearest to its own.
 
-    Control images take the size of their target if `control_sizes` is empty.
+    `name` is its setting, and `weight` its relative share of the visits.
     """
 
+    name: str
     sizes: tuple[Size, ...]
+    weight: float = 1.0
+
+    def size_of(self, original: Size) -> Size:
+        """Returns the size that an image of this original size takes."""
+        return self.sizes[0] if len(self.sizes) == 1 else nearest_bucket(original, self.sizes)
+
+
+@dataclass(slots=True, frozen=True)
+class Transform:
+    """The `resolutions` that images are resized to, the smallest first.
+
+    An image is never used at a resolution that would enlarge it more than `max_upscale` times. Control images take the
+    size of their target if `control_sizes` is empty.
+    """
+
+    resolutions: tuple[Resolution, ...]
     control_sizes: tuple[Size, ...] = ()
+    max_upscale: float | None = None
     _source_sizes: dict[Source, Size] = field(default_factory=dict, repr=False, compare=False)
     """Sizes of images, so that each header is read once instead of at each visit."""
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes that targets can have."""
+        return tuple(dict.fromkeys(size for resolution in self.resolutions for size in resolution.sizes))
+
+    def resolutions_of(self, source: Source) -> tuple[Resolution, ...]:
+        """Returns the resolutions at which an image is used, the smallest first; possibly none."""
+        if self.max_upscale is None:
+            return self.resolutions
+        size = self._original_size(source)
+        return tuple(
+            resolution
+            for resolution in self.resolutions
+            if upscale_factor(size, resolution.size_of(size)) <= self.max_upscale
+        )
+
+    def choose_resolution(self, source: Source, quantile: float) -> Resolution:
+        """Returns the resolution of an image at this quantile, 0 to 1, of their shares of the visits."""
+        resolutions = self.resolutions_of(source)
+        bounds = list(accumulate(resolution.weight for resolution in resolutions))
+        return resolutions[bisect(bounds, quantile * bounds[-1], hi=len(bounds) - 1)]
+
+    def size_of(self, sample: Sample, resolution: Resolution | None = None) -> Size:
+        """Returns the size of the target at a resolution; None: the largest at which the sample is used."""
+        return self._choose_size(sample.image, resolution or self.resolutions_of(sample.image)[-1])
+
     def apply(
-        self, sample: Sample, flip: bool = False, drop_caption: bool = False, drop_control: bool = False
+        self,
+        sample: Sample,
+        resolution: Resolution | None = None,
+        *,
+        flip: bool = False,
+        drop_caption: bool = False,
+        drop_control: bool = False,
     ) -> TransformedSample:
-        width, height = self._choose_size(sample.image, self.sizes)
+        """Returns the sample at a resolution; see `size_of`."""
+        width, height = self.size_of(sample, resolution)
         control_sizes: tuple[Size, ...] = ()
         if self.control_sizes:
-            control_sizes = tuple(self._choose_size(control, self.control_sizes) for control in sample.controls)
+            controls = Resolution("control", self.control_sizes)
+            control_sizes = tuple(self._choose_size(control, controls) for control in sample.controls)
         return TransformedSample(sample, width, height, flip, drop_caption, drop_control, control_sizes)
 
-    def _choose_size(self, source: Source, sizes: tuple[Size, ...]) -> Size:
-        if len(sizes) == 1:
-            return sizes[0]
+    def _choose_size(self, source: Source, resolution: Resolution) -> Size:
+        if len(resolution.sizes) == 1:
+            return resolution.sizes[0]
+        return resolution.size_of(self._original_size(source))
+
+    def _original_size(self, source: Source) -> Size:
         if source not in self._source_sizes:
             self._source_sizes[source] = source.size()
-        return nearest_bucket(self._source_sizes[source], sizes)
+        return self._source_sizes[source]
 
 
 def build_transform(settings: Dataset, multiple: int) -> Transform:
@@ -161,13 +218,18 @@ def build_transform(settings: Dataset, multiple: int) -> Transform:
     control_sizes: tuple[Size, ...] = ()
     if settings.control_resolution is not None:
         control_sizes = (_parse_divisible("control_resolution", settings.control_resolution, multiple),)
-    if isinstance(settings.buckets, list):
-        sizes = [_parse_divisible("buckets", text, multiple) for text in settings.buckets]
-        return Transform(tuple(dict.fromkeys(sizes)), control_sizes)
-    width, height = _parse_divisible("resolution", settings.resolution, multiple)
-    if settings.buckets:
-        return Transform(make_buckets(width, height, multiple, settings.bucket_ratio), control_sizes)
-    return Transform(((width, height),), control_sizes)
+    resolutions = []
+    for size, weight in settings.resolutions().items():
+        if isinstance(settings.buckets, list):
+            listed = [_parse_divisible("buckets", text, multiple) for text in settings.buckets]
+            sizes = tuple(dict.fromkeys(listed))
+        else:
+            width, height = _parse_divisible("resolution", size_name(size), multiple)
+            sizes = ((width, height),)
+            if settings.buckets:
+                sizes = make_buckets(width, height, multiple, settings.bucket_ratio)
+        resolutions.append(Resolution(size_name(size), sizes, weight))
+    return Transform(tuple(resolutions), control_sizes, settings.max_upscale)
 
 
 def _parse_divisible(key: str, text: object, multiple: int) -> Size:

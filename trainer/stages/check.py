@@ -45,7 +45,7 @@ def execute(run: Run) -> None:
 def _print_length(run: Run, data: TrainingData, parameter_count: int) -> None:
     assert run.batch is not None
     steps = data.total_steps(run)
-    epochs = steps * run.batch / len(data.epoch_samples)
+    epochs = data.visits.training_count(steps) / len(data.visits.training)
     micro_batch_size = run.hardware.micro_batch_for(run.batch, parameter_count)
     micro_batches = -(-run.batch // micro_batch_size)
     print_line(

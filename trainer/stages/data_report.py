@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -35,16 +36,22 @@ def report_data(run: Run, data: TrainingData) -> None:
     """
     folder = Path(run.out) / "check" / run_id(run)
     split, listing = data.split, data.listing
-    samples = [*split.train, *split.validation]
-    epoch_size = len(data.epoch_samples)
+    samples = [*split.trained, *split.validation]
+    epoch_size = len(data.visits.training)
     repeats = f" ({epoch_size} per epoch with repeats)" if epoch_size != len(split.train) else ""
     print_line(
         f"data        {len(split.train)} for training{repeats}, {len(split.validation)} held out, "
         f"{data.control_count} control image(s) each"
     )
+    if split.regularization:
+        settings = run.dataset.regularization
+        print_line(
+            f"            {len(split.regularization)} for regularization: {settings.share:.0%} of each batch, "
+            f"weight {settings.weight:g}"
+        )
     if split.test:
         print_line(f"            {len(split.test)} in the test split (stage=sample sample.split=test)")
-    findings = (_sizes(data, samples), _captions(run, samples), _duplicates(data, samples), listing.notes)
+    findings = (_sizes(run, data), _captions(run, samples), _duplicates(data, samples), listing.notes)
     for line in (line for lines in findings for line in lines):
         print_line(f"            {line}")
     print_line(f"sheet       {_write_contact_sheet(folder / 'samples.png', data, samples)}")
@@ -62,20 +69,33 @@ def report_data(run: Run, data: TrainingData) -> None:
 
 
 def describe_upscaling(data: TrainingData, samples: Iterable[Sample]) -> list[str]:
-    """Returns a line about images that are enlarged, if there are any."""
-    factors = {}
+    """Returns lines about images that are enlarged, or that `dataset.max_upscale` keeps from some resolutions."""
+    several = len(data.transform.resolutions) > 1
+    enlarged, restricted = {}, []
     for sample in samples:
-        transformed = data.transform.apply(sample)
-        size = (transformed.width, transformed.height)
-        factors[sample.image.name] = upscale_factor(sample.image.size(), size)
-    enlarged = {name: factor for name, factor in factors.items() if factor > 1}
-    if not enlarged:
-        return []
-    worst = max(enlarged, key=enlarged.__getitem__)
-    return [
-        f"{len(enlarged)} images are enlarged, up to {enlarged[worst]:.1f} times ({worst}); "
-        "dataset.max_upscale=1.5 would refuse the worst"
-    ]
+        size = sample.image.size()
+        resolutions = data.transform.resolutions_of(sample.image)
+        name = f"{sample.image.name} at {resolutions[-1].name}" if several else sample.image.name
+        factor = upscale_factor(size, resolutions[-1].size_of(size))
+        if factor > 1:
+            enlarged[name] = factor
+        if len(resolutions) < len(data.transform.resolutions):
+            restricted.append(sample.image.name)
+    lines = []
+    if enlarged:
+        worst = max(enlarged, key=enlarged.__getitem__)
+        effect = "use the worst at smaller resolutions only, or refuse them" if several else "refuse the worst"
+        lines.append(
+            f"{len(enlarged)} images are enlarged, up to {enlarged[worst]:.1f} times ({worst}); "
+            f"dataset.max_upscale=1.5 would {effect}"
+        )
+    if restricted:
+        more = ", ..." if len(restricted) > MAX_EXAMPLES else ""
+        lines.append(
+            f"{len(restricted)} images are too small for the larger resolutions (dataset.max_upscale): "
+            f"{', '.join(restricted[:MAX_EXAMPLES])}{more}"
+        )
+    return lines
 
 
 def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
@@ -104,15 +124,16 @@ def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
     """Returns a line about a run that visits each sample more than `MANY_VISITS` times, with a length that fits."""
     assert run.batch is not None
     count, steps = len(data.split.train), data.total_steps(run)
-    visits = steps * run.batch / count
+    visits = data.visits.training_count(steps) / count
     if visits <= MANY_VISITS:
         return []
     if run.epochs is not None:
-        fitting = f"epochs={max(1, FITTING_VISITS * count // len(data.epoch_samples))}"
+        fitting = f"epochs={max(1, FITTING_VISITS * count // len(data.visits.training))}"
     else:
         # A batch that is larger than the dataset holds copies of its samples.
         batch = min(run.batch, count)
-        fitting_steps = max(-(-FITTING_VISITS * count // batch), run.lr_scheduler.warmup + 1)
+        fitting_steps = replace(data.visits, batch_size=batch).steps_for(FITTING_VISITS * count)
+        fitting_steps = max(fitting_steps, run.lr_scheduler.warmup + 1)
         fitting = f"steps={fitting_steps}" + (f" batch={batch}" if batch < run.batch else "")
     return [
         f"{steps:,} steps of {run.batch} visit each of the {plural(count, 'training sample')} {visits:,.0f} times, "
@@ -120,18 +141,38 @@ def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
     ]
 
 
-def _sizes(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
-    transformed = [data.transform.apply(sample) for sample in samples]
-    training = {sample.id for sample in data.split.train}
-    counts = Counter(((sample.width, sample.height), sample.sample.id in training) for sample in transformed)
-    for size in sorted({size for size, _ in counts}):
-        yield f"{size[0]}x{size[1]} px: {counts[size, True]} for training, {counts[size, False]} held out"
+def _sizes(run: Run, data: TrainingData) -> Iterator[str]:
+    split = data.split
+    samples = [*split.trained, *split.validation]
+    groups = {"for training": split.train, "for regularization": split.regularization, "held out": split.validation}
+    if len(data.transform.resolutions) > 1:
+        yield from _resolutions(run, data)
+        groups = {"held out": split.validation}
+    counts = {name: Counter(map(data.transform.size_of, group)) for name, group in groups.items()}
+    for size in sorted({size for counter in counts.values() for size in counter}):
+        parts = [f"{counter[size]} {name}" for name, counter in counts.items() if groups[name] or name == "held out"]
+        yield f"{size[0]}x{size[1]} px: {', '.join(parts)}"
     original_sizes = sorted((sample.image.size() for sample in samples), key=lambda size: size[0] * size[1])
     smallest, largest = (f"{width}x{height}" for width, height in (original_sizes[0], original_sizes[-1]))
     yield f"original sizes: {smallest}" + (f" to {largest} px" if smallest != largest else " px")
     if masked := sum(sample.mask is not None for sample in samples):
         yield f"edit masks: {masked} of {len(samples)} samples have one"
     yield from describe_upscaling(data, samples)
+
+
+def _resolutions(run: Run, data: TrainingData) -> Iterator[str]:
+    """Yields for each resolution how many samples visit it how often, and at which sizes."""
+    steps = data.total_steps(run)
+    counts = data.visits.counts(steps)
+    for resolution in data.transform.resolutions:
+        visits = {sample: count for (sample, visited), count in counts.items() if visited == resolution}
+        sizes = Counter(data.transform.size_of(sample, resolution) for sample in visits)
+        listed = ", ".join(f"{count} at {width}x{height} px" for (width, height), count in sorted(sizes.items()))
+        yield (
+            f"resolution {resolution.name}: {sum(visits.values())} of {counts.total()} visits, "
+            f"by {len(visits)} of {plural(len(data.split.trained), 'sample')}: {listed or 'none'}"
+        )
+    yield "held-out samples and generated images have the largest resolution"
 
 
 def _captions(run: Run, samples: Sequence[Sample]) -> Iterator[str]:
@@ -161,7 +202,7 @@ def _duplicates(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
     ]
     if near:
         yield f"images that look alike, {len(near)} group(s): {_name_groups(near)}"
-    training = {sample.id for sample in data.split.train}
+    training = {sample.id for sample in data.split.trained}
     leaks = [group for group in (*equal, *near) if len({sample.id in training for sample in group}) == 2]
     if leaks:
         yield (

@@ -124,7 +124,7 @@ def _show_data(run: Run, data: TrainingData, journal: Journal) -> None:
         print_line(
             f"left out: {data.listing.count_faults(run.dataset.describe())}; the journal and stage=check list them"
         )
-    train_samples = data.split.train
-    upscaling, long_captions = describe_upscaling(data, train_samples), describe_long_captions(run, train_samples)
+    samples = data.split.trained
+    upscaling, long_captions = describe_upscaling(data, samples), describe_long_captions(run, samples)
     for note in (*data.listing.notes, *upscaling, *long_captions, *describe_many_visits(run, data)):
         print_line(f"note: {note}")

@@ -16,13 +16,13 @@ from trainer.config.sections import Stage
 from trainer.core.batch import RESERVED
 from trainer.core.digests import Digests
 from trainer.core.errors import DataError, UsageError
-from trainer.dataset.listing import Listing
-from trainer.dataset.sample import Sample
+from trainer.dataset.listing import Listing, plural
 from trainer.dataset.source import Source
 from trainer.dataset.splitting import Split, split_samples
 from trainer.dataset.survey import survey_dataset
 from trainer.dataset.transform import Transform, TransformedSample, build_transform
 from trainer.model import Family, Recipe
+from trainer.training.visits import Visits
 
 MASK = "mask"
 """Name of the cached tensor with the edit mask."""
@@ -34,6 +34,7 @@ class TrainingData:
 
     split: Split
     transform: Transform
+    visits: Visits
     cache: Cache
     digests: dict[str, Any]
     """Digests of the dataset (`data`) and of each component of the model (`weights`)."""
@@ -41,26 +42,16 @@ class TrainingData:
     """Faults and facts about the images, found when the dataset was read."""
 
     @property
-    def epoch_samples(self) -> list[Sample]:
-        """The training samples of one epoch. Each occurs `repeats` times."""
-        return [sample for sample in self.split.train for _ in range(sample.repeats)]
-
-    @property
-    def has_loss_weights(self) -> bool:
-        """Whether the loss weights some samples, or parts of their images, more than others."""
-        return any(sample.mask or sample.weight != 1 for sample in self.split.train)
-
-    @property
     def control_count(self) -> int:
         """Number of control images of each sample."""
         return len(self.split.train[0].controls)
 
     def total_steps(self, run: Run) -> int:
-        """Returns the number of steps of the run: `steps`, or `epochs` x samples / batch size, rounded up."""
+        """Returns the number of steps of the run: `steps`, or those that `epochs` of the training samples take."""
         if run.steps:
             return run.steps
-        assert run.epochs is not None and run.batch is not None
-        return -(-run.epochs * len(self.epoch_samples) // run.batch)
+        assert run.epochs is not None
+        return self.visits.steps_for(run.epochs * len(self.visits.training))
 
 
 def prepare(run: Run) -> TrainingData:
@@ -76,7 +67,27 @@ def prepare(run: Run) -> TrainingData:
     if not listing.samples or (run.dataset.on_fault == "stop" and run.stage is not Stage.check):
         listing.raise_on_faults(name)
     split = _split(run, listing)
-    controls = len(split.train[0].controls)
+    _check_samples(run, split)
+    run.model.check_configs()
+    weights = run.model.component_digests(digests)
+    data = _digest(split)
+    digests.flush()
+    recipes = run.model.recipes(weights, len(split.train[0].controls))
+    check_names(run.model, recipes)
+    if any(sample.mask for sample in split.trained):
+        recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_per_latent(run)} pixels")}
+    cache = Cache(root, recipes, verify=run.cache.verify)
+    assert run.batch is not None
+    epochs = [
+        [sample for sample in samples for _ in range(sample.repeats)] for samples in (split.train, split.regularization)
+    ]
+    visits = Visits(run.seed, run.batch, run.dataset, transform, *epochs)
+    return TrainingData(split, transform, visits, cache, {"data": data, "weights": weights}, listing)
+
+
+def _check_samples(run: Run, split: Split) -> None:
+    """Checks that the samples have the control images and texts that the model reads. Raises errors.UsageError."""
+    name, controls = run.dataset.describe(), len(split.train[0].controls)
     if controls not in run.model.control_counts:
         fewest, most = min(run.model.control_counts), max(run.model.control_counts)
         accepted = str(most or "none") if fewest == most else f"{fewest} to {most}"
@@ -84,16 +95,15 @@ def prepare(run: Run) -> TrainingData:
             f"{name} has {controls} control images per sample, but this model takes {accepted}; "
             "type a different dataset or a different model"
         )
-    run.model.check_configs()
-    weights = run.model.component_digests(digests)
-    data = _digest(split)
-    digests.flush()
-    recipes = run.model.recipes(weights, controls)
-    check_names(run.model, recipes)
-    if any(sample.mask for sample in split.train):
-        recipes |= {MASK: Recipe((MASK,), f"area means over {pixels_per_latent(run)} pixels")}
-    cache = Cache(root, recipes, verify=run.cache.verify)
-    return TrainingData(split, transform, cache, {"data": data, "weights": weights}, listing)
+    for sample in split.regularization:
+        missing = [text for text in run.model.text_fields if text not in dict(sample.texts)]
+        if len(sample.controls) != controls or missing:
+            other = f"no {missing[0]}" if missing else plural(len(sample.controls), "control image")
+            raise UsageError(
+                f"dataset.regularization: {sample.image.name} has {other}, but the samples of {name} have "
+                f"{missing[0] if missing else controls}; give it the same layout as the dataset, without "
+                "dataset.regularization.caption"
+            )
 
 
 def check_names(family: Family, names: Iterable[str]) -> None:
@@ -116,7 +126,11 @@ def _progress(sources: Sequence[Source]) -> Iterable[Source]:
 def _split(run: Run, listing: Listing) -> Split:
     name = run.dataset.describe()
     try:
-        return split_samples(listing.samples, run.dataset.validation_fraction, dataset_name=name)
+        split = split_samples(listing.samples, run.dataset.validation_fraction, dataset_name=name)
+        split.regularization = listing.regularization
+        if run.dataset.regularization.path is not None and not split.regularization:
+            raise DataError(f"dataset.regularization.path={run.dataset.regularization.path}: no image is for training.")
+        return split
     except DataError as error:
         # The faulty samples may be the reason why too few are left.
         if listing.faults:
@@ -127,7 +141,8 @@ def _split(run: Run, listing: Listing) -> Split:
 def _digest(split: Split) -> str:
     """Returns a hash of the content of all samples and of the part of the split that each belongs to."""
     content = []
-    for side, samples in (("train", split.train), ("validation", split.validation)):
+    sides = {"train": split.train, "validation": split.validation, "regularization": split.regularization}
+    for side, samples in sides.items():
         for sample in samples:
             controls = [control.digest() for control in sample.controls]
             values: list[Any] = [sample.id, side, sample.caption, sample.image.digest(), controls]
@@ -183,7 +198,11 @@ def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
     settings = run.dataset
     options = (settings.flip, settings.caption_dropout, settings.control_dropout)
     variants = list(product(*((False, True) if option else (False,) for option in options)))
-    training = [data.transform.apply(sample, *variant) for sample in data.split.train for variant in variants]
+    training = [
+        data.transform.apply(sample, resolution, flip=flip, drop_caption=drop_caption, drop_control=drop_control)
+        for sample, resolution in data.visits.used(data.total_steps(run))
+        for flip, drop_caption, drop_control in variants
+    ]
     generated = [sample for sample, _ in samples_to_generate(run, data)]
     held_out = held_out_samples(data, run.evaluation.samples)
     return training + held_out + generated + unconditional_samples(run, generated)

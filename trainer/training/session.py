@@ -136,8 +136,9 @@ class Session:
             return
         split, processes = self.data.split, self.processes
         parameter_count = sum(parameter.numel() for parameter in self.parameters.values())
+        regularization = f"{len(split.regularization)} for regularization, " if split.regularization else ""
         counts = (
-            f"{self.total_steps} steps of {self.batch_size}, {len(split.train)} samples, "
+            f"{self.total_steps} steps of {self.batch_size}, {len(split.train)} samples, {regularization}"
             f"{len(split.validation)} held out, {parameter_count:,} trainable parameters"
         )
         location = f"on {self.device}"
@@ -158,19 +159,8 @@ class Session:
         network_size = sum(parameter.numel() for parameter in self.network.parameters())
         lr = run.optimizer.lr
         assert lr is not None
-        batches = Batches(
-            self.data.epoch_samples,
-            self.data.cache,
-            run.model,
-            run.dataset,
-            self.data.transform,
-            run.seed,
-            self.batch_size,
-            run.hardware.micro_batch_for(self.batch_size, network_size),
-            rank,
-            world_size,
-            self.data.has_loss_weights,
-        )
+        micro_batch_size = run.hardware.micro_batch_for(self.batch_size, network_size)
+        batches = Batches(self.data.visits, self.data.cache, run.model, micro_batch_size, rank, world_size)
         loop = TrainingLoop(
             parameters=list(self.parameters.values()),
             losses=self.predictor.losses,
