@@ -139,6 +139,14 @@ def test_checkpoint_without_t5_says_what_to_type(tmp_path: Path):
     SD3(path=str(tmp_path), t5=False).check_configs()
 
 
+def test_image_that_is_too_large_is_refused(family: SD3):
+    assert family.shapes(32, 192)["latents"] == (4, 4, 24)
+    with pytest.raises(UsageError, match="of 208x32 px is too large: .* up to 192 px"):
+        family.shapes(32, 208)
+    with pytest.raises(UsageError, match="of 32x208 px is too large"):
+        family.predict(family.load_network(torch.float32), torch.zeros(1, 4, 26, 4), torch.ones(1), {})
+
+
 def test_captions_are_counted_for_clip_and_for_t5(family: SD3):
     counts = family.count_caption_tokens(["make it night"])
     # CLIP's tokenizer adds a start and an end, T5's an end.

@@ -92,6 +92,7 @@ class SD3(Family):
         self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
     ) -> dict[str, tuple[int, ...]]:
         transformer = self.component_config("transformer")
+        self._check_size(height // self.size_multiple, width // self.size_multiple, transformer["pos_embed_max_size"])
         clips = [self.component_config(f"text_encoder{suffix}") for suffix in ("", "_2")]
         t5 = {"prompt": (self.text_length, transformer["joint_attention_dim"])} if self.t5 else {}
         return {
@@ -174,10 +175,12 @@ class SD3(Family):
     ) -> torch.Tensor:
         import torch
 
+        height, width = (side // PATCH for side in latents.shape[-2:])
+        self._check_size(height, width, network.config.pos_embed_max_size)
         clip = conditions["clip_prompt"].to(latents.dtype)
-        width = network.config.joint_attention_dim
-        t5 = conditions["prompt"].to(clip) if self.t5 else clip.new_zeros(len(clip), self.text_length, width)
-        padded = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
+        text_width = network.config.joint_attention_dim
+        t5 = conditions["prompt"].to(clip) if self.t5 else clip.new_zeros(len(clip), self.text_length, text_width)
+        padded = torch.nn.functional.pad(clip, (0, text_width - clip.shape[-1]))
         return network(
             hidden_states=latents,
             timestep=t * TIMESTEPS,
@@ -206,3 +209,12 @@ class SD3(Family):
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""
         return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)
+
+    def _check_size(self, height: int, width: int, longest: int) -> None:
+        """Raises errors.UsageError if an image has more tokens along a side than the transformer has positions."""
+        if max(height, width) > longest:
+            pixels = self.size_multiple
+            raise UsageError(
+                f"An image of {width * pixels}x{height * pixels} px is too large: this model has positions for sides "
+                f"of up to {longest * pixels} px; type a smaller dataset.resolution"
+            )

@@ -26,7 +26,9 @@ class SD3Encoder:
             return self._vae.encode(sample.pixels()).cpu()
         if name == "prompt":
             return self._t5(sample.caption, self.family.text_length).last_hidden_state[0].cpu()
-        outputs = [clip(sample.caption, output_hidden_states=True) for clip in self._clips]
+        # The pipeline cuts captions for both to the length of the first.
+        length = self._clips[0].tokenizer.model_max_length
+        outputs = [clip(sample.caption, length, output_hidden_states=True) for clip in self._clips]
         if name == "pooled":
             return torch.cat([output.text_embeds[0] for output in outputs]).cpu()
         return torch.cat([output.hidden_states[-2][0] for output in outputs], -1).cpu()
