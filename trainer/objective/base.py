@@ -30,13 +30,25 @@ class Objective(Protocol):
         """
 
     def unweighted(self) -> Objective:
-        """Returns the objective with equal weights for all times, so that losses of different runs can be compared."""
+        """Returns the objective with the mean squared error and equal weights for all times.
+
+        Losses of runs with different losses and weights can be compared by it.
+        """
+
+    def check_latents(self, height: int, width: int) -> None:
+        """Raises errors.UsageError if the objective cannot train on latents of this size."""
+
+    def draw_noise(self, shape: tuple[int, ...], *names: int | float | str) -> torch.Tensor:
+        """Returns the noise (C, h, w) of a training sample as a function of `names`; see `core.rng.normal`."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the noisy latents x_t."""
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns what the network should predict for x_t."""
+
+    def errors(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the loss of each latent pixel, in the shape of `target`."""
 
     def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the losses (B,) times the weights of their times."""
@@ -67,10 +79,10 @@ def denoising_losses(
 ) -> torch.Tensor:
     """Adds noise to a batch of latents, predicts, and returns the loss of each sample, (B,).
 
-    The loss is the mean squared error in the type of `latents` (float32 in training). `weight` (B, 1, h, w) multiplies
-    the squared errors. `predict(noisy latents, t, conditions)` is the network.
+    The loss is the mean of `objective.errors` (squared errors by default) in the type of `latents` (float32 in
+    training). `weight` (B, 1, h, w) multiplies them. `predict(noisy latents, t, conditions)` is the network.
     """
     prediction = predict(objective.add_noise(latents, noise, t), t, conditions)
-    errors = (prediction.to(latents.dtype) - objective.target(latents, noise, t)).square()
+    errors = objective.errors(prediction.to(latents.dtype), objective.target(latents, noise, t), t)
     losses = (errors if weight is None else errors * weight).flatten(1).mean(1)
     return objective.weight_by_time(losses, t)

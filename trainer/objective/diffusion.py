@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
 from trainer.core.settings import added
+from trainer.objective.options import ObjectiveOptions
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ class NoiseScheduler:
 
 
 @dataclass(slots=True)
-class Diffusion:
+class Diffusion(ObjectiveOptions):
     """Settings of the diffusion objective; see `Objective` for its methods.
 
     Times are whole numbers from 0 to `timesteps` - 1.
@@ -100,6 +101,7 @@ class Diffusion:
     """Which timesteps sampling visits; null: as in the checkpoint's scheduler."""
 
     def __post_init__(self) -> None:
+        ObjectiveOptions.__post_init__(self)
         if self.timesteps < 2:
             raise UsageError(f"model.objective.timesteps={self.timesteps} is too few; type 2 or more, such as 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -159,8 +161,17 @@ class Diffusion:
         return float(min(int(quantile * self.timesteps), self.timesteps - 1))
 
     def unweighted(self) -> Diffusion:
-        """Returns the objective without Min-SNR weighting."""
-        return replace(self, min_snr=None)
+        """Returns the objective with the mean squared error and without Min-SNR weighting."""
+        return self.with_plain_loss(min_snr=None)
+
+    def relative_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns t / timesteps."""
+        return t / self.timesteps
+
+    def noise_to_signal(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns sqrt((1 - a_t) / a_t)."""
+        a = self._alphas_cumprod_at(t, t)
+        return ((1 - a) / a).sqrt()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns x_t = sqrt(a_t) latents + sqrt(1 - a_t) noise."""

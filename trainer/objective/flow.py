@@ -14,20 +14,46 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import added
+from trainer.objective.options import ObjectiveOptions
 
 if TYPE_CHECKING:
     import torch
 
 
+DEFAULT_MODE_SCALE = 1.29
+"""That of diffusers' examples."""
+MAX_MODE_SCALE = 2 / (math.pi - 2)
+"""Above it, the times of `TimeDistribution.mode` are no longer a function that increases (Esser et al. 2024)."""
+SMALLEST_WEIGHTED_TIME = 1e-3
+"""Smaller times have its weight: that of the smallest sigma of diffusers' schedulers. 1 / t^2 has no upper limit."""
+
+
 class TimeDistribution(Enum):
-    """Distribution of training times before the resolution shift."""
+    """Distribution of training times before the resolution shift (Esser et al. 2024, section 3.1).
+
+    `mode` prefers the middle, or for a negative `mode_scale` both ends, and never leaves out a time.
+    """
 
     logit_normal = "logit_normal"
     uniform = "uniform"
+    mode = "mode"
+
+
+class Weighting(Enum):
+    """Weight of the loss at time t, by the names of diffusers' `compute_loss_weighting_for_sd3`.
+
+    `sigma_sqrt`: 1 / t^2. `cosmap`: 2 / (pi (1 - 2 t + 2 t^2)). The other names there, `logit_normal` and `mode`, are
+    distributions of t: `TimeDistribution`.
+    """
+
+    none = "none"
+    sigma_sqrt = "sigma_sqrt"
+    cosmap = "cosmap"
 
 
 @dataclass(slots=True)
-class Flow:
+class Flow(ObjectiveOptions):
     """Settings of the flow objective; see `Objective` for its methods.
 
     Times are in [0, 1]: 0 is the clean image, 1 is pure noise.
@@ -40,8 +66,22 @@ class Flow:
     """Standard deviation of logit(t) for logit-normal times."""
     terminal: float = 0.0
     """Time at the last step of sampling, to which the sampling times are stretched; 0 disables this."""
+    mode_scale: float = added(DEFAULT_MODE_SCALE)
+    """Scale s of `mode` times."""
+    weighting: Weighting = added(Weighting.none)
 
     def __post_init__(self) -> None:
+        ObjectiveOptions.__post_init__(self)
+        if not -1 <= self.mode_scale <= MAX_MODE_SCALE:
+            raise UsageError(
+                f"model.objective.mode_scale={self.mode_scale:g} is out of range; type a number from -1 to "
+                f"{MAX_MODE_SCALE:.2f}, such as 1.29"
+            )
+        if self.mode_scale != DEFAULT_MODE_SCALE and self.times is not TimeDistribution.mode:
+            raise UsageError(
+                "model.objective.mode_scale has no effect without another setting; type model.objective.times=mode as "
+                "well, or leave it out"
+            )
         if not 0 <= self.terminal < 1:
             raise UsageError(
                 f"model.objective.terminal={self.terminal:g} is out of range; "
@@ -57,11 +97,23 @@ class Flow:
         """Returns a quantile of the training times, which are in (0, 1)."""
         if self.times is TimeDistribution.uniform:
             return shift_time(quantile, shift)
+        if self.times is TimeDistribution.mode:
+            # Eq. 20 of Esser et al. 2024, which decreases, at 1 - quantile.
+            bend = math.sin(math.pi * quantile / 2) ** 2 - quantile
+            return shift_time(quantile - self.mode_scale * bend, shift)
         return shift_time(1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile))), shift)
 
     def unweighted(self) -> Flow:
-        """Returns itself: all times have equal weights."""
-        return self
+        """Returns the objective with the mean squared error and equal weights for all times."""
+        return self.with_plain_loss(weighting=Weighting.none)
+
+    def relative_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns the times unchanged."""
+        return t
+
+    def noise_to_signal(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns t / (1 - t)."""
+        return t / (1 - t)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns x_t = (1 - t) latents + t noise."""
@@ -73,7 +125,11 @@ class Flow:
         return noise - latents
 
     def weight_by_time(self, losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Returns the losses unchanged."""
+        """Returns the losses times the weights of their times; see `Weighting`."""
+        if self.weighting is Weighting.sigma_sqrt:
+            return losses / t.clamp(min=SMALLEST_WEIGHTED_TIME).square()
+        if self.weighting is Weighting.cosmap:
+            return losses * 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
         return losses
 
     def sampling_times(self, steps: int, shift: float, smallest: float | None = None) -> list[float]:
