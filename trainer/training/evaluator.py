@@ -32,6 +32,11 @@ MAX_BATCH_SIZE = 32
 """Samples in a forward pass, unless `hardware.micro_batch` or the size of the network allows fewer."""
 
 
+def evaluation_interval(run: Run, total_steps: int) -> int:
+    """Returns the number of steps between two evaluations. Step 0 and the last step are evaluated, too."""
+    return run.evaluation.every or max(10, total_steps // 4)
+
+
 class Evaluator:
     """Evaluates the weights in `average` if it is given, else those of the network.
 

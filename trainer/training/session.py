@@ -23,7 +23,7 @@ from trainer.training.batches import Batches
 from trainer.training.build import build_network, copy_weights, load_initial_weights
 from trainer.training.checkpoint import Checkpoints, load_best_weights
 from trainer.training.data import TrainingData
-from trainer.training.evaluator import Evaluator
+from trainer.training.evaluator import Evaluator, evaluation_interval
 from trainer.training.loader import load_batches
 from trainer.training.loop import Step, TrainingLoop
 from trainer.training.predictor import Predictor
@@ -51,7 +51,7 @@ class Session:
         self.run, self.data, self.recorder, self.signals, self.processes = run, data, recorder, signals, processes
         self.batch_size = run.batch
         self.total_steps = data.total_steps(run)
-        self.evaluation_interval = run.evaluation.every or max(10, self.total_steps // 4)
+        self.evaluation_interval = evaluation_interval(run, self.total_steps)
         self.device = open_device(run)
         self.network = processes.build_network(lambda shard: build_network(run, self.device, shard))
         self.parameters = trainable_parameters(self.network)
