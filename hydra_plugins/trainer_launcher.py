@@ -36,13 +36,15 @@ class SweepLauncher(Launcher):
     """Runs the members of a sweep with an executor: those of a list, or those of a plan that learns from them."""
 
     @abstractmethod
-    def executor(self) -> Executor[Any]:
-        """Returns the executor. Raises errors.UsageError if the settings of the launcher are wrong."""
+    def executor(self, folder: Path) -> Executor[Any]:
+        """Returns the executor of the sweep in `folder`.
+
+        Raises errors.UsageError if the settings of the launcher are wrong.
+        """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from trainer.sweep.sweep import sweep_id
 
-        self.executor()  # checks the settings
         self.config = config
         self.deliver_signals = getattr(task_function, "deliver_signals", lambda: None)
         sweeper = OmegaConf.to_container(config.hydra.sweeper)
@@ -75,7 +77,7 @@ class SweepLauncher(Launcher):
         assert isinstance(tracking, Tracking)
         folder, out = Path(self.config.hydra.sweep.dir), Path(self.config.out)
         self.deliver_signals()
-        sweep = Sweep(folder, out, tracking, self.executor(), config_dir_flags(self.config))
+        sweep = Sweep(folder, out, tracking, self.executor(folder), config_dir_flags(self.config))
         members = sweep.run(plan)
         return [member_return(member, plan.is_over(member), sweep.verdict()) for member in members]
 

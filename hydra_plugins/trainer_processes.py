@@ -5,6 +5,7 @@ Hydra finds launchers only in this namespace package, and imports this module at
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra_plugins.trainer_launcher import SweepLauncher
@@ -19,7 +20,7 @@ class Processes(SweepLauncher):
     def __init__(self, slots: int = 1):
         self.slots = slots
 
-    def executor(self) -> LocalExecutor:
+    def executor(self, folder: Path) -> LocalExecutor:
         from trainer.core.errors import UsageError
         from trainer.sweep.executors.local import LocalExecutor
 

@@ -166,7 +166,8 @@ class Sweep:
         forwarded = False
         while True:
             if not self._signal:
-                self._fill_slots(plan, queue)
+                with self.executor.batch():
+                    self._fill_slots(plan, queue)
             if not self._running and (self._signal or not queue):
                 return
             if self._signal and not forwarded:
@@ -220,8 +221,11 @@ class Sweep:
         # Varied settings first: the title of a run lists its overrides in this order, and trackers cut it off.
         overrides = sorted(member.overrides, key=lambda text: text.lstrip("+").partition("=")[0] not in member.varied)
         command = [sys.executable, "-m", "trainer", *self.flags, *overrides, "hydra.mode=RUN"]
-        report.unlink(missing_ok=True)
-        handle = self.executor.start(command, member_environment(report, self._parent_run), log)
+        handle = self.executor.adopt(log)
+        verb = "still runs" if handle else "started"
+        if handle is None:
+            report.unlink(missing_ok=True)
+            handle = self.executor.start(command, member_environment(report, self._parent_run), log)
         if handle is None:
             if not member.log:
                 self._print(member, f"waiting for an earlier process of this member, which still writes to {log}")
@@ -229,7 +233,7 @@ class Sweep:
             return False
         member.status, member.log = State.RUNNING, str(log)
         self._running[member.number] = Running(handle, member, JournalReader(report))
-        self._print(member, f"started, log {log}")
+        self._print(member, f"{verb}, log {log}")
         self._save()
         return True
 

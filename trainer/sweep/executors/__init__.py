@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,12 +25,24 @@ class Executor(ABC, Generic[Handle]):
     slots: int
     """Number of members that may run at the same time."""
 
+    def batch(self) -> AbstractContextManager[None]:
+        """Returns a context in which several members are started, so that they can be submitted together."""
+        return nullcontext()
+
+    def adopt(self, log: Path) -> Handle | None:
+        """Returns the member that an earlier process of the sweep has started with this `log`, if it still runs.
+
+        None where members do not outlive the process of the sweep.
+        """
+        return None
+
     @abstractmethod
     def start(self, command: Sequence[str], environment: dict[str, str], log: Path) -> Handle | None:
         """Starts a member and returns at once. Called only while fewer than `slots` members run.
 
-        A member must not outlive the process of the sweep by more than the time it needs to save. Returns None, and
-        starts nothing, while a member that an earlier process of the sweep has started still writes to `log`.
+        Unless `adopt` finds it later, a member must not outlive the process of the sweep by more than the time it needs
+        to save. Returns None, and starts nothing, while a member that an earlier process of the sweep has started still
+        writes to `log`.
 
         Args:
             command: Command line of the member.
