@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from trainer.dataset.listing import Listing
 
 
+DEFAULT_TAG_ORDERS = 4
+
+
 @dataclass(slots=True)
 class Dataset:
     """Base class of the settings of a layout. `conf/dataset.yaml` explains the settings that all layouts share."""
@@ -41,6 +44,9 @@ class Dataset:
     bucket_ratio: float = 2.0
     max_upscale: float | None = None
     regularization: Regularization = added(default_factory=Regularization)
+    shuffle_tags: bool = added(False)
+    keep_tags: int = added(0)
+    tag_orders: int = added(DEFAULT_TAG_ORDERS)
 
     generated: ClassVar[bool] = False
     """Whether the program generates the images itself, so that none can be damaged."""
@@ -62,10 +68,25 @@ class Dataset:
                 raise UsageError(
                     f"dataset.{name}={value} is not between 0 and 1; type a number such as dataset.{name}=0.1."
                 )
+        self._check_tags()
         if self.on_fault not in ("stop", "skip"):
             raise UsageError(f"dataset.on_fault={self.on_fault} is unknown: type stop or skip.")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"dataset.limit={self.limit} leaves no samples: type 1 or more, or null for all.")
+
+    def _check_tags(self) -> None:
+        if not self.shuffle_tags and (self.keep_tags or self.tag_orders != DEFAULT_TAG_ORDERS):
+            raise UsageError(
+                "dataset.keep_tags and dataset.tag_orders have no effect without dataset.shuffle_tags=true: type it as "
+                "well, or leave them out."
+            )
+        if self.keep_tags < 0:
+            raise UsageError(f"dataset.keep_tags={self.keep_tags} is not a number of tags: type 0 or more, such as 1.")
+        if self.tag_orders < 2:
+            raise UsageError(
+                f"dataset.tag_orders={self.tag_orders} shuffles nothing: type 2 or more, such as "
+                f"{DEFAULT_TAG_ORDERS}, or dataset.shuffle_tags=false."
+            )
 
     def _check_sizes(self) -> None:
         self.resolution = _spell_resolutions(self.resolutions())

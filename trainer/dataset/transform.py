@@ -36,10 +36,13 @@ class TransformedSample:
     drop_caption: bool = False
     drop_control: bool = False
     control_sizes: tuple[Size, ...] = ()
+    shuffled_caption: str | None = None
 
     @property
     def caption(self) -> str:
-        return "" if self.drop_caption else self.sample.caption
+        if self.drop_caption:
+            return ""
+        return self.sample.caption if self.shuffled_caption is None else self.shuffled_caption
 
     def text(self, name: str) -> str:
         """Returns one of the sample's `texts`, which are dropped with the caption. Raises KeyError."""
@@ -193,6 +196,7 @@ class Transform:
         flip: bool = False,
         drop_caption: bool = False,
         drop_control: bool = False,
+        shuffled_caption: str | None = None,
     ) -> TransformedSample:
         """Returns the sample at a resolution; see `size_of`."""
         width, height = self.size_of(sample, resolution)
@@ -200,7 +204,9 @@ class Transform:
         if self.control_sizes:
             controls = Resolution("control", self.control_sizes)
             control_sizes = tuple(self._choose_size(control, controls) for control in sample.controls)
-        return TransformedSample(sample, width, height, flip, drop_caption, drop_control, control_sizes)
+        return TransformedSample(
+            sample, width, height, flip, drop_caption, drop_control, control_sizes, shuffled_caption
+        )
 
     def _choose_size(self, source: Source, resolution: Resolution) -> Size:
         if len(resolution.sizes) == 1:

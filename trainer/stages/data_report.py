@@ -16,6 +16,7 @@ from trainer.dataset.buckets import upscale_factor
 from trainer.dataset.image_facts import find_near_duplicates
 from trainer.dataset.listing import plural
 from trainer.dataset.sample import Sample
+from trainer.dataset.tags import shuffled_captions
 from trainer.training.data import TrainingData
 
 MAX_EXAMPLES = 3
@@ -51,7 +52,8 @@ def report_data(run: Run, data: TrainingData) -> None:
         )
     if split.test:
         print_line(f"            {len(split.test)} in the test split (stage=sample sample.split=test)")
-    findings = (_sizes(run, data), _captions(run, samples), _duplicates(data, samples), listing.notes)
+    captions = (*_captions(run, samples), *_tags(run, data))
+    findings = (_sizes(run, data), captions, _duplicates(data, samples), listing.notes)
     for line in (line for lines in findings for line in lines):
         print_line(f"            {line}")
     print_line(f"sheet       {_write_contact_sheet(folder / 'samples.png', data, samples)}")
@@ -187,6 +189,19 @@ def _captions(run: Run, samples: Sequence[Sample]) -> Iterator[str]:
         largest = max(shared, key=len)
         total = sum(map(len, shared))
         yield f"{total} samples share {len(shared)} caption(s); {len(largest)} have {largest[0].caption!r:.60}"
+
+
+def _tags(run: Run, data: TrainingData) -> Iterator[str]:
+    if not run.dataset.shuffle_tags:
+        return
+    captions = {sample.caption for sample in data.split.trained}
+    orders = {caption: set(shuffled_captions(run.dataset, caption)) for caption in captions}
+    texts = sum(map(len, orders.values()))
+    shuffled = sum(len(texts) > 1 for texts in orders.values())
+    yield (
+        f"tags: {shuffled} of {plural(len(captions), 'training caption')} have tags to shuffle; "
+        f"{run.dataset.tag_orders} orders of each are {plural(texts, 'text')} to encode"
+    )
 
 
 def _duplicates(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:

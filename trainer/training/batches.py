@@ -66,7 +66,7 @@ class Batches:
             example["weight"] = visit.sample.weight * (floor + (1 - floor) * mask).expand(1, *shape[1:])
         # The offset keeps the quantile away from 0, where the quantile function of a normal distribution is infinite.
         quantile = uniform(seed, "time", *names) + 2**-54
-        example["noise"] = normal(shape, seed, "noise", *names)
+        example["noise"] = self.family.objective.draw_noise(shape, seed, "noise", *names)
         example["t"] = torch.tensor(self.family.objective.quantile_to_time(quantile, self._time_shift(*shape[1:])))
         return example
 

@@ -20,6 +20,7 @@ from trainer.dataset.listing import Listing, plural
 from trainer.dataset.source import Source
 from trainer.dataset.splitting import Split, split_samples
 from trainer.dataset.survey import survey_dataset
+from trainer.dataset.tags import shuffled_captions
 from trainer.dataset.transform import Transform, TransformedSample, build_transform
 from trainer.model import Family, Recipe
 from trainer.training.visits import Visits
@@ -69,6 +70,8 @@ def prepare(run: Run) -> TrainingData:
     split = _split(run, listing)
     _check_samples(run, split)
     run.model.check_configs()
+    for width, height in transform.sizes:
+        run.model.objective.check_latents(*run.model.shapes(height, width)["latents"][-2:])
     weights = run.model.component_digests(digests)
     data = _digest(split)
     digests.flush()
@@ -199,8 +202,16 @@ def required_samples(run: Run, data: TrainingData) -> list[TransformedSample]:
     options = (settings.flip, settings.caption_dropout, settings.control_dropout)
     variants = list(product(*((False, True) if option else (False,) for option in options)))
     training = [
-        data.transform.apply(sample, resolution, flip=flip, drop_caption=drop_caption, drop_control=drop_control)
+        data.transform.apply(
+            sample,
+            resolution,
+            flip=flip,
+            drop_caption=drop_caption,
+            drop_control=drop_control,
+            shuffled_caption=caption,
+        )
         for sample, resolution in data.visits.used(data.total_steps(run))
+        for caption in dict.fromkeys(shuffled_captions(settings, sample.caption))
         for flip, drop_caption, drop_control in variants
     ]
     generated = [sample for sample, _ in samples_to_generate(run, data)]

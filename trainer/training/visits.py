@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from trainer.core.rng import generator, uniform
+from trainer.dataset.tags import shuffled_captions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,14 +65,16 @@ class Visits:
         return Visit(number, sample, self.transform.choose_resolution(sample.image, quantile))
 
     def transformed(self, visit: Visit) -> TransformedSample:
-        """Returns the sample of a visit, which is flipped or loses its caption or controls at random."""
+        """Returns the sample of a visit, which is flipped, shuffled, or loses its caption or controls at random."""
         settings, names = self.settings, (visit.number, visit.sample.id)
+        captions = shuffled_captions(settings, visit.sample.caption)
         return self.transform.apply(
             visit.sample,
             visit.resolution,
             flip=settings.flip and uniform(self.seed, "flip", *names) < 0.5,
             drop_caption=uniform(self.seed, "caption dropout", *names) < settings.caption_dropout,
             drop_control=uniform(self.seed, "control dropout", *names) < settings.control_dropout,
+            shuffled_caption=captions[int(uniform(self.seed, "tag order", *names) * len(captions))],
         )
 
     def training_count(self, steps: int) -> int:
