@@ -32,6 +32,7 @@ from program import (
 )
 
 from trainer.core import rng
+from trainer.training.visits import Visit
 
 
 @fault("F10", "stopped before every forward pass of two epochs, within accumulation groups too", 40, [12, 27])
@@ -47,10 +48,10 @@ def samples_over_attempts(harness: Harness, out: Path, trial: int) -> None:
 
         example = Batches.example
 
-        def recorded_example(self: Batches, visit: int, index: int) -> dict:
+        def recorded_example(self: Batches, visit: Visit) -> dict:
             with (out / "visits.jsonl").open("a") as file:
-                file.write(json.dumps([visit, self.samples[index].id]) + "\n")
-            return example(self, visit, index)
+                file.write(json.dumps([visit.number, visit.sample.id]) + "\n")
+            return example(self, visit)
 
         Batches.example = recorded_example
 

@@ -71,6 +71,8 @@ def test_transform_uses_the_sizes_of_the_settings():
     assert build_transform(ImageFolder(resolution="64"), 8).sizes == ((64, 64),)
     listed = ImageFolder(resolution="64", buckets=["64x32", "32"])
     assert build_transform(listed, 8).sizes == ((64, 32), (32, 32))
+    with pytest.raises(UsageError, match=r"dataset.resolution=60: .* type dataset.resolution=\[...,64\]"):
+        build_transform(ImageFolder(resolution=[32, 60]), 8)
     refused = r"dataset.buckets=60x32: .* divisible by 8; type dataset.buckets=\[...,64x32\]"
     with pytest.raises(UsageError, match=refused):
         build_transform(ImageFolder(resolution="64", buckets=["60x32"]), 8)

@@ -240,6 +240,13 @@ def test_alpha_is_alpha_per_rank_times_rank_unless_typed():
         ("lr_scheduler.warmup=-1", "from 0 to"),
         ("lr_scheduler.min_ratio=2", "from 0 to 1"),
         ("dataset.resolution=big", "832x576"),
+        ("dataset.resolution=[]", r"\[512,1024\]"),
+        ("dataset.resolution=[64,64x64]", "type different sizes"),
+        ("dataset.resolution={64: 0}", "0 is not a share of the visits at 64"),
+        ("dataset.resolution={64: a}", "a is not a share"),
+        ("dataset.resolution={64: null}", "None is not a share"),
+        ("dataset.resolution=[32,big]", "big is not a size"),
+        ("dataset.resolution=[32,64] dataset.buckets=[32x64]", "dataset.buckets=true"),
         ("dataset.limit=0", "1 or more"),
         ("dataset.validation_fraction=1", "0 to 0.99"),
         ("dataset.caption_dropout=2", r"dataset\.caption_dropout=0\.1"),
@@ -335,6 +342,28 @@ def test_identity_depends_on_settings_that_decide_weights():
 def test_identity_does_not_depend_on_the_dataset_path():
     here, there = (run_of("dataset=imagefolder", f"dataset.path={path}") for path in ("here", "there"))
     assert run_id(here) == run_id(there) != run_id(run_of("dataset=pairs", "dataset.path=here"))
+
+
+def test_resolutions_have_one_spelling_in_the_identity(tmp_path: Path):
+    one = [run_of(f"dataset.resolution={typed}") for typed in ("64", "64x64", "[64]", "{64: 2}")]
+    assert {run_id(run) for run in one} == {run_id(run_of("dataset.resolution=64"))} and one[
+        0
+    ].dataset.resolution == "64"
+    several = [run_of(f"dataset.resolution={typed}") for typed in ("[32,64]", "[64x64,32]", "{64: 2, 32: 2}")]
+    assert {tuple(run.dataset.resolution) for run in several} == {("32", "64")}
+    weighted = [run_of(f"dataset.resolution={typed}") for typed in ("{32: 1, 64x32: 3}", "{64x32: 3.0, 32: 1}")]
+    assert len({run_id(run) for run in several} | {run_id(run) for run in weighted} | {run_id(one[0])}) == 3
+    assert weighted[0].dataset.resolutions() == {(32, 32): 1.0, (64, 32): 3.0}
+    for run in (one[0], several[0], weighted[0]):
+        assert read_run(save(run, tmp_path / run_id(run)) / "config.yaml") == run
+
+
+def test_regularization_is_part_of_the_identity_but_not_its_folder():
+    typed = ("path=a", "path=b", "path=a weight=0.5", "path=a share=0.3", "path=a caption=dog")
+    here, there, *others = (
+        run_id(run_of(*(f"dataset.regularization.{setting}" for setting in text.split()))) for text in typed
+    )
+    assert here == there and len({here, run_id(run_of()), *others}) == 5
 
 
 def test_a_setting_that_was_added_later_is_part_of_the_identity_unless_it_has_its_default():

@@ -265,11 +265,7 @@ def memory_remedies(run: Run) -> list[str]:
         remedies.append("precision=fp8")
     if not adapter:
         remedies.append("method=lora")
-    smaller = list(run.dataset.resolutions())[:-1]
-    if not smaller:
-        size = run.dataset.size()
-        assert size is not None, "the run is resolved"
-        smaller = [(max(size[0] // 2, 16), max(size[1] // 2, 16))]
-    names = ",".join(map(size_name, smaller))
-    remedies.append(f"dataset.resolution={names if len(smaller) == 1 else f'[{names}]'}")
+    *smaller, (width, height) = run.dataset.resolutions()
+    names = [size_name(size) for size in smaller] or [size_name((max(width // 2, 16), max(height // 2, 16)))]
+    remedies.append(f"dataset.resolution={names[0]}" if len(names) == 1 else f"dataset.resolution=[{','.join(names)}]")
     return remedies

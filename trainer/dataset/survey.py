@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 from trainer.core.digests import Digests
@@ -27,11 +28,8 @@ def survey_dataset(
 
     Raises errors.UsageError if the path is missing, errors.DataError if the folder does not have this layout.
     """
-    regularization = _read_regularization(settings, digests)
-    if settings.regularization.path is not None:
-        # Its folder may lie in that of the dataset.
-        ignored = [*ignored, Path(settings.regularization.path).expanduser()]
     listing = settings.read(digests, ignored)
+    regularization = _read_regularization(settings, digests, ignored)
     samples, more = (limit_samples(found.samples, settings.limit) for found in (listing, regularization))
     facts = image_facts.inspect_images([*(() if settings.generated else samples), *more], progress)
     digests.flush()
@@ -45,17 +43,24 @@ def survey_dataset(
     return listing
 
 
-def _read_regularization(settings: Dataset, digests: Digests) -> Listing:
+def _read_regularization(settings: Dataset, digests: Digests, ignored: Iterable[Path]) -> Listing:
     """Returns the samples of `dataset.regularization` for training, with its weight, and their faults."""
     regularization = settings.regularization
     if regularization.path is None:
         return Listing([])
+    folders = [Path(path).expanduser().resolve() for path in (regularization.path, settings.path) if path]
+    if any(folder == other or other in folder.parents for folder, other in permutations(folders, 2)):
+        raise UsageError(
+            f"dataset.regularization.path={regularization.path} and dataset.path={settings.path}: one of these folders "
+            "contains the other, so that images could be both held out and trained on; move the regularization images "
+            "into a folder of their own."
+        )
     try:
         if regularization.caption is not None:
             dataset: Dataset = OneCaption(path=regularization.path, caption=regularization.caption)
         else:
             dataset = settings.for_regularization()
-        listing = dataset.read(digests)
+        listing = dataset.read(digests, ignored)
         if not listing.samples and not listing.faults:
             raise DataError(f"dataset.path={regularization.path}: there is no image in it.")
     except (DataError, UsageError) as error:

@@ -230,7 +230,7 @@ def build_transform(settings: Dataset, multiple: int) -> Transform:
             listed = [_parse_divisible("buckets", text, multiple) for text in settings.buckets]
             sizes = tuple(dict.fromkeys(listed))
         else:
-            width, height = _parse_divisible("resolution", size_name(size), multiple)
+            width, height = _parse_divisible("resolution", size_name(size), multiple, settings.resolution)
             sizes = ((width, height),)
             if settings.buckets:
                 sizes = make_buckets(width, height, multiple, settings.bucket_ratio)
@@ -238,11 +238,11 @@ def build_transform(settings: Dataset, multiple: int) -> Transform:
     return Transform(tuple(resolutions), control_sizes, settings.max_upscale)
 
 
-def _parse_divisible(key: str, text: object, multiple: int) -> Size:
+def _parse_divisible(key: str, text: object, multiple: int, setting: object = None) -> Size:
     size = parse_size(key, text)
     if any(side % multiple for side in size):
         nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
-        typed = f"[...,{nearest}]" if key == "buckets" else nearest
+        typed = f"[...,{nearest}]" if key == "buckets" or isinstance(setting, list | dict) else nearest
         raise UsageError(
             f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}"
         )
