@@ -66,8 +66,11 @@ class Disk:
 class Forecast:
     """The forecast of one run."""
 
+    parameters: int
+    """Number of parameters of the network, with those of the method."""
+    trained_parameters: int
     memory: dict[str, Memory]
-    """By phase: caching, training, evaluation, drawing (of the images of an evaluation)."""
+    """By phase: caching (if entries of the cache are missing), training, evaluation, drawing (of the images of an evaluation)."""
     time: Time
     disk: Disk
     micro_batch: int
@@ -87,6 +90,12 @@ class Forecast:
     def peak(self) -> int:
         """The largest peak of all phases."""
         return self.memory[self.largest].total
+
+    @property
+    def fits_after_caching(self) -> bool:
+        """Whether only the encoders do not fit, which are needed to fill the cache."""
+        others = [memory.total for phase, memory in self.memory.items() if phase != "caching"]
+        return self.fits is False and self.available is not None and max(others) <= self.available
 
     @property
     def fits(self) -> bool | None:

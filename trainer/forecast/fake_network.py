@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from trainer.config.schema import Run
 from trainer.model.weights import load_weights
+from trainer.precision import Storage
 from trainer.training.build import apply_hardware
 
 DEVICE = torch.device("cpu")
@@ -14,12 +15,18 @@ DEVICE = torch.device("cpu")
 
 
 def fake_network(run: Run, mode: FakeTensorMode) -> torch.nn.Module:
-    """Returns the network that `training.build.build_network` would return, with fake tensors; reads no weights."""
+    """Returns the network that `training.build.build_network` would return, with fake tensors.
+
+    Weights are read only if they are quantized already, as their types are not known without them.
+    """
     meta = torch.device("meta")
     network = run.model.meta_model()
-    weights = network.state_dict()
-    quantize = run.precision.quantizer(run.model.unquantized_modules, meta)
-    network = load_weights(network, weights.__getitem__, run.method.dtype(run.precision.dtype()), meta, quantize)
+    read, dtypes = network.state_dict().__getitem__, None
+    if run.precision.storage is Storage.native:
+        weights = run.model.weights()
+        read, dtypes = weights.read, weights.dtypes()
+    quantize = run.precision.quantizer(run.model.unquantized_modules, meta, dtypes)
+    network = load_weights(network, read, run.method.dtype(run.precision.dtype()), meta, quantize)
     with meta:
         run.method.attach(network, run.model.target_modules, run.seed)
     apply_hardware(run, network)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from trainer.cache.store import Entry
 from trainer.config.schema import Run
 from trainer.config.sections import Format
 from trainer.core.errors import UsageError
@@ -71,15 +72,19 @@ def forecast(run: Run, data: TrainingData) -> Forecast:
         encoders=vae.weights if images else 0,
         context=psutil.Process().memory_info().rss if is_cpu else CUDA_CONTEXT if is_cuda(run) else 0,
     )
+    missing = data.cache.missing(required_samples(run, data))
+    caching = Memory(encoders=encoder_bytes(run), work_space=vae.encode, context=static.context)
     return Forecast(
+        parameters=phases.network_count,
+        trained_parameters=trained_count,
         memory={
-            "caching": Memory(encoders=encoder_bytes(run), work_space=vae.encode, context=static.context),
+            **({"caching": caching} if missing else {}),
             "training": training_peak(static, training, int(trained_count * temporary)),
             "evaluation": replace(static, gradients=trained, work_space=evaluation.work_space),
             "drawing": replace(static, gradients=trained, work_space=max(evaluation.work_space, vae.decode)),
         },
         time=run_time(run, data, card, training, micro_batches, evaluation, evaluated),
-        disk=disk_space(run, data, phases, static.optimizer),
+        disk=disk_space(run, missing, phases, static.optimizer),
         micro_batch=micro_batch,
         micro_batches=micro_batches,
         card=card.name or "this device",
@@ -158,9 +163,8 @@ def run_time(
     return Time(flops, step_seconds, evaluation_seconds, steps * step_seconds + evaluation_seconds)
 
 
-def disk_space(run: Run, data: TrainingData, phases: Phases, optimizer: int) -> Disk:
-    """Returns the size of the files that a run writes."""
-    missing = data.cache.missing(required_samples(run, data))
+def disk_space(run: Run, missing: list[Entry], phases: Phases, optimizer: int) -> Disk:
+    """Returns the size of the files that a run writes. `missing` are entries of the cache."""
     # Cached tensors are float32 or smaller.
     cache = sum(4 * math.prod(sample_shapes(run, sample).get(name, ())) for name, sample in missing)
     trained = sum(parameter.nbytes for parameter in phases.parameters.values())

@@ -158,6 +158,16 @@ class Checkpoint:
         folder = published.config_folder(self.path)
         return self if folder is None else replace(self, path=str(folder), revision=None)
 
+    def is_absent(self) -> bool:
+        """Returns whether `path` is the hub id of a model that is not on this machine, but whose configs are."""
+        from huggingface_hub import try_to_load_from_cache
+
+        assert self.path is not None
+        if published.config_folder(self.path) is None or Path(self.path).is_dir():
+            return False
+        index = try_to_load_from_cache(self.path, checkpoint_files.MODEL_INDEX, revision=self.revision)
+        return not isinstance(index, str)
+
     # Weights
 
     def component_weights(self, component: str, checkpoint: Path | None = None) -> WeightReader:

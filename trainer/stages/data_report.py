@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from trainer.config.identity import run_id
 from trainer.config.schema import Run
 from trainer.core import files
 from trainer.core.console import print_line
@@ -30,12 +29,11 @@ FITTING_VISITS = 100
 """Visits of each sample in a run whose length fits the dataset: the usual length of a LoRA on 10 to 100 images."""
 
 
-def report_data(run: Run, data: TrainingData) -> None:
-    """Prints the report, and writes the contact sheet and the lists of faults and unused files to `<out>/check`.
+def report_data(run: Run, data: TrainingData, folder: Path) -> None:
+    """Prints the report, and writes the contact sheet and the lists of faults and unused files to `folder`.
 
     Raises errors.DataError if there are faults, unless `dataset.on_fault` is "skip".
     """
-    folder = Path(run.out) / "check" / run_id(run)
     split, listing = data.split, data.listing
     samples = [*split.trained, *split.validation]
     epoch_size = len(data.visits.training)
@@ -45,10 +43,11 @@ def report_data(run: Run, data: TrainingData) -> None:
         f"{data.control_count} control image(s) each"
     )
     if split.regularization:
-        settings = run.dataset.regularization
+        steps, settings = data.total_steps(run), run.dataset.regularization
+        visits = steps * data.visits.batch_size - data.visits.training_count(steps)
         print_line(
-            f"            {len(split.regularization)} for regularization: {settings.share:.0%} of each batch, "
-            f"weight {settings.weight:g}"
+            f"            {len(split.regularization)} for regularization, {settings.share:.0%} of each batch: "
+            f"{visits / len(split.regularization):.1f} visits each, weight {settings.weight:g}"
         )
     if split.test:
         print_line(f"            {len(split.test)} in the test split (stage=sample sample.split=test)")
@@ -111,7 +110,7 @@ def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
     }
     lines = []
     for name, values in texts.items():
-        for tokenizer, (counts, limit) in run.model.count_caption_tokens(values).items():
+        for tokenizer, (counts, limit) in _count_tokens(run, values).items():
             too_long = [sample.id for sample, count in zip(samples, counts, strict=True) if count > limit]
             if too_long:
                 more = ", ..." if len(too_long) > MAX_EXAMPLES else ""
@@ -120,6 +119,14 @@ def describe_long_captions(run: Run, samples: Sequence[Sample]) -> list[str]:
                     f"and are cut off: {', '.join(too_long[:MAX_EXAMPLES])}{more}"
                 )
     return lines
+
+
+def _count_tokens(run: Run, texts: Sequence[str]) -> dict[str, tuple[list[int], int]]:
+    """Returns what `Family.count_caption_tokens` does; nothing if the tokenizers are not on this machine."""
+    tokenizers = [name for name in run.model.components if name.startswith("tokenizer")]
+    if all(run.model.component_folder(name).is_dir() for name in tokenizers):
+        return run.model.count_caption_tokens(texts)
+    return {}
 
 
 def describe_many_visits(run: Run, data: TrainingData) -> list[str]:
@@ -174,14 +181,15 @@ def _resolutions(run: Run, data: TrainingData) -> Iterator[str]:
             f"resolution {resolution.name}: {sum(visits.values())} of {counts.total()} visits, "
             f"by {len(visits)} of {plural(len(data.split.trained), 'sample')}: {listed or 'none'}"
         )
-    yield "held-out samples and generated images have the largest resolution"
+    allowed = "" if run.dataset.max_upscale is None else " that dataset.max_upscale allows"
+    yield f"held-out samples and generated images have the largest resolution{allowed}"
 
 
 def _captions(run: Run, samples: Sequence[Sample]) -> Iterator[str]:
     captions = [sample.caption for sample in samples]
     lengths = [len(caption) for caption in captions]
     yield f"captions: {min(lengths)} to {max(lengths)} characters, median {median(lengths):.0f}"
-    for tokenizer, (counts, limit) in run.model.count_caption_tokens(captions).items():
+    for tokenizer, (counts, limit) in _count_tokens(run, captions).items():
         yield f"tokens ({tokenizer}): {min(counts)} to {max(counts)}; the model reads {limit}"
     yield from describe_long_captions(run, samples)
     shared = [group for group in _group(samples, lambda sample: sample.caption) if len(group) > 1]
@@ -210,8 +218,8 @@ def _duplicates(data: TrainingData, samples: Sequence[Sample]) -> Iterator[str]:
     if equal:
         yield f"the same image is the target of several samples, {len(equal)} time(s): {_name_groups(equal)}"
     facts = data.listing.facts
-    # One sample per image: equal images look alike in any case.
-    distinct = [group[0] for group in by_image] if facts else []
+    # One sample per image: equal images look alike in any case. Generated images have no facts.
+    distinct = [group[0] for group in by_image if group[0].image in facts]
     near = [
         [distinct[i] for i in group] for group in find_near_duplicates([facts[sample.image] for sample in distinct])
     ]

@@ -55,8 +55,10 @@ class TrainingData:
         return self.visits.steps_for(run.epochs * len(self.visits.training))
 
 
-def prepare(run: Run) -> TrainingData:
+def prepare(run: Run, has_weights: bool = True) -> TrainingData:
     """Reads the dataset, decodes every image once, and computes the digests of everything that the run depends on.
+
+    Without weights, no entry of the cache is found.
 
     Raises errors.DataError with the list of faults; for `stage=check` only if every sample has a fault.
     """
@@ -72,7 +74,7 @@ def prepare(run: Run) -> TrainingData:
     run.model.check_configs()
     for width, height in transform.sizes:
         run.model.objective.check_latents(*run.model.shapes(height, width)["latents"][-2:])
-    weights = run.model.component_digests(digests)
+    weights = run.model.component_digests(digests) if has_weights else dict.fromkeys(run.model.components, "absent")
     data = _digest(split)
     digests.flush()
     recipes = run.model.recipes(weights, len(split.train[0].controls))

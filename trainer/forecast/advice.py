@@ -1,0 +1,125 @@
+"""What to type if a run does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from trainer.config.compose import compose_config, to_run
+from trainer.config.rules import check
+from trainer.config.schema import Run
+from trainer.core.dtypes import Dtype
+from trainer.core.errors import UsageError
+from trainer.dataset import size_name
+from trainer.dataset.transform import build_transform
+from trainer.forecast import GIB, Forecast
+from trainer.forecast.predict import forecast
+from trainer.forecast.table import verdict
+from trainer.method.adapter import Adapter
+from trainer.precision import Storage
+from trainer.training.data import TrainingData
+
+PRECISIONS = {Storage.fp32: ("bf16", "fp8", "nf4"), Storage.bf16: ("fp8", "nf4"), Storage.fp16: ("fp8", "nf4")}
+"""Options of `precision` with smaller weights, by present storage; None of them for others but nf4."""
+ONLY_CACHING = "stage=cache hardware=cpu first, in a command of its own"
+"""Encodes where there is memory; the cache is the same on every device."""
+
+
+def check_fits(run: Run, data: TrainingData, found: Forecast) -> None:
+    """Raises errors.UsageError, which says what to type, if the forecast of a run exceeds the memory of its card."""
+    if found.fits is not False:
+        return
+    remedies = [f"{text} ({fits.peak / GIB:.1f} GiB)" for text, fits in fitting_changes(run, data, found)]
+    if found.fits_after_caching:
+        remedies.insert(0, ONLY_CACHING)
+    remedy = "; or ".join(remedies) or "a hardware profile with more memory: no change of these settings is enough"
+    raise UsageError(f"This run does not fit: {verdict(found)}. Type {remedy}.")
+
+
+def fitting_changes(run: Run, data: TrainingData, found: Forecast) -> list[tuple[str, Forecast]]:
+    """Returns the changes that make a run fit, each with its forecast, those that cost least first.
+
+    If none is enough alone, it is the first combination that is, adding one after another.
+    """
+    candidates = list(changes(run, found))
+    fitting = []
+    for text, change, parts in candidates:
+        changed = _changed(run, change)
+        if changed and _may_fit(found, parts) and (alone := _forecast(changed, data)).fits:
+            fitting.append((text, alone))
+    if fitting:
+        return fitting
+    together: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    smaller: set[str] = set()
+    for text, change, parts in candidates:
+        changed = _changed(run, together | change)
+        if changed is None:
+            continue
+        together, smaller = together | change, smaller | parts
+        texts[text.partition("=")[0]] = text
+        if _may_fit(found, smaller) and (result := _forecast(changed, data)).fits:
+            return [(" ".join(texts.values()), result)]
+    return []
+
+
+def _may_fit(found: Forecast, parts: set[str]) -> bool:
+    """Returns whether a run might fit if these parts of its memory took none. It saves a forecast if not."""
+    assert found.available is not None
+    left = [memory.total - sum(getattr(memory, part) for part in parts) for memory in found.memory.values()]
+    return max(left) <= found.available
+
+
+def changes(run: Run, found: Forecast) -> Iterator[tuple[str, dict[str, Any], set[str]]]:
+    """Yields what may save memory, those that cost least first: what to type, the changed fields of the run, and the
+    parts of the memory (fields of `Memory`) that may shrink.
+    """
+    inside, trained = {"activations", "work_space"}, {"trained", "gradients", "optimizer"}
+    hardware, method, dataset = run.hardware, run.method, run.dataset
+    if not hardware.gradient_checkpointing:
+        hardware = replace(hardware, gradient_checkpointing=True)
+        yield "hardware.gradient_checkpointing=true", {"hardware": hardware}, inside
+    if found.micro_batch > 1:
+        yield "hardware.micro_batch=1", {"hardware": replace(hardware, micro_batch=1)}, inside
+    if not run.optimizer.needs_bitsandbytes:
+        optimizer = replace(_option("optimizer", "adamw8bit"), lr=run.optimizer.lr)
+        yield "optimizer=adamw8bit", {"optimizer": optimizer}, {"optimizer", "work_space"}
+    for name in PRECISIONS.get(run.precision.storage, ("nf4",)):
+        text, precision = f"precision={name}", _option("precision", name)
+        if hardware.card.bfloat16 is False and name != "bf16":
+            text, precision = f"{text} precision.compute=float16", replace(precision, compute=Dtype.float16)
+        yield text, {"precision": precision}, inside | {"weights"}
+    if isinstance(method, Adapter) and method.rank > 8:
+        # alpha / rank, the scale of the update, stays the same.
+        assert method.alpha is not None
+        smaller = replace(method, rank=8, alpha=method.alpha * 8 / method.rank)
+        yield "method.rank=8", {"method": smaller}, inside | trained
+    elif not method.freezes:
+        lora = _option("method", "lora").resolve(run.model.target_modules)
+        yield "method=lora", {"method": lora}, inside | trained
+    size = dataset.size()
+    assert size is not None, "the run is resolved"
+    if run.evaluation.images and found.largest == "drawing":
+        yield "evaluation.images=0", {"evaluation": replace(run.evaluation, images=0)}, inside | {"encoders"}
+    half = size_name((max(size[0] // 2, 16), max(size[1] // 2, 16)))
+    yield f"dataset.resolution={half}", {"dataset": replace(dataset, resolution=half)}, inside
+
+
+def _option(group: str, name: str) -> Any:
+    """Returns the settings of an option of a config group."""
+    return getattr(to_run(compose_config([f"{group}={name}"])), group)
+
+
+def _changed(run: Run, change: dict[str, Any]) -> Run | None:
+    """Returns a run with other settings; None if they contradict each other."""
+    run = replace(run, **change)
+    try:
+        check(run)
+    except UsageError:
+        return None
+    return run
+
+
+def _forecast(run: Run, data: TrainingData) -> Forecast:
+    return forecast(run, replace(data, transform=build_transform(run.dataset, run.model.size_multiple)))
