@@ -241,7 +241,8 @@ def build_transform(settings: Dataset, multiple: int) -> Transform:
 def _parse_divisible(key: str, text: object, multiple: int, setting: object = None) -> Size:
     size = parse_size(key, text)
     if any(side % multiple for side in size):
-        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        width, height = (max(1, round(side / multiple)) * multiple for side in size)
+        nearest = size_name((width, height))
         typed = f"[...,{nearest}]" if key == "buckets" or isinstance(setting, list | dict) else nearest
         raise UsageError(
             f"dataset.{key}={text}: this model takes sides divisible by {multiple}; type dataset.{key}={typed}"
