@@ -265,7 +265,7 @@ def test_times_shift_towards_noise_as_images_grow(family: Family):
     assert all(shift >= 1 for shift in shifts)
 
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 50, 8, 3e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 30, 8, 3e-3
 
 
 class ColorTask:
