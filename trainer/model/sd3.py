@@ -127,7 +127,10 @@ class SD3(Family):
 
         # `on_meta_device` alone would first compute the table of positions, which takes seconds and gigabytes.
         with on_meta_device(), torch.device("meta"):
-            return SD3Transformer2DModel.from_config(self.component_config("transformer"))
+            network: Any = SD3Transformer2DModel.from_config(self.component_config("transformer"))
+        # Allows compiling. diffusers sets it for its other transformers.
+        network._repeated_blocks = ["JointTransformerBlock"]
+        return network
 
     def original_layout(self, component: str) -> Layout:
         from trainer.model.mmdit.original import transformer_layout
