@@ -29,6 +29,8 @@ LAYERS = (
     {"training"},
     {"forecast"},
     {"sweep"},
+    {"comparison"},
+    {"report"},
     {"stages"},
     {"run"},
     {"api"},
@@ -37,7 +39,7 @@ LAYERS = (
 """From bottom to top. A package imports from the layers below its own."""
 GROUPS_MAY_IMPORT = {
     "model": {"objective", "dataset"},
-    "evaluation": {"objective"},
+    "evaluation": {"objective", "model"},
 }
 """Config groups import nothing from each other, with these exceptions."""
 LIBRARIES = {
@@ -47,13 +49,15 @@ LIBRARIES = {
     "matplotlib": {"tracking"},
     "peft": {"method"},
     "diffusers": {"model"},
-    "transformers": {"model", "optimizer"},
+    "transformers": {"model", "optimizer", "evaluation"},
+    "lpips": {"evaluation"},
     "PIL": {"dataset"},
     "datasets": {"dataset"},
     "bitsandbytes": {"core", "optimizer", "precision"},
     "optuna": {"sweep"},
     "prodigyopt": {"optimizer"},
     "pytorch_optimizer": {"optimizer"},
+    "ray": {"sweep"},
     "schedulefree": {"optimizer"},
     "submitit": {"sweep"},
     "torchao": {"precision"},

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.rng import seed_for
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "random", "grid", "qmc", "cmaes")
 PRUNERS = ("none", "median", "successive_halving", "hyperband")
-OBJECTIVES: dict[str, tuple[str, Callable[[Member], float | None]]] = {
+OBJECTIVES: dict[str, tuple[Literal["minimize", "maximize"], Callable[[Member], float | None]]] = {
     "loss": ("minimize", lambda member: member.best_loss),
     "minutes": ("minimize", lambda member: member.minutes),
     "memory": ("minimize", lambda member: member.memory),

@@ -141,8 +141,8 @@ class SlurmExecutor(Executor[Job]):
             self._executor.update_parameters(**self.parameters)
         except (RuntimeError, NameError, ValueError, AssertionError) as error:
             raise UsageError(
-                f"hydra/launcher=slurm: {error}. Type the command on a machine that can submit jobs (sbatch), and check "
-                "hydra.launcher"
+                f"hydra/launcher=slurm: {error}. Type the command on a machine that can submit jobs (sbatch), and "
+                "check hydra.launcher"
             ) from error
 
     @contextmanager
