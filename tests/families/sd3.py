@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import DEVICE
 
 from families import Case, Pictures, Published, Request
-from trainer.core.errors import UsageError
+from trainer.core.errors import DataError, UsageError
+from trainer.core.files import write_json
 from trainer.model import Family
 from trainer.model.mmdit.tiny import T5_LENGTH, save_tiny_checkpoint
 from trainer.model.sd3 import SD3
@@ -137,6 +139,27 @@ def test_checkpoint_without_t5_says_what_to_type(tmp_path: Path):
     with pytest.raises(UsageError, match="type model.t5=false"):
         SD3(path=str(tmp_path)).check_configs()
     SD3(path=str(tmp_path), t5=False).check_configs()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "num_train_timesteps=500"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"shift_terminal": 0.1}, "type model.objective.terminal=0.1"),
+        ("transformer/config.json", {"in_channels": 16}, "in_channels=16"),
+        ("transformer/config.json", {"patch_size": 1}, "patch_size=1"),
+    ],
+)
+def test_config_that_is_not_followed_is_refused(
+    file: str, changes: dict[str, Any], message: str, family: SD3, tmp_path: Path
+):
+    folder = Path(family.path or "")
+    for path in folder.rglob("*.json"):
+        copy = tmp_path / path.relative_to(folder)
+        write_json(copy, json.loads(path.read_text()) | (changes if path == folder / file else {}))
+    with pytest.raises((DataError, UsageError), match=message):
+        dataclasses.replace(family, path=str(tmp_path)).check_configs()
 
 
 def test_image_that_is_too_large_is_refused(family: SD3):
