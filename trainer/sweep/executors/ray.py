@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import signal
 import subprocess
@@ -84,7 +85,7 @@ class RayExecutor(Executor[RayMember]):
 
     def __init__(self, address: str = "auto", slots: int = 64, gpus: float = 1, cpus: float = 1):
         try:
-            import ray
+            ray = _import_ray()
         except ImportError:
             raise InstallationError(
                 "hydra/launcher=ray needs the package ray; type pip install 'trainer[ray]'"
@@ -112,8 +113,7 @@ class RayExecutor(Executor[RayMember]):
         return RayMember(actor, actor.run.remote(list(command), added, os.getcwd(), str(log.absolute())))
 
     def poll(self, handle: RayMember) -> int | None:
-        import ray
-
+        ray = _import_ray()
         done, _ = ray.wait([handle.result], timeout=0)
         if not done:
             return None
@@ -127,8 +127,7 @@ class RayExecutor(Executor[RayMember]):
             ray.kill(handle.actor)
 
     def stop(self, handle: RayMember, number: int) -> None:
-        import ray
-
+        ray = _import_ray()
         handle.stop_signal = number
         if number == signal.SIGKILL:
             ray.kill(handle.actor)
@@ -139,3 +138,8 @@ class RayExecutor(Executor[RayMember]):
             if not done:
                 # The actor still waits for a free node.
                 ray.kill(handle.actor)
+
+
+def _import_ray() -> Any:
+    """Returns Ray, untyped: the declarations of `ray.remote` leave out options of actors."""
+    return importlib.import_module("ray")
