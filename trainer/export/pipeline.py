@@ -16,7 +16,6 @@ from trainer.export import verify
 from trainer.export.format import ExportFormat
 from trainer.export.verify import WeightChange
 from trainer.method.adapter_layers import frozen_tensor, merged_tensor
-from trainer.model import checkpoint_files
 from trainer.model.weights import required_tensors
 
 if TYPE_CHECKING:
@@ -113,10 +112,7 @@ def _check_space(run: Run, tensors: Iterable[torch.Tensor], dtype: torch.dtype, 
     folders = [model.component_folder(name) for name in copied if model.component_file(name) is None]
     needed += sum(file.stat().st_size for file in single_files)
     needed += sum(
-        file.stat().st_size
-        for folder in folders
-        for file in folder.rglob("*")
-        if file.suffix in checkpoint_files.SUFFIXES
+        file.stat().st_size for folder in folders for file in folder.rglob("*") if file.suffix in model.suffixes
     )
     with files.storage_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)

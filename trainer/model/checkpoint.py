@@ -34,6 +34,11 @@ class Checkpoint:
     revision: str | None = None
     config: str | None = added(None, path=True)
 
+    suffixes: ClassVar[tuple[str, ...]] = checkpoint_files.SUFFIXES
+    """Ends of the names of files that belong to the checkpoint.
+
+    A family whose pipeline uses the tokenizer's chat template adds `checkpoint_files.CHAT_TEMPLATE`.
+    """
     denoiser: ClassVar[str] = "transformer"
     """Component of the checkpoint that is trained."""
     default_config: ClassVar[str | None] = None
@@ -96,7 +101,7 @@ class Checkpoint:
         If `path` is a single file, this is the folder with the configs and tokenizers.
         """
         assert self.path is not None
-        patterns = [f"{name}/*{suffix}" for name in self.components for suffix in checkpoint_files.SUFFIXES]
+        patterns = [f"{name}/*{suffix}" for name in self.components for suffix in self.suffixes]
         if not single_file.is_file_name(self.path):
             return checkpoint_files.locate("path", self.path, self.revision, ["model_index.json", *patterns])
         single_file.find_file("path", self.path)
@@ -256,8 +261,8 @@ class Checkpoint:
     def _component_digest(self, component: str, digests: Digests) -> str:
         folder, file = self.component_folder(component), self.component_file(component)
         if file is None:
-            return checkpoint_files.folder_digest(folder, digests)
-        configs = checkpoint_files.folder_digest(folder, digests, with_weights=False)
+            return checkpoint_files.folder_digest(folder, digests, suffixes=self.suffixes)
+        configs = checkpoint_files.folder_digest(folder, digests, with_weights=False, suffixes=self.suffixes)
         return checkpoint_files.recipe_digest(checkpoint_files.file_digest(file, digests), configs)
 
     def checkpoint_warnings(self) -> list[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".json", ".model", ".safetensors", ".txt")
 """Files of weights, configs and tokenizers. Other files, such as pickles, are neither read nor copied."""
+CHAT_TEMPLATE = ".jinja"
+"""Files of a tokenizer's chat template, for `Checkpoint.suffixes`."""
 UNUSED_VARIANTS = ["*.fp16.*", "*.non_ema.*"]
 """Second copies of the weights in some checkpoints, which are not downloaded."""
 MODEL_INDEX = "model_index.json"
@@ -79,7 +81,9 @@ def recipe_digest(*ingredients: object) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def folder_digest(folder: Path, digests: Digests, with_weights: bool = True) -> str:
+def folder_digest(
+    folder: Path, digests: Digests, with_weights: bool = True, suffixes: tuple[str, ...] = SUFFIXES
+) -> str:
     """Returns a digest of the names and contents of a component's files. Raises errors.WeightsError, DataError.
 
     With `with_weights=False`, files of weights are left out.
@@ -92,7 +96,7 @@ def folder_digest(folder: Path, digests: Digests, with_weights: bool = True) -> 
     every = sorted(folder.rglob("*"))
     root = folder.parent if (folder.parent / MODEL_INDEX).exists() else folder
     check_links(root, [folder, *every])
-    paths = [path for path in every if path.is_file() and path.suffix in SUFFIXES]
+    paths = [path for path in every if path.is_file() and path.suffix in suffixes]
     if not with_weights:
         paths = [path for path in paths if ".safetensors" not in path.name]
     for path in paths:
@@ -147,7 +151,7 @@ def file_digest(path: Path, digests: Digests) -> str:
     return digests.sha256(path)
 
 
-def copy_component(source: Path, target: Path, with_weights: bool = True) -> None:
+def copy_component(source: Path, target: Path, with_weights: bool = True, suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Copies the folder of a component, without files that are not part of a checkpoint. Raises OSError."""
 
     def ignore(folder: str, names: list[str]) -> list[str]:
@@ -155,7 +159,7 @@ def copy_component(source: Path, target: Path, with_weights: bool = True) -> Non
             name
             for name in names
             if (not with_weights and ".safetensors" in name)
-            or ((Path(folder) / name).is_file() and Path(name).suffix not in SUFFIXES)
+            or ((Path(folder) / name).is_file() and Path(name).suffix not in suffixes)
         ]
 
     shutil.copytree(source, target, ignore=ignore)

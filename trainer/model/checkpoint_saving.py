@@ -28,7 +28,7 @@ class SavableCheckpoint(Checkpoint):
         """Writes the checkpoint with these weights of the network, for `model.path` and diffusers. Raises OSError."""
         for name in self.components:
             in_folder = name != self.denoiser and self.component_file(name) is None
-            checkpoint_files.copy_component(self.component_folder(name), folder / name, with_weights=in_folder)
+            checkpoint_files.copy_component(self.component_folder(name), folder / name, in_folder, self.suffixes)
             if name != self.denoiser and not in_folder:
                 self.save_component(name, folder / name)
         checkpoint_files.copy_model_index(self.folder(), folder, self.components)
