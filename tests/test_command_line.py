@@ -74,6 +74,8 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int =
         ("stage=nope", "type one of train, check, "),
         ("optimizer.betas=0.9", r"type a list such as \[a,b\]"),
         ("save=5", "one of the settings in it"),
+        ("dataset.resolution=[32,64] dataset.resolution={32:1,64:2}", "type dataset.resolution=null before"),
+        ("dataset.resolution={32:1,64:2} dataset.resolution=[32,64]", "type dataset.resolution=null before"),
         ("batch=0", "type batch=1"),
         ("optimizer=null", "a run has one optimizer; type optimizer=OPTION, one of "),
         ("~optimizer", "a run has one optimizer"),

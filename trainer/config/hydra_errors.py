@@ -95,6 +95,11 @@ def explain(error: HydraException | OmegaConfBaseException, args: Namespace) -> 
     if isinstance(error, InstantiationException) and error.__cause__:
         # Its own text says which class was called.
         return f"{key}: {' '.join(str(error.__cause__).split())}."
+    if key and "annot merge" in str(cause):
+        return (
+            f"{prefix}{key} has a list or names with values already, for example from a recipe; type {key}=null before "
+            "the new value."
+        )
     if key:
         reason = str(cause).splitlines()[-1 if cause is error and file else 0].strip().rstrip(".")
         return f"{prefix}{key}: {reason}."
