@@ -116,6 +116,16 @@ GUIDES = {
         "optimizer.kind": "prodigy",
         "optimizer.lr": 1,
     },
+    "flux2_klein_lora": DREAMBOOTH
+    | {
+        "model.kind": "flux2_klein",
+        "model.text_length": 512,
+        "model.objective.times": "uniform",
+        "precision.compute": "bfloat16",
+        "optimizer.kind": "prodigy",
+        "optimizer.lr": 1,
+        "lr_scheduler.warmup": 100,
+    },
     "sd3_lora": DREAMBOOTH
     | {
         "model.kind": "sd3",

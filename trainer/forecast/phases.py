@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,7 +113,7 @@ class Autoencoder:
     decode: int
 
 
-def autoencoder(run: Run, shapes: Shapes, size: tuple[int, int], samples: int) -> Autoencoder:
+def autoencoder(run: Run, size: tuple[int, int], samples: int) -> Autoencoder:
     """Returns what encoding an image of `size` (height, width) needs, and decoding `samples` images."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = run.model.encoder_dtype_of("vae").torch
@@ -121,20 +121,20 @@ def autoencoder(run: Run, shapes: Shapes, size: tuple[int, int], samples: int) -
     # The convolutions of a VAE of videos have one more dimension.
     frames = (1,) * (next(parameter.ndim for parameter in vae.parameters() if parameter.ndim > 1) - 4)
 
-    def peak(call: Any, batch: int, shape: tuple[int, ...]) -> int:
+    def run_with_peak(call: Any, shape: Sequence[int]) -> tuple[Any, int]:
         live = LiveMemory(DEVICE)
         with mode, torch.no_grad():
-            tensor = torch.empty(batch, shape[0], *frames, *shape[1:], dtype=dtype, device=DEVICE)
+            tensor = torch.empty(*shape, dtype=dtype, device=DEVICE)
             live.add(tensor)
             with live:
-                call(tensor)
-        return live.peak
+                output = call(tensor)
+        return output, live.peak
 
-    return Autoencoder(
-        weights=parameter_bytes(vae),
-        encode=peak(vae.encode, 1, (3, *size)),
-        decode=peak(vae.decode, samples, shapes["latents"]),
-    )
+    encoded, encode = run_with_peak(vae.encode, (1, 3, *frames, *size))
+    # Not from the cached latents: a family may have put these into patches.
+    latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    _, decode = run_with_peak(vae.decode, (samples, *latents.shape[1:]))
+    return Autoencoder(weights=parameter_bytes(vae), encode=encode, decode=decode)
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:

@@ -63,7 +63,7 @@ def forecast(run: Run, data: TrainingData) -> Forecast:
     batches = Batches(data.visits, data.cache, run.model, micro_batch)
     training = phases.train(shapes, micro_batch, micro_batches > 1, batches.has_loss_weights)
     evaluation = phases.predict(shapes, evaluated)
-    vae = autoencoder(run, shapes, (sample.height, sample.width), min(largest, max(images, 1)))
+    vae = autoencoder(run, (sample.height, sample.width), min(largest, max(images, 1)))
     static = Memory(
         weights=parameter_bytes(phases.network) - trained,
         trained=trained,
