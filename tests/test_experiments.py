@@ -135,6 +135,18 @@ GUIDES = {
         "optimizer.kind": "adamw",
         "optimizer.lr": 4e-4,
     },
+    "z_image_lora": DREAMBOOTH
+    | {
+        "model.kind": "z_image",
+        "model.text_length": 512,
+        "model.objective.times": "uniform",
+        "precision.compute": "bfloat16",
+        "optimizer.kind": "adamw8bit",
+        "optimizer.lr": 1e-4,
+        "dataset.resolution": "1024",
+        "hardware.gradient_checkpointing": True,
+        "sample.guidance": 5,
+    },
     "floorplans_a100": {
         "model.kind": "sd15",
         "model.objective.schedule": "scaled_linear",

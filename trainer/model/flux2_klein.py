@@ -107,10 +107,10 @@ class Flux2Klein(Family):
         from transformers import Qwen2Tokenizer
 
         from trainer.model.encoders import count_tokens
-        from trainer.model.flux2.prompt import chat_text
+        from trainer.model.qwen.chat import chat_text
 
         tokenizer = Qwen2Tokenizer.from_pretrained(self.component_folder("tokenizer"))
-        texts = [chat_text(tokenizer, caption) for caption in captions]
+        texts = [chat_text(tokenizer, caption, thinking=False) for caption in captions]
         return {"tokenizer": (count_tokens(tokenizer, texts), self.text_length)}
 
     def build_encoder(self, device: torch.device) -> Flux2Encoder:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.model.flux2.prompt import chat_text
 from trainer.model.pretrained import load_text_encoder, load_vae, pixels_to_vae, vae_to_images
+from trainer.model.qwen.chat import chat_text
 
 if TYPE_CHECKING:
     from trainer.dataset.transform import TransformedSample
@@ -43,7 +43,7 @@ class Flux2Encoder:
         The language model does not attend to padding, but the states of padding belong to the prompt.
         """
         inputs = self._tokenizer(
-            chat_text(self._tokenizer, caption),
+            chat_text(self._tokenizer, caption, thinking=False),
             padding="max_length",
             max_length=self.family.text_length,
             truncation=True,

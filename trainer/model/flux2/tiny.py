@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.model.pretrained import quiet_libraries
+from trainer.model.qwen.tiny_chat import chat_model_config, train_chat_tokenizer
 from trainer.model.tiny_components import SEED, save_model_index
 
 TEXT_LENGTH = 24
 TEXT_LAYERS = (1, 2)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-"""The part of the published template that texts of a user pass through."""
 
 
 def save_tiny_checkpoint(folder: Path, is_distilled: bool = False) -> None:
     """Writes the checkpoint, with the scheduler of the published ones."""
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+    from transformers import Qwen3ForCausalLM
 
     quiet_libraries()
     torch.manual_seed(SEED)
-    tokenizer = _train_tokenizer()
+    tokenizer = train_chat_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
-    _build_language_model(len(tokenizer)).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    language_model: Any = Qwen3ForCausalLM(chat_model_config(len(tokenizer)))
+    language_model.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
     vae: Any = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=1
     )
@@ -58,45 +54,3 @@ def save_tiny_checkpoint(folder: Path, is_distilled: bool = False) -> None:
         "vae": ("diffusers", "AutoencoderKLFlux2"),
     }
     save_model_index(folder, "Flux2KleinPipeline", components, is_distilled=is_distilled)
-
-
-def _build_language_model(vocabulary: int) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    # Large initial weights keep different prompts far apart.
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.5,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-def _train_tokenizer() -> Any:
-    """Returns a tokenizer trained on the template and a few words."""
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
-
-    special = ("<|im_start|>", "<|im_end|>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", *special],
-    )
-    tokenizer_class: Any = Qwen2Tokenizer
-    # Normalization and splitting are those of the class.
-    backend = tokenizer_class().backend_tokenizer
-    texts = ["user\n", "assistant\n<think>\n\n</think>\n\n", "make it night", "paint the photo"]
-    backend.train_from_iterator(texts, trainer)
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = tokenizer_class(model["vocab"], merges, extra_special_tokens=list(special))
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
