@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from omegaconf import MISSING
 
 from trainer.config.groups import GROUPS
-from trainer.config.sections import CacheSettings, Export, Log, Sampling, Save, Stage
+from trainer.config.sections import AlertLimits, CacheSettings, Export, Log, Sampling, Save, Stage
 from trainer.core.settings import path_setting
 from trainer.dataset import Dataset
 from trainer.evaluation import Evaluation
@@ -37,6 +37,7 @@ class Run:
     save: Save = field(default_factory=Save)
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
+    alerts: AlertLimits = field(default_factory=AlertLimits)
     cache: CacheSettings = field(default_factory=CacheSettings)
     stage: Stage = Stage.train
     run: str | None = path_setting(None)

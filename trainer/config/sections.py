@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from trainer.core.dtypes import Dtype
@@ -36,6 +36,33 @@ class Log:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UsageError(f"log.every={self.every} is not a number of steps; type log.every=1 or more")
+
+
+@dataclass(slots=True)
+class AlertLimits:
+    """When a run warns about its course; see `trainer.training.alerts`. Null: never."""
+
+    gap: float | None = 0.05
+    """Held-out loss minus training loss."""
+    rise: float | None = 0.1
+    """Share by which the held-out loss is above its lowest value."""
+    grad_norm: float | None = 10.0
+    """Mean gradient norm of 20 steps, before clipping."""
+    memory: float | None = 0.9
+    """Used share of the device's memory."""
+    slowdown: float | None = 0.5
+    """Steps per second, as a share of the most so far."""
+    standstill: float | None = 0.002
+    """Share by which the held-out loss has fallen after a quarter of the run."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value is not None and value < 0:
+                raise UsageError(
+                    f"alerts.{limit.name}={value:g} is below 0; type a number of 0 or more such as {limit.default}, or "
+                    "null for no such warning"
+                )
 
 
 @dataclass(slots=True)

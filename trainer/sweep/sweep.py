@@ -40,7 +40,7 @@ from trainer.tracking.tracker import Tracker
 from trainer.training.run_folder import RunSummary, find_run_folder, finished_folder
 from trainer.training.tracked_run import shorten_overrides
 
-IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "save", "cache", "hydra")
+IGNORED_IN_ID = ("out", "name", "tracking", "hardware", "log", "alerts", "save", "cache", "hydra")
 """Settings that may change when a sweep is continued."""
 POLL_SECONDS = 0.05
 HELD_OUT_LOSS = "val/loss"

@@ -165,6 +165,9 @@ class RemoteRun:
                     yield 0
             elif record["kind"] == journal.IMAGE:
                 self._unsent_images.append(record)
+            elif record["kind"] == "warning" and "alert" in record:
+                name = clean_name(f"alert.{record['alert']}")
+                self.client.set_tag(self.run_id, name, shorten(record["text"], MAX_TEXT_LENGTH), synchronous=True)
         if metrics:
             self._send_metrics(metrics)
             yield 0

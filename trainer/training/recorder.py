@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from trainer.core.errors import Interrupted
 from trainer.tracking import curves
 from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
+from trainer.training.alerts import Alert, Alerts
 from trainer.training.build import describe_precision
 from trainer.training.checkpoint import CHECKPOINTS, Checkpoints
 from trainer.training.run_folder import RunFolder
@@ -34,9 +35,18 @@ class Recorder:
         self.finished = False
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, run.save.keep, self.warn)
 
-    def warn(self, text: str) -> None:
-        self.journal.log_event("warning", text=text)
+    def warn(self, text: str, **fields: Any) -> None:
+        self.journal.log_event("warning", text=text, **fields)
         print_line(text)
+
+    def give(self, alerts: Iterable[Alert]) -> None:
+        for alert in alerts:
+            self.warn(alert.text, alert=alert.kind)
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Records what was measured at a step."""
+        self.journal.log_metrics(step, values)
+        self.give(self.alerts.after_step(step, values))
 
     def newest_checkpoint(self) -> tuple[Path, Checkpoint | None]:
         """Returns the newest undamaged checkpoint of the run, else of its parent, and the folder that contains it."""
@@ -47,8 +57,11 @@ class Recorder:
         parent = Checkpoints(self.run_folder.parent / CHECKPOINTS, self.run.save.keep, self.warn)
         return parent.folder, parent.newest(set_aside=False)
 
-    def start_attempt(self, step: int, counts: str, location: str, environment: dict[str, Any]) -> None:
+    def start_attempt(
+        self, step: int, counts: str, location: str, environment: dict[str, Any], total_steps: int, memory_gib: float
+    ) -> None:
         """Records that an attempt starts after `step`. `counts` and `location` describe it in words."""
+        self.alerts = Alerts(self.run, total_steps, memory_gib, self.journal.records())
         print_line(f"{self.folder}: {counts}, {location}")
         print_line(f"precision: {describe_precision(self.run)}")
         for warning in self.run.model.warnings():
@@ -64,6 +77,7 @@ class Recorder:
         if not texts:
             texts = [f"no sample is held out, images {self.folder / 'pictures'}"]
         print_line(f"step {step}: {', '.join(texts)}")
+        self.give(self.alerts.after_evaluation(step, state.val_loss, state.best))
 
     def log_nonfinite(self, step: Step, sample_ids: list[str]) -> None:
         values = {"loss": step.loss, "grad_norm": step.grad_norm}

@@ -132,6 +132,8 @@ class Session:
         return initial_average(self.parameters, source)
 
     def _start_attempt(self) -> None:
+        from trainer.hardware.devices import detect_card
+
         if self.recorder is None:
             return
         split, processes = self.data.split, self.processes
@@ -146,7 +148,9 @@ class Session:
             location += f" in {processes.world_size} processes"
         if processes.sharded:
             location += ", each with a shard of the network"
-        self.recorder.start_attempt(self.step, counts, location, describe_environment(self.device))
+        environment, memory = describe_environment(self.device), detect_card(self.device).memory_gib
+        assert memory is not None, "the device is open"
+        self.recorder.start_attempt(self.step, counts, location, environment, self.total_steps, memory)
 
     # Steps
 
@@ -240,7 +244,7 @@ class Session:
             values["train/lr_effective"] = effective_lr
         if self.loss_scale is not None:
             values["train/loss_scale"] = self.loss_scale.value
-        self.recorder.journal.log_metrics(step.number, values | speed | memory_metrics(self.device))
+        self.recorder.log_step(step.number, values | speed | memory_metrics(self.device))
 
     # Between steps
 

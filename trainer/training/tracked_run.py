@@ -20,7 +20,7 @@ from trainer.tracking.journal import Journal
 from trainer.tracking.tracker import Tracker
 from trainer.training.run_folder import RunFolder
 
-ATTEMPT_SETTINGS = ("hardware", "evaluation", "sample", "save", "log")
+ATTEMPT_SETTINGS = ("hardware", "evaluation", "sample", "save", "log", "alerts")
 """Settings that may differ between the attempts at one run."""
 _NOT_IN_TITLE = {
     *("stage", "out", "name", "fresh", "resume", "hydra", "sweep", "export", "tracking", "cache"),
