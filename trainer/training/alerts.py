@@ -1,6 +1,6 @@
 """Warnings about the course of a run, each with the usual remedy as a setting to type.
 
-The default thresholds are those of a published guide to fine-tuning Stable Diffusion, where it names one.
+The default limits of gap and memory are those of a published guide to fine-tuning.
 """
 
 from __future__ import annotations
