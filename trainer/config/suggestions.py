@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +28,8 @@ def _walk(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
     settings = OmegaConf.get_type(node)
     known = {f.name for f in fields(settings)} if settings and is_dataclass(settings) else set(node)
     # The keys of a dictionary may be numbers: `dataset.resolution={512: 1, 1024: 3}`.
-    for name in node:
+    names: list[Any] = list(node)
+    for name in names:
         yield f"{prefix}{name}", name in known
         if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
             value = node[name]
