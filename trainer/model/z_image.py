@@ -162,14 +162,14 @@ class ZImage(Family):
     ) -> torch.Tensor:
         import torch
 
-        prompts = conditions["prompt"].to(latents.dtype)
-        lengths = conditions["prompt_mask"].sum(1).tolist()
+        from trainer.model.zimage.prompts import cut_padding
+
         # The transformer reads lists of images (C, frames, h, w) and of texts. Its time is 0 for noise and 1 for clean
         # images, and it predicts the clean latents minus the noise.
         output = network(
             list(latents.unsqueeze(2)),
             1 - t,
-            [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)],
+            cut_padding(conditions["prompt"].to(latents.dtype), conditions["prompt_mask"]),
             return_dict=False,
         )[0]
         return -torch.stack(output).squeeze(2)
