@@ -67,7 +67,7 @@ def test_members_run_on_both_nodes_and_a_lost_node_is_told(cluster, tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_members_end_with_the_sweep_and_the_same_command_continues_them(number: int, cluster, tmp_path: Path):
-    many = ("method.rank=2,4", "steps=120", "evaluation.every=120", "save.every=20")
+    many = ("method.rank=2,4", "steps=300", "evaluation.every=300", "save.every=20")
     process = sweep(cluster, tmp_path, *many)
     wait_for_training(process, tmp_path, 2)
     process.send_signal(number)
