@@ -32,7 +32,7 @@ class ZImageCase(Case):
         "no guidance": Pictures(lora=False),
     }
     extra_targets = (
-        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0", "cap_embedder.1"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "layers.0.adaLN_modulation.0", "cap_embedder.1"),
         *("all_x_embedder.2-1", "all_final_layer.2-1.linear", "t_embedder.mlp.0"),
     )
     # z_image_to_diffusers in comfy/utils.py
