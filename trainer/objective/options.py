@@ -153,7 +153,7 @@ class ObjectiveOptions:
 
     def with_plain_loss(self, **more: Any) -> Self:
         """Returns the objective with the mean squared error, and further changes."""
-        plain = {f.name: f.default for f in fields(ObjectiveOptions) if f.name in LOSS_SETTINGS}
+        plain: dict[str, Any] = {f.name: f.default for f in fields(ObjectiveOptions) if f.name in LOSS_SETTINGS}
         return replace(self, **plain, **more)
 
     def relative_time(self, t: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def save_tiny_checkpoint(folder: Path) -> None:
 
     quiet_libraries()
     torch.manual_seed(SEED)
-    tokenizer = _train_tokenizer()
+    texts = [SYSTEM, ANSWER, "Picture 1: ", "make it night", "paint the photo"]
+    tokenizer = train_tokenizer(texts, SPECIAL_TOKENS)
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer.save_pretrained(folder / "processor")
     Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
@@ -86,8 +88,11 @@ def _build_language_model(tokenizer: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _train_tokenizer() -> Any:
-    """Returns a tokenizer trained on the template and a few words; SYSTEM is as long as in the published one."""
+def train_tokenizer(texts: Sequence[str], special_tokens: Sequence[str]) -> Any:
+    """Returns a Qwen2 tokenizer trained on a template and a few words.
+
+    With the texts of this module, SYSTEM is as long as in the published one.
+    """
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -95,12 +100,12 @@ def _train_tokenizer() -> Any:
         vocab_size=1000,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", *SPECIAL_TOKENS],
+        special_tokens=["<|endoftext|>", *special_tokens],
     )
     tokenizer_class: Any = Qwen2Tokenizer
     # Normalization and splitting are those of the class.
     backend = tokenizer_class().backend_tokenizer
-    backend.train_from_iterator([SYSTEM, ANSWER, "Picture 1: ", "make it night", "paint the photo"], trainer)
+    backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return tokenizer_class(model["vocab"], merges, extra_special_tokens=list(SPECIAL_TOKENS))
+    return tokenizer_class(model["vocab"], merges, extra_special_tokens=list(special_tokens))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from trainer.model.qwen.tiny import train_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -32,23 +33,7 @@ def chat_model_config(vocabulary: int) -> Any:
 
 def train_chat_tokenizer() -> Any:
     """Returns a tokenizer trained on the template and a few words."""
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
-
-    special = ("<|im_start|>", "<|im_end|>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", *special],
-    )
-    tokenizer_class: Any = Qwen2Tokenizer
-    # Normalization and splitting are those of the class.
-    backend = tokenizer_class().backend_tokenizer
     texts = ["user\n", "assistant\n<think>\n\n</think>\n\n", "make it night", "paint the photo"]
-    backend.train_from_iterator(texts, trainer)
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = tokenizer_class(model["vocab"], merges, extra_special_tokens=list(special))
+    tokenizer = train_tokenizer(texts, ("<|im_start|>", "<|im_end|>"))
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
