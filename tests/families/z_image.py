@@ -35,6 +35,7 @@ class ZImageCase(Case):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "layers.0.adaLN_modulation.0", "cap_embedder.1"),
         *("all_x_embedder.2-1", "all_final_layer.2-1.linear", "t_embedder.mlp.0"),
     )
+    lora_std = 0.1
     # z_image_to_diffusers in comfy/utils.py
     comfyui_layers = (
         rf"{BLOCKS}\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
