@@ -70,7 +70,7 @@ class Forecast:
     """Number of parameters of the network, with those of the method."""
     trained_parameters: int
     memory: dict[str, Memory]
-    """By phase: caching (if entries of the cache are missing), training, evaluation, drawing (of the images of an evaluation)."""
+    """By phase: caching (if the cache lacks entries), training, evaluation, drawing (of images for an evaluation)."""
     time: Time
     disk: Disk
     micro_batch: int

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from trainer.config.schema import Run
 from trainer.core.batch import get_conditions
@@ -22,6 +22,8 @@ from trainer.training.predictor import Predictor
 if TYPE_CHECKING:
     from trainer.core.batch import Batch
 
+MAX_KNOWN_VALUES = 64
+"""Largest number of entries of a tensor whose values are followed: one for each sample of a micro-batch."""
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of the cached tensors of a sample, by name."""
 Work = dict[tuple[str, int, int], int]
@@ -66,7 +68,7 @@ class Phases:
         for tensor in batch.values():
             live.add(tensor)
         before = live.gradient_bytes
-        with self.mode, live:
+        with self.mode, live, _known_values():
             loss = self.predictor.losses(batch).sum()
             saved = live.bytes - before
             loss.backward()
@@ -84,7 +86,7 @@ class Phases:
             batch = self._batch(shapes, samples, weighted=False)
         for tensor in batch.values():
             live.add(tensor)
-        with self.mode, live, torch.no_grad():
+        with self.mode, live, torch.no_grad(), _known_values():
             self.predictor.predict(batch["latents"], batch["t"], get_conditions(batch))
         return Trace(0, 0, live.peak, live.flops, live.work)
 
@@ -92,7 +94,8 @@ class Phases:
         """Returns a micro-batch as `Batches` makes it. Cached tensors have the dtype of the encoders."""
         dtype = self.run.model.encoder_dtype.torch
         batch = {
-            name: torch.empty(samples, *shape, dtype=dtype, device=DEVICE)
+            # Families may read the lengths of texts from masks.
+            name: self._mask(samples, *shape) if name.endswith("mask") else torch.empty(samples, *shape, dtype=dtype)
             for name, shape in shapes.items()
             if name != "latents_std"
         }
@@ -102,6 +105,22 @@ class Phases:
         if weighted:
             batch["weight"] = torch.empty(samples, 1, *shapes["latents"][1:], device=DEVICE)
         return batch
+
+    def _mask(self, *shape: int) -> torch.Tensor:
+        """Returns a fake tensor of True, whose values are known."""
+        with unset_fake_temporarily():
+            ones = torch.ones(shape, dtype=torch.bool)
+        return self.mode.fake_tensor_converter.from_real_tensor(self.mode, ones, make_constant=True)
+
+
+@contextmanager
+def _known_values() -> Iterator[None]:
+    """Inside the block, torch follows the values of small fake tensors, not only of single numbers."""
+    before, fake_tensor.CONSTANT_NUMEL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT, MAX_KNOWN_VALUES
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 @dataclass(slots=True, frozen=True)

@@ -43,8 +43,6 @@ def forecast(run: Run, data: TrainingData) -> Forecast:
 
     `run.model` may have configs only (`with_published_configs`). Raises errors.UsageError if the device is absent.
     """
-    import torch
-
     assert run.batch is not None
     card, is_cpu = known_card(run)
     sample = largest_sample(run, data)

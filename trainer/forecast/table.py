@@ -34,6 +34,11 @@ def table(forecast: Forecast) -> Iterator[str]:
     )
 
 
+def summary(forecast: Forecast) -> str:
+    """Returns the most important figures in one line."""
+    return f"{verdict(forecast)}; {time_text(forecast)}"
+
+
 def verdict(forecast: Forecast) -> str:
     """Returns whether the run fits."""
     peak = f"{forecast.peak / GIB:.1f} GiB ({forecast.largest})"

@@ -11,6 +11,9 @@ from trainer.core.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+SMALL_NETWORK = 10_000_000
+"""Number of parameters up to which a network needs little memory."""
+
 
 class Device(Enum):
     """Type of device."""
@@ -86,8 +89,8 @@ class Hardware:
     def micro_batch_for(self, batch: int, parameters: int) -> int:
         """Returns the number of samples in a forward pass of a network with this many parameters.
 
-        Without `micro_batch` it is the whole batch for networks of up to ten million parameters, and 1 for larger ones.
+        Without `micro_batch` it is the whole batch for networks of up to `SMALL_NETWORK`, and 1 for larger ones.
         """
         if self.micro_batch is not None:
             return min(batch, self.micro_batch)
-        return batch if parameters <= 10_000_000 else 1
+        return batch if parameters <= SMALL_NETWORK else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from trainer.core.console import print_line
 from trainer.core.errors import LockedError, UsageError
 from trainer.core.signals import Signals
 from trainer.distributed.processes import Processes
+from trainer.hardware import SMALL_NETWORK
 from trainer.stages.data_report import describe_long_captions, describe_many_visits, describe_upscaling
 from trainer.stages.results import TrainingResult
 from trainer.sweep.members import is_member, parent_run_id, report_folder
@@ -72,6 +74,8 @@ def train(
             stack.enter_context(log_to_folder(run_folder.path, journal))
             # `run.execute` does the same; here, journal and log get its message too.
             stack.enter_context(out_of_memory_errors(run))
+            if not processes.sharded:
+                _forecast(run, data, journal, processes.world_size)
             files.write(run_folder.path / "config.yaml", yaml.safe_dump(to_plain(run), sort_keys=False))
             _fill_cache(run, data, run_folder)
             _show_data(run, data, journal)
@@ -107,6 +111,25 @@ def _show_finished(run: Run, run_folder: RunFolder, overrides: list[str]) -> Non
         "Type fresh=true to run it again in a new folder."
     )
     send_missing_records(run, run_folder, overrides, parent_run_id())
+
+
+def _forecast(run: Run, data: TrainingData, journal: Journal, world_size: int) -> None:
+    """Prints a line about memory and time. Raises errors.UsageError if the run does not fit into memory.
+
+    Small networks are left out: they fit, and the forecast would take longer than some of their steps.
+    """
+    from trainer.forecast.advice import check_fits
+    from trainer.forecast.predict import forecast
+    from trainer.forecast.table import summary
+
+    if sum(parameter.numel() for parameter in run.model.meta_model().parameters()) <= SMALL_NETWORK:
+        return
+    assert run.batch is not None
+    run = replace(run, batch=-(-run.batch // world_size))
+    found = forecast(run, data)
+    journal.log_event("forecast", text=summary(found))
+    print_line(f"forecast: {summary(found)}")
+    check_fits(run, data, found)
 
 
 def _fill_cache(run: Run, data: TrainingData, run_folder: RunFolder) -> None:
