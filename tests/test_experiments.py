@@ -135,6 +135,16 @@ GUIDES = {
         "optimizer.kind": "adamw",
         "optimizer.lr": 4e-4,
     },
+    "lumina2_lora": DREAMBOOTH
+    | {
+        "model.kind": "lumina2",
+        "model.text_length": 256,
+        "model.objective.times": "uniform",
+        "precision.compute": "bfloat16",
+        "optimizer.kind": "adamw8bit",
+        "optimizer.lr": 1e-4,
+        "dataset.resolution": "1024",
+    },
     "z_image_lora": DREAMBOOTH
     | {
         "model.kind": "z_image",

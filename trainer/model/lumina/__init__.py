@@ -1,0 +1,1 @@
+"""Parts of Lumina Image 2.0: encoder, prompt, layouts and tiny checkpoints."""
