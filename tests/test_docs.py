@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    ROOT / "docs" / "ARCHITECTURE.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "launch" / "README.md",
 ]
 MENTIONED_PATH = re.compile(r"(?<![\w/.<])((?:trainer|conf|tests|bench|launch|docs|hydra_plugins)/[\w./-]*\w)")
