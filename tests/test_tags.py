@@ -91,7 +91,7 @@ def test_a_run_encodes_all_orders_once_and_says_how_many(
         *("tracking=none", "hardware=cpu", "steps=3", "batch=2", f"out={tmp_path / 'runs'}", "evaluation.every=null"),
     ]
     assert main([*arguments, "stage=check"]) == 0
-    expected = f"2 of 3 training captions have tags to shuffle; 3 orders of each are {texts} texts to encode"
+    expected = f"shuffled in 2 of 3 training captions; 3 orders of each make {texts} texts to encode"
     assert expected in capfd.readouterr().out
     assert main([*arguments, "stage=cache"]) == 0
     # Two images are generated from captions in their original order.

@@ -207,8 +207,8 @@ def _tags(run: Run, data: TrainingData) -> Iterator[str]:
     texts = sum(map(len, orders.values()))
     shuffled = sum(len(texts) > 1 for texts in orders.values())
     yield (
-        f"tags: {shuffled} of {plural(len(captions), 'training caption')} have tags to shuffle; "
-        f"{run.dataset.tag_orders} orders of each are {plural(texts, 'text')} to encode"
+        f"tags: shuffled in {shuffled} of {plural(len(captions), 'training caption')}; "
+        f"{run.dataset.tag_orders} orders of each make {plural(texts, 'text')} to encode"
     )
 
 
