@@ -114,7 +114,8 @@ def is_view(func: Any) -> bool:
 @cache
 def flop_counter(func: Any) -> Callable[..., int] | None:
     """Returns the function that counts the floating-point operations of a call; None for cheap operations."""
-    return CPU_ATTENTION.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+    registry: dict[Any, Any] = {**flop_registry, **CPU_ATTENTION}
+    return registry.get(func.overloadpacket)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
