@@ -132,7 +132,8 @@ class RayExecutor(Executor[RayMember]):
         if number == signal.SIGKILL:
             ray.kill(handle.actor)
             return
-        reference = handle.actor.stop.remote(number)
+        # Ray's workers ignore SIGINT, and their children inherit that.
+        reference = handle.actor.stop.remote(signal.SIGTERM)
         with suppress(ray.exceptions.RayError):
             done, _ = ray.wait([reference], timeout=5)
             if not done:
