@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from least_squares import train
+from omegaconf import OmegaConf
 from quantized_networks import assert_equal_predictions_and_gradients, copy_dequantized_weights, predict
 from synthetic import DEVICE, normal
 from torch import nn
@@ -17,6 +18,8 @@ from torch import nn
 from trainer.__main__ import main
 from trainer.config import rules
 from trainer.config.compose import compose_config, to_run
+from trainer.config.groups import option_names
+from trainer.config.identity import run_id
 from trainer.config.schema import Run
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
@@ -30,7 +33,7 @@ from trainer.precision import Precision, Storage
 from trainer.precision.loss_scale import LossScale
 from trainer.precision.quantized_linear import QuantizedLinear
 from trainer.tracking.journal import read_records
-from trainer.training.build import build_network, check_buildable
+from trainer.training.build import build_network, check_buildable, describe_precision
 from trainer.training.checkpoint import Checkpoints
 
 PRECISIONS = [
@@ -132,6 +135,36 @@ def test_gradient_checkpointing_changes_no_gradient_of_a_quantized_network(run: 
         gradients.append([parameter.grad for parameter in trainable_parameters(network).values()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-6, atol=1e-9)
+
+
+# The default
+
+
+@pytest.mark.parametrize("model", option_names("model"))
+def test_default_precision_is_the_one_that_the_model_suggests(model: str):
+    method = OmegaConf.get_type(compose_config([f"model={model}"]).model).methods[0]
+    lines = [f"model={model}", f"method={method}"]
+    lines += [f"{key}=folder" for key in OmegaConf.missing_keys(compose_config(lines))]
+    expected = "fp32" if model in ("mini_kontext", "sd15") else "bf16"
+    default, typed = to_run(compose_config(lines)), to_run(compose_config([*lines, f"precision={expected}"]))
+    assert default.precision == typed.precision
+    assert run_id(default) == run_id(typed)
+    assert describe_precision(default).startswith(f"{expected}, the model's default: ")
+    other = to_run(compose_config([*lines, "precision=fp8"]))
+    assert describe_precision(other).startswith("fp8: ")
+
+
+def test_default_precision_does_not_depend_on_the_card():
+    lines = ["model=flux_kontext", "hardware=t4"]
+    with pytest.raises(UsageError, match="T4 cannot train in bfloat16; type precision=fp16$"):
+        to_run(compose_config(lines))
+    assert to_run(compose_config([*lines, "precision=fp16"])).precision == Precision(Storage.fp16, Dtype.float16)
+
+
+def test_parts_of_the_default_precision_can_be_typed():
+    assert to_run(compose_config(["precision.compute=bfloat16"])).precision == Precision(Storage.fp32, Dtype.bfloat16)
+    run = to_run(compose_config(["model=flux_kontext", "precision.storage=fp8"]))
+    assert run.precision == Precision(Storage.fp8, Dtype.bfloat16)
 
 
 # Refusals

@@ -10,11 +10,17 @@ if TYPE_CHECKING:
 
 
 class Dtype(Enum):
-    """A floating-point type by torch's name, which can be used in settings without importing torch."""
+    """A floating-point type by torch's name, which can be used in settings without importing torch.
+
+    The short names are aliases.
+    """
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    fp32 = float32
+    bf16 = bfloat16
+    fp16 = float16
 
     @property
     def torch(self) -> dtype:

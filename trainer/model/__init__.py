@@ -38,6 +38,8 @@ class SuggestedSettings:
     They come from the family's yaml file.
     """
 
+    precision: str = "bf16"
+    """Type of frozen weights and of products with `precision=auto`: fp32, bf16 or fp16."""
     resolution: int = 1024
     steps: int = 1000
     batch: int = 1

@@ -200,6 +200,7 @@ class Flux2Klein(Family):
         tiny.save_tiny_checkpoint(folder)
         layers = ",".join(map(str, tiny.TEXT_LAYERS))
         return [
+            "model.suggested.precision=fp32",
             f"model.path={folder}",
             f"model.text_length={tiny.TEXT_LENGTH}",
             f"model.text_layers=[{layers}]",

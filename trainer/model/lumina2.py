@@ -185,7 +185,12 @@ class Lumina2(Family):
         from trainer.model.lumina import tiny
 
         tiny.save_tiny_checkpoint(folder)
-        return [f"model.path={folder}", f"model.text_length={tiny.TEXT_LENGTH}", "dataset.resolution=32"]
+        return [
+            "model.suggested.precision=fp32",
+            f"model.path={folder}",
+            f"model.text_length={tiny.TEXT_LENGTH}",
+            "dataset.resolution=32",
+        ]
 
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""

@@ -276,6 +276,7 @@ class PMG(UNetFamily):
         save_tiny_checkpoint(folder / "denoiser", SD15)
         save_tiny_llm(folder / "llm")
         return [
+            "model.suggested.precision=fp32",
             f"model.path={folder / 'denoiser'}",
             f"model.llm={folder / 'llm'}",
             "model.max_sequence_length=48",

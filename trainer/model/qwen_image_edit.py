@@ -195,7 +195,7 @@ class QwenImageEdit(Family):
         from trainer.model.qwen import tiny
 
         tiny.save_tiny_checkpoint(folder)
-        return [f"model.path={folder}", "dataset.resolution=32"]
+        return ["model.suggested.precision=fp32", f"model.path={folder}", "dataset.resolution=32"]
 
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""

@@ -207,7 +207,12 @@ class SD3(Family):
         from trainer.model.mmdit import tiny
 
         tiny.save_tiny_checkpoint(folder)
-        return [f"model.path={folder}", f"model.text_length={tiny.T5_LENGTH}", "dataset.resolution=32"]
+        return [
+            "model.suggested.precision=fp32",
+            f"model.path={folder}",
+            f"model.text_length={tiny.T5_LENGTH}",
+            "dataset.resolution=32",
+        ]
 
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""

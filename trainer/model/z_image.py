@@ -204,7 +204,12 @@ class ZImage(Family):
         from trainer.model.zimage import tiny
 
         tiny.save_tiny_checkpoint(folder)
-        return [f"model.path={folder}", f"model.text_length={tiny.TEXT_LENGTH}", "dataset.resolution=32"]
+        return [
+            "model.suggested.precision=fp32",
+            f"model.path={folder}",
+            f"model.text_length={tiny.TEXT_LENGTH}",
+            "dataset.resolution=32",
+        ]
 
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""

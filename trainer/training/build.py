@@ -151,9 +151,12 @@ def copy_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
 
 
 def describe_precision(run: Run) -> str:
-    """Returns a sentence about the types of the weights and of the matrix products."""
-    products = f"matrix products in {run.precision.compute.value}"
+    """Returns the name of the precision, and the types of the weights and of the matrix products."""
+    storage, compute = run.precision.storage, run.precision.compute
+    is_default = storage.name == run.model.suggested.precision and storage.value == compute.value
+    name = f"{storage.name}, the model's default" if is_default else storage.name
+    products = f"matrix products in {compute.value}"
     if run.method.freezes:
-        return f"frozen weights {run.precision.storage.name}, trainable parameters float32, {products}"
+        return f"{name}: frozen weights {storage.value}, trainable parameters float32, {products}"
     weights = str(run.method.dtype(run.precision.dtype())).removeprefix("torch.")
-    return f"all weights are trained, in {weights}; {products}"
+    return f"{name}: all weights are trained, in {weights}; {products}"

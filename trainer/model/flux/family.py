@@ -180,7 +180,12 @@ class FluxFamily(Family):
         from trainer.model.flux import layout
 
         layout.save_tiny_checkpoint(folder, cls.pipeline_class().__name__, text_length=8)
-        return [f"model.path={folder}", "model.text_length=8", "dataset.resolution=32"]
+        return [
+            "model.suggested.precision=fp32",
+            f"model.path={folder}",
+            "model.text_length=8",
+            "dataset.resolution=32",
+        ]
 
     def _vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along one side."""

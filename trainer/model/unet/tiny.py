@@ -70,7 +70,7 @@ def save_tiny_checkpoint(folder: Path, family: type[UNetFamily]) -> list[str]:
     )
     scheduler.save_pretrained(folder / "scheduler")
     _save_index(folder, family)
-    return [f"model.path={folder}", "dataset.resolution=32"]
+    return ["model.suggested.precision=fp32", f"model.path={folder}", "dataset.resolution=32"]
 
 
 def _save_text_encoder(folder: Path, family: type[UNetFamily], suffix: str) -> None:
