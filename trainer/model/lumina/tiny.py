@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.core import documents
 from trainer.model.lumina.prompt import SYSTEM_PROMPT
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.tiny_components import CHARACTERS, SEED, WORDS, build_vae, save_model_index
@@ -75,7 +75,7 @@ def train_tokenizer() -> Any:
         vocab_size=600, show_progress=False, initial_alphabet=[*CHARACTERS], special_tokens=special
     )
     backend.train_from_iterator([SYSTEM_PROMPT, f"{' '.join(WORDS)} <Prompt Start> "], trainer)
-    model = json.loads(backend.to_str())["model"]
+    model = documents.parse_json(backend.to_str())["model"]
     tokenizer = tokenizer_class(model["vocab"], [tuple(merge) for merge in model["merges"]])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
