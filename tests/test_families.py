@@ -112,7 +112,8 @@ def test_predictions_have_the_shape_of_the_latents_and_depend_on_every_condition
 
 def test_predictions_do_not_depend_on_the_other_samples_of_a_batch(family: Family):
     network = load_trainable(family).eval()
-    examples = [encode_example(family, caption) for caption in CAPTIONS]
+    # Those of the case may have different lengths, so that one is padded.
+    examples = [encode_example(family, caption) for caption in case_of(option_name(family)).captions]
     latents = torch.stack([normal(tuple(examples[0]["latents"].shape), i) for i in range(2)])
     t = torch.tensor([0.2, 0.7])
     with torch.no_grad():
