@@ -24,7 +24,7 @@ from PIL import Image
 
 from trainer.config.compose import read_run
 from trainer.dataset import demo_world, image_grid
-from trainer.evaluation.metrics import psnr
+from trainer.evaluation.metrics.psnr import psnr
 from trainer.tracking.journal import read_records
 from trainer.training.data import prepare, samples_to_generate
 

@@ -18,7 +18,7 @@ from trainer.dataset import Dataset
 from trainer.dataset.sample import Sample
 from trainer.dataset.transform import Resolution, Transform
 from trainer.evaluation.held_out_loss import QUANTILES
-from trainer.evaluation.metrics import psnr
+from trainer.evaluation.metrics.psnr import psnr
 from trainer.lr_scheduler.constant import Constant
 from trainer.lr_scheduler.cosine import Cosine
 from trainer.objective import Flow, TimeDistribution, denoising_losses

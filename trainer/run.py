@@ -30,7 +30,7 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | N
             case Stage.cache:
                 cache.execute(run)
             case Stage.evaluate:
-                return evaluate.execute(run)
+                return evaluate.execute(run, overrides)
             case Stage.sample:
                 return sample.execute(run)
             case Stage.export:

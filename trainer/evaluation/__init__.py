@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.core.errors import UsageError
+from trainer.core.settings import path_setting
+
+LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 
 
 @dataclass(slots=True)
@@ -26,7 +29,26 @@ class Evaluation:
     patience: int | None = None
     """Number of evaluations without a new best loss after which the run ends; null: it never ends early."""
 
+    against: list[str] = field(default_factory=lambda: ["base"], metadata=path_setting().metadata)
+    """What `stage=evaluate` compares the run with: ids or folders of other runs, and `base` for the network before
+    training (`base:ID` for that of another run)."""
+    metrics: list[str] | None = None
+    """Names of the metrics of `stage=evaluate`, the modules of `trainer.evaluation.metrics`; null: all that can be
+    measured."""
+    clip: str | None = path_setting(None)
+    """Folder or hub id of a CLIP or SigLIP model, which compares images with prompts and with each other."""
+    dino: str | None = path_setting(None)
+    """Folder or hub id of a DINOv2 or other vision model, which compares images with each other."""
+    features: str | None = path_setting(None)
+    """Folder or hub id of the vision model for distances to the training images; null: `dino` or `clip`."""
+    lpips: str | None = None
+    """Network of LPIPS: alex, vgg or squeeze; null: it is not measured. torchvision downloads its weights."""
+    training_images: int = 1000
+    """Largest number of training images with which `stage=evaluate` compares the generated ones."""
+
     def __post_init__(self) -> None:
+        if self.lpips is not None and self.lpips not in LPIPS_NETWORKS:
+            raise UsageError(f"evaluation.lpips={self.lpips} is unknown; type {', '.join(LPIPS_NETWORKS)} or null")
         for name, minimum in (
             ("every", 1),
             ("samples", 1),
@@ -34,6 +56,7 @@ class Evaluation:
             ("shown", 0),
             ("images_per_prompt", 1),
             ("patience", 1),
+            ("training_images", 2),
         ):
             value = getattr(self, name)
             if value is not None and value < minimum:

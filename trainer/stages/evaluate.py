@@ -1,47 +1,196 @@
-"""`stage=evaluate`: measures the best weights of a run and compares them with the network before training."""
+"""`stage=evaluate`: measures the best weights of a run and compares them with other runs and the base model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from trainer.comparison.images import (
+    generate_missing,
+    image_paths,
+    numbered,
+    read_images,
+    sample_images,
+    training_images,
+)
+from trainer.comparison.measure import chosen_metrics, measure
+from trainer.comparison.record import Comparison, Network, Picture
+from trainer.comparison.subjects import Subject, find_subjects
+from trainer.config.rules import open_device
 from trainer.config.schema import Run
-from trainer.core import files
 from trainer.core.console import print_line
+from trainer.evaluation.metrics import Pictures, Setup
 from trainer.stages.results import EvaluationResult, strips
 from trainer.tracking.journal import Journal, read_records
-from trainer.training.data import held_out_samples, prepare, samples_to_generate, unconditional_samples
+from trainer.training.data import (
+    TrainingData,
+    held_out_samples,
+    prepare,
+    samples_to_generate,
+    unconditional_samples,
+)
 from trainer.training.encoding import encode_missing
 from trainer.training.trained_run import load_trained_run
 
+if TYPE_CHECKING:
+    from trainer.dataset.transform import TransformedSample
 
-def execute(run: Run) -> EvaluationResult:
-    """Writes measurements and images to `<run>/evaluation/step-...`."""
-    trained = load_trained_run(run)
-    data = prepare(run)
-    generated = [sample for sample, _ in samples_to_generate(run, data)]
-    held_out = held_out_samples(data, run.evaluation.samples)
-    evaluator = trained.evaluator(data)
-    encode_missing(run, data, held_out + generated + unconditional_samples(run, generated))
+SHOWN = 24
+"""Number of pictures whose controls and targets are kept for the report."""
 
-    folder = trained.folder / "evaluation" / f"step-{trained.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "journal.jsonl").unlink(missing_ok=True)
-    with Journal(folder) as journal:
-        measured = evaluator.evaluate(trained.step, folder, journal, before=trained.folder)
-        now = _metrics(journal.records())
-    records = (record for _, record in read_records(trained.folder / "journal.jsonl"))
+
+def execute(run: Run, overrides: Sequence[str] = ()) -> EvaluationResult:
+    """Generates images with each network, measures them, and writes evaluation.json and report.html.
+
+    The images and measurements of a network are in `<its run>/evaluation/step-...`, the comparison in the folder of
+    `comparison_folder`.
+    """
+    metrics = chosen_metrics(run.evaluation)
+    subjects = find_subjects(run)
+    networks, pictures = [], []
+    data = None
+    for subject in subjects:
+        own = prepare(subject.run)
+        data = data or own
+        paths, values = _generate(subject, own)
+        networks.append((subject, values))
+        pictures.append(paths)
+    assert data is not None
+    folder = comparison_folder(run, subjects)
+    comparison = _compare(run, data, networks, pictures, metrics, folder, overrides)
+    first, now = networks[0]
+    records = (record for _, record in read_records(first.folder / "journal.jsonl"))
     before = _metrics(record for record in records if record.get("step") == 0)
-    values = {"step": trained.step, "now": now, "before_training": before}
-    files.write_json(folder / "evaluation.json", values)
+    comparison.write(folder, {"step": first.step, "now": now, "before_training": before})
+    _print(comparison, now, before, first.step)
+    print_line(f"images and evaluation.json in {folder}")
+    images = strips(first.evaluation_folder / "pictures" / first.evaluation_folder.name)
+    return EvaluationResult(first.folder.name, folder, first.step, now.get("val/loss"), now, before, images)
 
+
+def comparison_folder(run: Run, subjects: Sequence[Subject]) -> Path:
+    """Returns where a comparison is kept: with the run, or in `<out>/comparisons` if it is about several runs."""
+    folders = list(dict.fromkeys(subject.folder for subject in subjects))
+    if len(folders) == 1:
+        return subjects[0].evaluation_folder
+    return Path(run.out) / "comparisons" / "-vs-".join(folder.name for folder in folders)
+
+
+def _generate(subject: Subject, data: TrainingData) -> tuple[list[Path], dict[str, float]]:
+    """Generates the images of a network that do not exist, and returns their files and its other measurements."""
+    run, folder = subject.run, subject.evaluation_folder
+    trained = load_trained_run(replace(run, run=str(subject.folder)))
+    evaluator = trained.evaluator(data) if subject.step else replace(trained, weights=None).evaluator(data)
+    samples = [sample for sample, _ in samples_to_generate(run, data)]
+    encode_missing(run, data, held_out_samples(data, run.evaluation.samples) + samples)
+    encode_missing(run, data, unconditional_samples(run, samples))
+    seeds = _seeds(run, samples)
+    paths = image_paths(subject, samples, seeds)
+    generate_missing(evaluator, paths, samples, seeds, subject.name)
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder) as journal:
+        images = numbered(read_images(paths))
+        evaluator.evaluate(subject.step, folder, journal, before=subject.folder, generated=images)
+        return paths, _metrics(journal.records())
+
+
+def _compare(
+    run: Run,
+    data: TrainingData,
+    networks: Sequence[tuple[Subject, dict[str, float]]],
+    paths: Sequence[Sequence[Path]],
+    metrics: Any,
+    folder: Path,
+    overrides: Sequence[str],
+) -> Comparison:
+    """Measures the images in `paths` of each network."""
+    samples = samples_to_generate(run, data)
+    generated = [sample for sample, _ in samples]
+    comparable = all(has_target for _, has_target in samples)
+    first_index: dict[Any, int] = {}
+    prompts = [first_index.setdefault(sample, len(first_index)) for sample in generated]
+    training = training_images(data, run.evaluation.training_images)
+    settings = run.evaluation
+    setup = Setup(
+        open_device(run),
+        {"clip": settings.clip, "dino": settings.dino, "features": settings.features},
+        settings.lpips,
+        sample_images(training),
+        [sample.sample.image.name for sample in training],
+    )
+    targets = sample_images(generated) if comparable else None
+    captions = [sample.caption for sample in generated]
+    measurements, left_out = measure(
+        metrics,
+        setup,
+        [
+            Pictures(subject.name, read_images(files), captions, prompts, targets, [])
+            for (subject, _), files in zip(networks, paths, strict=True)
+        ],
+    )
+    rows = [
+        Picture(
+            sample.caption,
+            seed,
+            prompt,
+            {subject.name: _relative(files[i], folder) for (subject, _), files in zip(networks, paths, strict=True)},
+            _save_references(folder, i, sample, comparable) if i < SHOWN else {},
+        )
+        for i, (sample, seed, prompt) in enumerate(zip(generated, _seeds(run, generated), prompts, strict=True))
+    ]
+    command = shlex.join(["python", "-m", "trainer", *overrides])
+    described = [
+        Network(subject.name, _relative(subject.folder, folder), subject.step, values) for subject, values in networks
+    ]
+    return Comparison(command, described, rows, measurements, left_out)
+
+
+def _save_references(folder: Path, number: int, sample: TransformedSample, comparable: bool) -> dict[str, str]:
+    """Saves the control images and the target of a picture. Returns title -> file, relative to `folder`."""
+    from trainer.dataset import image_grid
+
+    titles = {name: name.replace("_", " ") for name in sample.control_names} | (
+        {"image": "target"} if comparable else {}
+    )
+    found = {}
+    for name, title in titles.items():
+        path = folder / "references" / f"{number:05d}-{title.replace(' ', '_')}.png"
+        image_grid.save_png(path, sample.pixels(name))
+        found[title] = _relative(path, folder)
+    return found
+
+
+def _print(comparison: Comparison, now: dict[str, float], before: dict[str, float], step: int) -> None:
     for name in ("val/loss", "val/psnr"):
         if name in now:
-            comparison = f", before training {before[name]:.4f}" if name in before else ""
-            print_line(f"{name} {now[name]:.4f} at step {trained.step}{comparison}")
-    print_line(f"images and evaluation.json in {folder}")
-    images = strips(folder / "pictures" / folder.name)
-    return EvaluationResult(trained.folder.name, folder, trained.step, measured.get("val/loss"), now, before, images)
+            past = f", before training {before[name]:.4f}" if name in before else ""
+            print_line(f"{name} {now[name]:.4f} at step {step}{past}")
+    for measurement in comparison.measurements:
+        unit = f" {measurement.unit}" if measurement.unit else ""
+        values = []
+        for name, (value, low, high) in measurement.estimates.items():
+            interval = "" if low is None or high is None else f" ({low:.4g} to {high:.4g})"
+            values.append(f"{name} {value:.4g}{unit}{interval}")
+        print_line(f"{measurement.title}: {', '.join(values)}")
+    for text in comparison.verdicts():
+        print_line(text)
+    for text in comparison.warnings():
+        print_line(f"note: {text}")
+    for name, reason in comparison.left_out.items():
+        print_line(f"left out: {name}: {reason}")
+
+
+def _seeds(run: Run, samples: Sequence[object]) -> list[int]:
+    return [run.sample.seed + i for i in range(len(samples))]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
 
 
 def _metrics(records: Iterable[dict[str, Any]]) -> dict[str, float]:

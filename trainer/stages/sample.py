@@ -76,11 +76,12 @@ def _generate_best(
 
     `scores` has the keywords, the similarities and score of each weight, and the best weight, the first of equals.
     """
-    from trainer.model.clip_score import ClipScorer, preference_score
+    from trainer.evaluation.preference import preference_score
+    from trainer.evaluation.vision import ClipModel
 
     settings, model = trained.run.sample, trained.run.model
     assert settings.clip is not None and settings.preference_weights is not None and isinstance(model, KeywordWriter)
-    scorer = ClipScorer(str(Path(settings.clip).expanduser()), trained.device)
+    scorer = ClipModel("sample.clip", settings.clip, trained.device)
     runs = {
         weight: replace(trained.run, model=model.with_preference_weight(weight))
         for weight in settings.preference_weights

@@ -15,7 +15,7 @@ from trainer.core.batch import Batch
 from trainer.core.console import print_line
 from trainer.core.errors import StorageError, is_out_of_memory
 from trainer.evaluation.held_out_loss import held_out_loss
-from trainer.evaluation.metrics import psnr
+from trainer.evaluation.metrics.psnr import psnr
 from trainer.evaluation.sampling import generate_images
 from trainer.method.trainable import swap_weights
 from trainer.training.data import TrainingData, held_out_samples, samples_to_generate, unconditional_samples
@@ -58,14 +58,23 @@ class Evaluator:
         parameter_count = sum(parameter.numel() for parameter in self.network.parameters())
         self.batch_size = run.hardware.micro_batch_for(MAX_BATCH_SIZE, parameter_count)
 
-    def evaluate(self, step: int, folder: Path, journal: Journal, before: Path | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        step: int,
+        folder: Path,
+        journal: Journal,
+        before: Path | None = None,
+        generated: Generator[tuple[int, np.ndarray]] | None = None,
+    ) -> dict[str, float]:
         """Writes all measurements to the journal and the images to `folder`.
 
         Returns the measurements: `val/loss` if samples are held out, `val/psnr` if images have a target, and others.
         `before` is the run folder whose images of step 0 are shown beside those of this step (default: `folder`).
+        `generated` are images that exist already, as `generate` yields them; by default they are generated.
         """
         start = time.perf_counter()
-        values, images = self._run_network()
+        values = self._held_out_losses()
+        images = generated or self._generate()
         # Closed in any case: while images are generated, the average replaces the weights, and must not be saved as
         # such.
         with closing(images):
@@ -75,7 +84,8 @@ class Evaluator:
 
     def follow(self) -> None:
         """Runs the forward passes of `evaluate` only, on the other processes of a sharded network."""
-        for _ in self._run_network()[1]:
+        self._held_out_losses()
+        for _ in self._generate():
             pass
 
     def generate(self, samples: list[TransformedSample], seeds: list[int]) -> Generator[tuple[int, np.ndarray]]:
@@ -101,16 +111,18 @@ class Evaluator:
                 batch_size=self.batch_size,
             )
 
-    def _run_network(self) -> tuple[dict[str, float], Generator[tuple[int, np.ndarray]]]:
-        """Returns the held-out losses, and a generator of images that has not started yet."""
+    def _held_out_losses(self) -> dict[str, float]:
         held_out = held_out_samples(self.data, self.run.evaluation.samples)
         examples = [(sample.sample.id, self.data.cache.example(sample)) for sample in held_out]
-        losses = {}
-        if examples:
-            with self._eval_mode():
-                losses = held_out_loss(self.run.model, self._predict, examples, self.device, self.batch_size)
+        if not examples:
+            return {}
+        with self._eval_mode():
+            return held_out_loss(self.run.model, self._predict, examples, self.device, self.batch_size)
+
+    def _generate(self) -> Generator[tuple[int, np.ndarray]]:
+        """Returns the images of an evaluation, see `generate`, which has not started yet."""
         samples = [sample for sample, _ in samples_to_generate(self.run, self.data)]
-        return losses, self.generate(samples, [self.run.sample.seed + i for i in range(len(samples))])
+        return self.generate(samples, [self.run.sample.seed + i for i in range(len(samples))])
 
     def _eval_mode(self) -> AbstractContextManager[None]:
         """Puts the network in eval mode, in which it stays, and returns a context with the average as its weights."""

@@ -1,0 +1,1 @@
+"""Compares networks by the images that they generate for the same prompts, control images and seeds."""
