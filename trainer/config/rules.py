@@ -162,6 +162,11 @@ def _check_precision(run: Run) -> None:
             f"precision={storage.name} stores weights that cannot be multiplied in float32; type precision=fp32, or "
             f"precision.compute={storage.value}"
         )
+    if run.precision.float8_products and storage is not Storage.fp8:
+        raise UsageError(
+            f"precision.float8_products=true multiplies float8 weights, but precision={storage.name} stores none; type "
+            "precision=fp8, or leave it out"
+        )
     if storage.is_quantized and not run.method.freezes:
         raise UsageError(
             f"precision={storage.name} quantizes frozen weights, but method={option_name(run.method)} freezes none; "
@@ -196,6 +201,11 @@ def check_card(run: Run, card: Card) -> None:
             f"precision={Storage(instead).name}" if storage.value in unsupported else f"precision.compute={instead}"
         )
         raise UsageError(f"hardware: {card.name} cannot train in {unsupported[0]}; type {remedy}")
+    if run.precision.float8_products and card.float8 is False:
+        raise UsageError(
+            f"precision.float8_products=true: {card.name} cannot multiply float8 numbers; leave it out (precision=fp8 "
+            "only stores float8, and works on every card)"
+        )
     if storage.needs_bitsandbytes and card.bitsandbytes is False:
         raise UsageError(
             f"precision={storage.name} needs bitsandbytes, which does not run on {card.name}; type precision=fp8 or "

@@ -45,7 +45,7 @@ def detect_card(device: torch.device) -> Card:
         psutil.virtual_memory().total / GIB,
         bfloat16=True,
         float16=False,
-        float8=False,
+        float8=True,
         bitsandbytes=True,
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.core.dtypes import Dtype
 from trainer.core.errors import UsageError
+from trainer.core.settings import added
 from trainer.precision.checkpoint_types import FLOAT8, UNQUANTIZED, quantized_layers
 from trainer.precision.loss_scale import LossScale
 
@@ -52,6 +53,8 @@ class Precision:
     """How frozen weights are stored."""
     compute: Dtype = Dtype.float32
     """Dtype of matrix products."""
+    float8_products: bool = added(False)
+    """Whether frozen layers multiply float8 numbers in the forward pass. The backward pass dequantizes weights."""
 
     def dtype(self) -> torch.dtype:
         """Returns the dtype of the weights that are not quantized."""
@@ -111,7 +114,8 @@ class Precision:
             Storage.nf4: four_bit.nf4_weight,
             Storage.fp4: four_bit.fp4_weight,
         }[self.storage]
-        return linear_quantizer(quantize_weight, unquantized_modules, self.dtype(), device)
+        multiply = eight_bit.multiply_fp8 if self.float8_products else None
+        return linear_quantizer(quantize_weight, unquantized_modules, self.dtype(), device, multiply)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Returns the context of a network's forward pass."""

@@ -43,6 +43,28 @@ def dequantize_fp8(
     return values if scale is None else values.mul_(scale.to(dtype)[..., None])
 
 
+def multiply_fp8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (..., in), weights as of `quantize_fp8` -> x W^T (..., out) in the dtype of x, by a product of float8 numbers.
+
+    x is rounded to float8 with a scale for each row, too. Products are added up in float32. cuBLAS needs numbers of
+    rows and columns that 16 divides; other layers are dequantized.
+    """
+    if codes.shape[0] % 16 or codes.shape[1] % 16:
+        return torch.nn.functional.linear(x, dequantize_fp8(x.dtype, codes, scale))
+    rows = x.reshape(-1, x.shape[-1]).float()
+    row_scale = (rows.abs().amax(1, keepdim=True) / torch.finfo(E4M3).max).clamp(min=2.0**MIN_SCALE_EXPONENT)
+    # cuBLAS returns only bfloat16 where each row has a scale.
+    out_dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16
+    result = torch._scaled_mm(
+        (rows / row_scale).to(E4M3),
+        codes.view(E4M3).t(),
+        scale_a=row_scale,
+        scale_b=scale[None],
+        out_dtype=out_dtype,
+    )
+    return result.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 @cache
 def float8_values(float8: torch.dtype) -> torch.Tensor:
     """Returns the value of each byte as a float8 number, (256,) float32."""

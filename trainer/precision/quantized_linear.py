@@ -17,6 +17,8 @@ from torch.nn import functional
 
 Dequantize = Callable[..., torch.Tensor]
 """`dequantize(dtype, *tensors)` returns weights (out, in) in `dtype`."""
+Multiply = Callable[..., torch.Tensor]
+"""`multiply(x, *tensors)` returns x W^T in the dtype of x, without dequantized weights."""
 QuantizedWeight = tuple[Dequantize, dict[str, torch.Tensor]]
 """A `Dequantize` function and its tensors by name. The first is `codes`, which stands for the weights."""
 QuantizeWeight = Callable[[torch.Tensor, torch.device], QuantizedWeight]
@@ -32,18 +34,37 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, dequantize: Dequantize, *tensors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        dequantize: Dequantize,
+        multiply: Multiply | None,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
         ctx.dequantize = dequantize
         ctx.save_for_backward(*tensors)
-        return functional.linear(x, dequantize(x.dtype, *tensors), bias)
+        return product(x, bias, dequantize, multiply, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Read once: gradient checkpointing recomputes saved tensors on the first access, and refuses a second.
         tensors = ctx.saved_tensors
-        return gradient @ ctx.dequantize(gradient.dtype, *tensors), None, None, *(None for _ in tensors)
+        return gradient @ ctx.dequantize(gradient.dtype, *tensors), None, None, None, *(None for _ in tensors)
+
+
+def product(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    dequantize: Dequantize,
+    multiply: Multiply | None,
+    *tensors: torch.Tensor,
+) -> torch.Tensor:
+    """Returns x W^T + b: by `multiply`, or with dequantized weights if it is None."""
+    if multiply is None:
+        return functional.linear(x, dequantize(x.dtype, *tensors), bias)
+    result = multiply(x, *tensors)
+    return result if bias is None else result + bias
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -61,6 +82,7 @@ class QuantizedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.dequantize, self.tensor_names = dequantize, ("codes", *other_tensors)
+        self.multiply: Multiply | None = None
         self.codes = torch.nn.Parameter(codes, requires_grad=False)
         for name, tensor in other_tensors.items():
             self.register_buffer(name, tensor)
@@ -85,18 +107,24 @@ class QuantizedLinear(torch.nn.Linear):
         device_type = x.device.type
         x = x.to(torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        arguments = (x, bias, self.dequantize, self.multiply, *self.quantized_tensors())
         if x.requires_grad and torch.is_grad_enabled():
-            return QuantizedProduct.apply(x, bias, self.dequantize, *self.quantized_tensors())
+            return QuantizedProduct.apply(*arguments)
         # torch.compile cannot trace the autograd function if there is no gradient.
-        return functional.linear(x, self.dequantize(x.dtype, *self.quantized_tensors()), bias)
+        return product(*arguments)
 
 
 def linear_quantizer(
-    quantize_weight: QuantizeWeight, unquantized_modules: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    quantize_weight: QuantizeWeight,
+    unquantized_modules: tuple[str, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    multiply: Multiply | None = None,
 ) -> QuantizeLayer:
     """Returns a function that quantizes each linear layer on `device`, except those in `unquantized_modules`.
 
-    These are names of modules, with * as a wildcard; a name includes all modules inside. Biases get `dtype`.
+    These are names of modules, with * as a wildcard; a name includes all modules inside. Biases get `dtype`. If
+    `multiply` is not None, the forward pass multiplies with it.
     """
 
     def stays_unquantized(name: str) -> bool:
@@ -107,7 +135,9 @@ def linear_quantizer(
         if type(layer) is not torch.nn.Linear or stays_unquantized(name):
             return None
         weight = quantize_weight(read(f"{name}.weight"), device)
-        return quantized_layer(name, layer, weight, read, dtype, device)
+        quantized = quantized_layer(name, layer, weight, read, dtype, device)
+        quantized.multiply = multiply
+        return quantized
 
     return quantize
 
