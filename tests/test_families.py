@@ -202,14 +202,16 @@ def build(family: Family, **hardware: bool) -> torch.nn.Module:
 
 def loss_and_gradients(family: Family, network: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Returns also how many tensors autograd saves."""
-    example, saved = encode_example(family, CAPTIONS[0]), []
+    # Of different lengths for some families, so that one is padded and a mask must reach every block.
+    examples, saved = [encode_example(family, caption) for caption in case_of(option_name(family)).captions], []
     parameters = trainable_parameters(network)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(0.1 * normal(tuple(parameter.shape), name))
-    t = torch.tensor([family.objective.quantile_to_time(0.5, 1.0)])
+    t = torch.tensor([family.objective.quantile_to_time(0.5, 1.0)] * len(examples))
+    latents = torch.stack([example["latents"] for example in examples]).float()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        loss = predict(family, network.train(), [example], example["latents"][None].float(), t).square().mean()
+        loss = predict(family, network.train(), examples, latents, t).square().mean()
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in parameters.items()}, len(saved)
 
