@@ -6,7 +6,7 @@ from trainer.config.schema import Run
 from trainer.config.sections import Stage
 from trainer.core.ranks import rank_and_world_size
 from trainer.core.signals import Signals
-from trainer.stages import cache, check, evaluate, export, sample, train
+from trainer.stages import cache, check, evaluate, export, report, sample, train
 from trainer.stages.results import StageResult
 from trainer.training.out_of_memory import out_of_memory_errors
 
@@ -14,7 +14,7 @@ from trainer.training.out_of_memory import out_of_memory_errors
 def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | None:
     """Executes the stage of the run. Returns its result on the main process.
 
-    None if the stage has no result (check, cache, export), and on the other processes.
+    None if the stage has no result (check, cache, export, report), and on the other processes.
 
     `overrides` are the `key=value` arguments of the command line.
     """
@@ -35,4 +35,6 @@ def execute(run: Run, signals: Signals, overrides: list[str]) -> StageResult | N
                 return sample.execute(run)
             case Stage.export:
                 export.execute(run)
+            case Stage.report:
+                report.execute(run)
         return None

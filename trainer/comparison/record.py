@@ -45,6 +45,8 @@ class Measurement:
                 f"(difference {difference.value:.4g}{unit}, {interval})"
             )
         word = "higher" if difference.value > 0 else "lower"
+        if difference.value < 0:
+            interval = f"95 % interval {-difference.high:.4g} to {-difference.low:.4g}"
         if self.better:
             word = "better" if word == self.better else "worse"
         return f"{first} is {word} than {other} by {abs(difference.value):.4g}{unit}, more than chance ({interval})"

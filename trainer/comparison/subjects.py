@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,26 +37,47 @@ class Subject:
 def find_subjects(run: Run) -> list[Subject]:
     """Returns the run that `run.run` names, and those of `evaluation.against`.
 
-    Raises errors.UsageError if a run is unknown, occurs twice, has no checkpoint, or does not fit the dataset.
+    Raises errors.UsageError if a run is unknown, occurs twice or does not fit the dataset, errors.DataError if it has
+    no weights.
     """
+    subjects: list[Subject] = []
+    for folder, is_base in _named(run):
+        first = subjects[0].folder if subjects else folder
+        name = folder.name if not is_base else BASE if folder == first else f"{BASE} of {folder.name}"
+        if any(subject.name == name for subject in subjects):
+            raise UsageError(
+                f"evaluation.against names {name} twice, or the run itself; leave it out. Other runs with the folder "
+                "name of this one cannot be compared with it"
+            )
+        settings = run if folder == first else _with_settings_of(run, folder)
+        subjects.append(Subject(name, settings, folder, 0 if is_base else load_best_weights(folder)[0]))
+    return subjects
+
+
+def run_folders(run: Run) -> list[Path]:
+    """Returns the folders of the runs of a comparison, `run.run` first. Raises errors.UsageError."""
+    return list(dict.fromkeys(folder for folder, _ in _named(run)))
+
+
+def comparison_folder(run: Run, folders: Sequence[Path]) -> Path:
+    """Returns where the comparison of several runs is kept."""
+    return Path(run.out) / "comparisons" / "-vs-".join(folder.name for folder in folders)
+
+
+def _named(run: Run) -> list[tuple[Path, bool]]:
+    """Returns the folder of each network's run, and whether it is the network before training."""
     assert run.run is not None
-    folder = find_run_folder(run.run, run.out)
-    subjects = [Subject(folder.name, run, folder, _best_step(folder))]
+    first = find_run_folder(run.run, run.out)
+    found = [(first, False)]
     for text in run.evaluation.against:
         kind, _, name = text.partition(":")
-        is_base = kind == BASE
-        other = find_run_folder(name, run.out) if is_base and name else folder
-        if not is_base:
-            other = find_run_folder(text, run.out)
-        its_run = run if other == folder else _with_settings_of(run, other)
-        title = other.name if not is_base else BASE if other == folder else f"{BASE} of {other.name}"
-        subject = Subject(title, its_run, other, 0 if is_base else _best_step(other))
-        if any((found.folder.resolve(), found.step) == (other.resolve(), subject.step) for found in subjects):
-            raise UsageError(f"evaluation.against names {text} twice, or the run itself; leave it out")
-        if any(found.name == title for found in subjects):
-            subject = replace(subject, name=str(other))
-        subjects.append(subject)
-    return subjects
+        if kind == BASE:
+            found.append((find_run_folder(name, run.out) if name else first, True))
+        else:
+            found.append((find_run_folder(text, run.out), False))
+    # The same folder may be typed as an id and as a path.
+    own = {folder.resolve(): folder for folder, _ in reversed(found)}
+    return [(own[folder.resolve()], is_base) for folder, is_base in found]
 
 
 def _with_settings_of(run: Run, folder: Path) -> Run:
@@ -86,8 +108,3 @@ def _with_settings_of(run: Run, folder: Path) -> Run:
     except UsageError as error:
         raise UsageError(f"{folder.name} cannot be compared with {run.run} on the data of that run: {error}") from error
     return combined
-
-
-def _best_step(folder: Path) -> int:
-    """Returns the step of the best weights of a run. Raises errors.DataError if it has none that are undamaged."""
-    return load_best_weights(folder)[0]

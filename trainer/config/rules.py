@@ -56,7 +56,7 @@ def check_which_run(run: Run | DictConfig) -> None:
             )
     elif run.run is not None:
         raise UsageError(
-            f"run={run.run} needs stage=evaluate, sample or export; to continue training type resume={run.run}"
+            f"run={run.run} needs stage=evaluate, sample, export or report; to continue training type resume={run.run}"
         )
     if run.resume is not None and run.fresh:
         raise UsageError(

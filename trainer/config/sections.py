@@ -20,9 +20,10 @@ class Stage(Enum):
     evaluate = "evaluate"
     sample = "sample"
     export = "export"
+    report = "report"
 
 
-POST_TRAINING_STAGES = (Stage.evaluate, Stage.sample, Stage.export)
+POST_TRAINING_STAGES = (Stage.evaluate, Stage.sample, Stage.export, Stage.report)
 """Stages that work on an existing run, with the settings of that run."""
 
 

@@ -106,3 +106,19 @@ def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines[:max_lines]
+
+
+def encode_for_page(path: Path, max_side: int) -> tuple[bytes, str, bool]:
+    """Returns an image file for a web page, its kind (png or jpeg), and whether it is so small that its pixels show.
+
+    Large images are scaled down and compressed.
+    """
+    with Image.open(path) as image:
+        is_small = max(image.size) < MIN_SIDE
+        if image.format == "PNG" and max(image.size) <= min(max_side, 2 * MIN_SIDE):
+            return path.read_bytes(), "png", is_small
+        scaled = image.convert("RGB")
+    scaled.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    scaled.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue(), "jpeg", is_small

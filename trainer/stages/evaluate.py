@@ -19,11 +19,12 @@ from trainer.comparison.images import (
 )
 from trainer.comparison.measure import chosen_metrics, measure
 from trainer.comparison.record import Comparison, Network, Picture
-from trainer.comparison.subjects import Subject, find_subjects
+from trainer.comparison.subjects import Subject, comparison_folder, find_subjects
 from trainer.config.rules import open_device
 from trainer.config.schema import Run
 from trainer.core.console import print_line
 from trainer.evaluation.metrics import Pictures, Setup
+from trainer.report.write import REPORT, write_report
 from trainer.stages.results import EvaluationResult, strips
 from trainer.tracking.journal import Journal, read_records
 from trainer.training.data import (
@@ -46,8 +47,8 @@ SHOWN = 24
 def execute(run: Run, overrides: Sequence[str] = ()) -> EvaluationResult:
     """Generates images with each network, measures them, and writes evaluation.json and report.html.
 
-    The images and measurements of a network are in `<its run>/evaluation/step-...`, the comparison in the folder of
-    `comparison_folder`.
+    The images and measurements of a network are in `<its run>/evaluation/step-...`, and so is its comparison with the
+    base. A comparison with other runs is in `<out>/comparisons/`.
     """
     metrics = chosen_metrics(run.evaluation)
     subjects = find_subjects(run)
@@ -60,24 +61,20 @@ def execute(run: Run, overrides: Sequence[str] = ()) -> EvaluationResult:
         networks.append((subject, values))
         pictures.append(paths)
     assert data is not None
-    folder = comparison_folder(run, subjects)
+    folders = list(dict.fromkeys(subject.folder for subject in subjects))
+    is_single = len(folders) == 1
+    folder = subjects[0].evaluation_folder if is_single else comparison_folder(run, folders)
     comparison = _compare(run, data, networks, pictures, metrics, folder, overrides)
     first, now = networks[0]
     records = (record for _, record in read_records(first.folder / "journal.jsonl"))
     before = _metrics(record for record in records if record.get("step") == 0)
     comparison.write(folder, {"step": first.step, "now": now, "before_training": before})
     _print(comparison, now, before, first.step)
-    print_line(f"images and evaluation.json in {folder}")
+    report = (folders[0] if is_single else folder) / REPORT
+    write_report(report, folders, folder)
+    print_line(f"images and evaluation.json in {folder}, report {report}")
     images = strips(first.evaluation_folder / "pictures" / first.evaluation_folder.name)
-    return EvaluationResult(first.folder.name, folder, first.step, now.get("val/loss"), now, before, images)
-
-
-def comparison_folder(run: Run, subjects: Sequence[Subject]) -> Path:
-    """Returns where a comparison is kept: with the run, or in `<out>/comparisons` if it is about several runs."""
-    folders = list(dict.fromkeys(subject.folder for subject in subjects))
-    if len(folders) == 1:
-        return subjects[0].evaluation_folder
-    return Path(run.out) / "comparisons" / "-vs-".join(folder.name for folder in folders)
+    return EvaluationResult(first.folder.name, folder, first.step, now.get("val/loss"), now, before, images, report)
 
 
 def _generate(subject: Subject, data: TrainingData) -> tuple[list[Path], dict[str, float]]:
@@ -181,8 +178,9 @@ def _print(comparison: Comparison, now: dict[str, float], before: dict[str, floa
         print_line(text)
     for text in comparison.warnings():
         print_line(f"note: {text}")
-    for name, reason in comparison.left_out.items():
-        print_line(f"left out: {name}: {reason}")
+    for reason in dict.fromkeys(comparison.left_out.values()):
+        names = [name for name, its_reason in comparison.left_out.items() if its_reason == reason]
+        print_line(f"left out: {', '.join(names)}: {reason}")
 
 
 def _seeds(run: Run, samples: Sequence[object]) -> list[int]:

@@ -73,6 +73,8 @@ class EvaluationResult:
     """The same metrics at step 0."""
     images: list[Path]
     """Strips: control images, before training, now and target side by side."""
+    report: Path
+    """`report.html`, with the measurements of the images and the comparison with other networks."""
 
 
 @dataclass(frozen=True, slots=True)

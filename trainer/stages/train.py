@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -77,6 +78,7 @@ def train(
             if not processes.sharded:
                 _forecast(run, data, journal, processes.world_size)
             files.write(run_folder.path / "config.yaml", yaml.safe_dump(to_plain(run), sort_keys=False))
+            journal.log_event("command", text=shlex.join(["python", "-m", "trainer", *overrides]))
             _fill_cache(run, data, run_folder)
             _show_data(run, data, journal)
             tracker = partial(open_tracker, run, run_folder, journal, overrides, parent_run_id())
