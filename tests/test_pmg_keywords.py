@@ -16,6 +16,7 @@ from program import start
 from synthetic import noise_sample
 from test_pmg import write_histories
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, CLIPTokenizer
+from vision_models import save_tiny_clip
 
 from trainer.config.compose import compose_config, to_run
 from trainer.config.schema import Run
@@ -28,7 +29,6 @@ from trainer.dataset.transform import TransformedSample
 from trainer.method.soft_prompt import SoftPrompt
 from trainer.model.llm_unet.encoder import parse_keywords
 from trainer.model.pmg import PMG
-from trainer.model.tiny_components import clip_config, save_clip_tokenizer
 from trainer.precision import Precision
 from trainer.stages.data_report import describe_long_captions
 
@@ -181,22 +181,6 @@ def test_components_and_digests_include_the_text_encoder_only_if_it_is_read(fami
     assert plain.components == ("llm", "vae", "unet", "scheduler")
     assert family.component_digests(Digests(tmp_path)).keys() - plain.components == {"text_encoder", "tokenizer"}
     family.check_configs()
-
-
-def save_tiny_clip(folder: Path) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    words = save_clip_tokenizer(folder, ["red", "green", "blue"], 12)
-    text = clip_config(words, 12, 16).to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 8}, projection_dim=16)
-    torch.manual_seed(0)
-    model: Any = CLIPModel(config)
-    model.save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    processor: Any = CLIPProcessor
-    processor(CLIPImageProcessor(**sizes), CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow

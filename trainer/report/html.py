@@ -22,7 +22,8 @@ tr + tr > * { border-top: 1px solid var(--line); } thead th { border-bottom: 2px
 .warning { border-left: 4px solid #e8a400; padding: .2rem .8rem; background: var(--soft); margin: .4rem 0; }
 .grid th { position: sticky; top: 0; background: Canvas; z-index: 1; } .grid td { padding: .25rem; }
 .grid td.caption { max-width: 16rem; overflow-wrap: anywhere; padding-right: .7rem; }
-img { max-width: 100%; display: block; } .grid img { width: 11rem; cursor: zoom-in; }
+img { max-width: 100%; display: block; } .grid img { width: 11rem; max-width: none; cursor: zoom-in; }
+.grid td > small { display: block; max-width: 11rem; overflow-wrap: anywhere; line-height: 1.25; }
 img.small { image-rendering: pixelated; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; }
 summary { cursor: pointer; }

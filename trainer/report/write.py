@@ -73,7 +73,8 @@ def _measurements(comparison: Comparison) -> str:
     names = [network.name for network in comparison.networks]
     rows = []
     for name in dict.fromkeys(name for network in comparison.networks for name in network.metrics):
-        if name.startswith("val/") and "_q" not in name:
+        # The losses at single times are too many, and the PSNR is among the measurements.
+        if name == "val/loss":
             values = [network.metrics.get(name) for network in comparison.networks]
             cells = [html.cell("" if value is None else f"{value:.4g}") for value in values]
             rows.append([html.cell(name, "held-out samples"), *cells])

@@ -126,7 +126,7 @@ def _compare(
         metrics,
         setup,
         [
-            Pictures(subject.name, read_images(files), captions, prompts, targets, [])
+            Pictures(subject.name, read_images(files), captions, prompts, targets)
             for (subject, _), files in zip(networks, paths, strict=True)
         ],
     )

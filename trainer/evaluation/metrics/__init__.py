@@ -32,8 +32,6 @@ class Pictures:
     """Number of the prompt of each picture. Pictures of one prompt differ in their seed."""
     targets: Images | None
     """Target of each picture; None if they have none."""
-    histories: Sequence[Images]
-    """For each picture the images of the user's history; empty if the dataset has none."""
 
 
 @dataclass(slots=True)

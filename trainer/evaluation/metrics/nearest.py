@@ -37,7 +37,7 @@ class Nearest(PictureMetric):
 
     def notes(self, setup: Setup, pictures: Pictures) -> list[str]:
         return [
-            f"nearest training image: {setup.training_names[index]} (distance {distance:.3g})"
+            f"nearest: {setup.training_names[index]} ({distance:.3g})"
             for distance, index in self._nearest(setup, pictures)
         ]
 
