@@ -165,6 +165,12 @@ def test_default_precision_does_not_depend_on_the_card():
     assert to_run(compose_config([*lines, "precision=fp16"])).precision == Precision(Storage.fp16, Dtype.float16)
 
 
+def test_description_says_where_float8_numbers_are_multiplied():
+    lines = ["hardware=h100", "precision=fp8"]
+    assert "in float8" not in describe_precision(to_run(compose_config(lines)))
+    assert "in float8" in describe_precision(to_run(compose_config([*lines, "precision.float8_products=true"])))
+
+
 def test_parts_of_the_default_precision_can_be_typed():
     assert to_run(compose_config(["precision.compute=bfloat16"])).precision == Precision(Storage.fp32, Dtype.bfloat16)
     run = to_run(compose_config(["model=flux_kontext", "precision.storage=fp8"]))

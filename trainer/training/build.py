@@ -156,6 +156,8 @@ def describe_precision(run: Run) -> str:
     is_default = storage.name == run.model.suggested.precision and storage.value == compute.value
     name = f"{storage.name}, the model's default" if is_default else storage.name
     products = f"matrix products in {compute.value}"
+    if run.precision.float8_products:
+        products += ", those of quantized layers in float8 in the forward pass"
     if run.method.freezes:
         return f"{name}: frozen weights {storage.value}, trainable parameters float32, {products}"
     weights = str(run.method.dtype(run.precision.dtype())).removeprefix("torch.")
