@@ -113,6 +113,22 @@ def test_finished_run_can_be_evaluated_and_sampled(working_folder: Path, folder:
     assert evaluated.returncode == 0, evaluated.stderr
     psnr = float(re.search(r"val/psnr ([\d.]+) at step", evaluated.stdout)[1])
     assert psnr == pytest.approx(max(metric(folder, "val/psnr").values()), abs=0.5)
+    step = int(re.search(r"at step (\d+)", evaluated.stdout)[1])
+    assert (folder / "report.html").stat().st_size > 100_000
+    script = f"""
+import json, mlflow
+client = mlflow.MlflowClient("sqlite:///{working_folder}/runs/mlflow.db")
+(run,) = client.search_runs([client.get_experiment_by_name("trainer").experiment_id])
+points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "evaluate/psnr")]
+print(json.dumps([points, sorted(f.path for f in client.list_artifacts(run.info.run_id, "evaluation"))]))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    points, artifacts = json.loads(output.splitlines()[-1])
+    assert dict(points) == {
+        0: pytest.approx(metric(folder, "val/psnr")[0], abs=0.5),
+        step: pytest.approx(psnr, abs=0.01),
+    }
+    assert artifacts == ["evaluation/evaluation.json", "evaluation/report.html"]
     control = next(folder.glob("pictures/step-00000000/1.png"))
     request = ["sample.prompts=[make it night]", f"sample.images=[{control}]"]
     sampled = run_program("stage=sample", f"run={folder.name}", *request, cwd=working_folder)

@@ -28,8 +28,8 @@ class VisionModel:
 
     def __init__(self, setting: str, path: str, device: torch.device):
         self.setting, self.path, self.device = setting, path, device
-        self.model: Any = self._load("AutoModel", "config.json").to(device).eval()
-        self._processor: Any = self._load("AutoImageProcessor", "preprocessor_config.json")
+        self.model: Any = _load(setting, path, "AutoModel").to(device).eval()
+        self._processor: Any = _load(setting, path, "AutoImageProcessor")
 
     def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the embeddings (n, d) float32 of images (H, W, 3) uint8, which may differ in size.
@@ -58,19 +58,6 @@ class VisionModel:
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state.mean(1) if pooled is None else pooled
 
-    def _load(self, loader: str, file: str) -> Any:
-        import transformers
-
-        quiet_libraries()
-        try:
-            return getattr(transformers, loader).from_pretrained(self.path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise WeightsError(
-                f"{self.setting}={self.path}: transformers cannot read a model there ({file}: {reason}); type a folder "
-                f"or a hub id such as {EXAMPLES[self.setting]}, {download_advice(error)}"
-            ) from error
-
 
 class ClipModel(VisionModel):
     """A model that embeds images and texts alike: CLIP (Radford et al. 2021) or SigLIP. Raises errors.WeightsError."""
@@ -82,7 +69,7 @@ class ClipModel(VisionModel):
                 f"{setting}={path} is a {type(self.model).__name__}, which reads no text; type a CLIP model such as "
                 f"{EXAMPLES[setting]}"
             )
-        self._tokenizer: Any = self._load("AutoTokenizer", "tokenizer.json")
+        self._tokenizer: Any = _load(setting, path, "AutoTokenizer")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the embeddings (n, d) float32 of texts, cut to what the model reads."""
@@ -113,6 +100,27 @@ EXAMPLES = {
     "evaluation.features": "facebook/dinov2-base",
 }
 """Setting -> a hub id that it takes."""
+
+
+def check_readable(setting: str, path: str) -> None:
+    """Raises errors.WeightsError if there is no vision model at `path`; reads no weights."""
+    _load(setting, path, "AutoConfig")
+    _load(setting, path, "AutoImageProcessor")
+
+
+def _load(setting: str, path: str, kind: str) -> Any:
+    """Returns what a class of transformers reads at `path`, the value of `setting`. Raises errors.WeightsError."""
+    import transformers
+
+    quiet_libraries()
+    try:
+        return getattr(transformers, kind).from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{setting}={path}: transformers cannot read it ({kind}: {reason}); type a folder or a hub id such as "
+            f"{EXAMPLES[setting]}, {download_advice(error)}"
+        ) from error
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:

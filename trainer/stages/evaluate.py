@@ -18,12 +18,13 @@ from trainer.comparison.images import (
     training_images,
 )
 from trainer.comparison.measure import chosen_metrics, measure
-from trainer.comparison.record import Comparison, Network, Picture
+from trainer.comparison.record import FILE_NAME, Comparison, Network, Picture
 from trainer.comparison.subjects import Subject, comparison_folder, find_subjects
 from trainer.config.rules import open_device
 from trainer.config.schema import Run
 from trainer.core.console import print_line
 from trainer.evaluation.metrics import Pictures, Setup
+from trainer.evaluation.vision import check_readable
 from trainer.report.write import REPORT, write_report
 from trainer.stages.results import EvaluationResult, strips
 from trainer.tracking.journal import Journal, read_records
@@ -51,6 +52,10 @@ def execute(run: Run, overrides: Sequence[str] = ()) -> EvaluationResult:
     base. A comparison with other runs is in `<out>/comparisons/`.
     """
     metrics = chosen_metrics(run.evaluation)
+    for name, path in _models(run).items():
+        if path is not None:
+            # Generating images may take hours; a mistyped name is reported before.
+            check_readable(f"evaluation.{name}", path)
     subjects = find_subjects(run)
     networks, pictures = [], []
     data = None
@@ -73,6 +78,7 @@ def execute(run: Run, overrides: Sequence[str] = ()) -> EvaluationResult:
     report = (folders[0] if is_single else folder) / REPORT
     write_report(report, folders, folder)
     print_line(f"images and evaluation.json in {folder}, report {report}")
+    _track(run, subjects, comparison, [report, folder / FILE_NAME])
     images = strips(first.evaluation_folder / "pictures" / first.evaluation_folder.name)
     return EvaluationResult(first.folder.name, folder, first.step, now.get("val/loss"), now, before, images, report)
 
@@ -112,11 +118,10 @@ def _compare(
     first_index: dict[Any, int] = {}
     prompts = [first_index.setdefault(sample, len(first_index)) for sample in generated]
     training = training_images(data, run.evaluation.training_images)
-    settings = run.evaluation
     setup = Setup(
         open_device(run),
-        {"clip": settings.clip, "dino": settings.dino, "features": settings.features},
-        settings.lpips,
+        _models(run),
+        run.evaluation.lpips,
         sample_images(training),
         [sample.sample.image.name for sample in training],
     )
@@ -145,6 +150,11 @@ def _compare(
         Network(subject.name, _relative(subject.folder, folder), subject.step, values) for subject, values in networks
     ]
     return Comparison(command, described, rows, measurements, left_out)
+
+
+def _models(run: Run) -> dict[str, str | None]:
+    """Returns the settings of `Setup.models`."""
+    return {name: getattr(run.evaluation, name) for name in ("clip", "dino", "features")}
 
 
 def _save_references(folder: Path, number: int, sample: TransformedSample, comparable: bool) -> dict[str, str]:
@@ -181,6 +191,18 @@ def _print(comparison: Comparison, now: dict[str, float], before: dict[str, floa
     for reason in dict.fromkeys(comparison.left_out.values()):
         names = [name for name, its_reason in comparison.left_out.items() if its_reason == reason]
         print_line(f"left out: {', '.join(names)}: {reason}")
+
+
+def _track(run: Run, subjects: Sequence[Subject], comparison: Comparison, paths: Sequence[Path]) -> None:
+    """Adds the measurements to the runs in the tracker. Those before training become values at step 0."""
+    for folder in dict.fromkeys(subject.folder for subject in subjects):
+        metrics = {
+            subject.step: {f"evaluate/{m.metric}": m.estimates[subject.name].value for m in comparison.measurements}
+            for subject in subjects
+            if subject.folder == folder
+        }
+        if reason := run.tracking.attach(folder, Path(run.out), metrics, paths, "evaluation"):
+            print_line(f"note: {folder.name}: {reason}")
 
 
 def _seeds(run: Run, samples: Sequence[object]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,19 @@ class Tracking:
         from trainer.tracking.tracker import Tracker
 
         return Tracker()
+
+    def attach(
+        self, folder: Path, out: Path, metrics: Mapping[int, Mapping[str, float]], paths: Sequence[Path], name: str
+    ) -> str | None:
+        """Adds what was measured after training to the run in `folder`; for `out` see `open`.
+
+        Returns why the tracker does not have it; None if it does, or if nothing tracks the run.
+
+        Args:
+            metrics: Step -> name -> value.
+            paths: Files to keep with the run, under `name`.
+        """
+        return None
 
     def page(self, out: Path) -> str | None:
         """Returns the URL that shows the runs in `out`, or the command that starts a server; None if nothing tracks."""

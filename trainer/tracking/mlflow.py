@@ -6,7 +6,7 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +58,16 @@ class MLflow(Tracking):
             journal.path.parent, name=name, params=params, tags=tags, description=description, parent=parent
         )
         return MLflowTracker(resolve_uri(self.uri, out), self.experiment, journal, details)
+
+    def attach(
+        self, folder: Path, out: Path, metrics: Mapping[int, Mapping[str, float]], paths: Sequence[Path], name: str
+    ) -> str | None:
+        from trainer.tracking import mlflow_attach, mlflow_note, mlflow_store
+
+        note, uri = mlflow_note.read_note(folder), mlflow_store.resolve_uri(self.uri, out)
+        if not note.get("run_id") or note.get("uri") != uri:
+            return f"MLflow at {uri} does not have this run; type the command that trained it, which sends it there"
+        return mlflow_attach.attach(uri, note["run_id"], metrics, paths, name)
 
     def page(self, out: Path) -> str | None:
         if self.uri and self.uri.startswith("http"):
