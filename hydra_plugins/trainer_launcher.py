@@ -35,16 +35,20 @@ class MemberReturn(JobReturn):
 class SweepLauncher(Launcher):
     """Runs the members of a sweep with an executor: those of a list, or those of a plan that learns from them."""
 
+    slots: int
+
     @abstractmethod
     def executor(self, folder: Path) -> Executor[Any]:
-        """Returns the executor of the sweep in `folder`.
+        """Returns the executor of the sweep in `folder`. Raises errors.UsageError."""
 
-        Raises errors.UsageError if the settings of the launcher are wrong.
-        """
+    def check_settings(self) -> None:
+        """Raises errors.UsageError if a setting of the launcher is wrong. Nothing is written before."""
+        check_count("slots", self.slots)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from trainer.sweep.sweep import sweep_id
 
+        self.check_settings()
         self.config = config
         self.deliver_signals = getattr(task_function, "deliver_signals", lambda: None)
         sweeper = OmegaConf.to_container(config.hydra.sweeper)
@@ -90,6 +94,14 @@ def member_return(member: Member, is_over: bool, verdict: str) -> MemberReturn:
         return MemberReturn(overrides=member.overrides, status=JobStatus.COMPLETED, _return_value=member.best_loss)
     error = MembersFailedError(verdict)
     return MemberReturn(overrides=member.overrides, status=JobStatus.FAILED, _return_value=error)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises errors.UsageError unless a setting of a launcher is a whole number above 0."""
+    from trainer.core.errors import UsageError
+
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"hydra.launcher.{name}={value} must be a whole number above 0; type for example 2.")
 
 
 def without_hydra(overrides: Sequence[str]) -> list[str]:

@@ -21,9 +21,6 @@ class Processes(SweepLauncher):
         self.slots = slots
 
     def executor(self, folder: Path) -> LocalExecutor:
-        from trainer.core.errors import UsageError
         from trainer.sweep.executors.local import LocalExecutor
 
-        if not isinstance(self.slots, int) or self.slots < 1:
-            raise UsageError(f"hydra.launcher.slots={self.slots} must be a whole number above 0; type for example 2.")
         return LocalExecutor(self.slots)

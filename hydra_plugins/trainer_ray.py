@@ -21,14 +21,16 @@ class Ray(SweepLauncher):
         self.address, self.slots, self.gpus, self.cpus = address, slots, gpus, cpus
 
     def executor(self, folder: Path) -> RayExecutor:
-        from trainer.core.errors import UsageError
         from trainer.sweep.executors.ray import RayExecutor
 
-        if not isinstance(self.slots, int) or self.slots < 1:
-            raise UsageError(f"hydra.launcher.slots={self.slots} must be a whole number above 0; type for example 2.")
+        return RayExecutor(self.address, self.slots, self.gpus, self.cpus)
+
+    def check_settings(self) -> None:
+        from trainer.core.errors import UsageError
+
+        super().check_settings()
         if self.gpus < 0 or self.cpus <= 0:
             raise UsageError(
                 f"hydra.launcher.gpus={self.gpus} hydra.launcher.cpus={self.cpus}: a member needs at least a share of "
                 "a core, and no negative number of GPUs"
             )
-        return RayExecutor(self.address, self.slots, self.gpus, self.cpus)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from hydra_plugins.trainer_launcher import SweepLauncher
+from hydra_plugins.trainer_launcher import SweepLauncher, check_count
 
 if TYPE_CHECKING:
     from trainer.sweep.executors.slurm import SlurmExecutor
@@ -19,21 +19,20 @@ if TYPE_CHECKING:
 class Slurm(SweepLauncher):
     """Submits members with submitit; see `conf/hydra/launcher/slurm.yaml`."""
 
-    def __init__(self, **settings: Any):
-        self.settings = settings
+    def __init__(self, slots: int, minutes: int, **settings: Any):
+        self.slots, self.minutes, self.settings = slots, minutes, settings
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_count("minutes", self.minutes)
 
     def executor(self, folder: Path) -> SlurmExecutor:
-        from trainer.core.errors import UsageError
         from trainer.sweep.executors.slurm import SlurmExecutor
 
         own = dict(self.settings)
-        slots, minutes = own.pop("slots"), own.pop("minutes")
-        for name, value in {"slots": slots, "minutes": minutes}.items():
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"hydra.launcher.{name}={value} must be a whole number above 0")
         parameters = {
             "name": "trainer",
-            "timeout_min": minutes,
+            "timeout_min": self.minutes,
             "gpus_per_node": own.pop("gpus"),
             "cpus_per_task": own.pop("cpus"),
             "mem_gb": own.pop("memory_gb"),
@@ -42,4 +41,4 @@ class Slurm(SweepLauncher):
             "slurm_additional_parameters": OmegaConf.to_container(own.pop("sbatch")),
         }
         given = {key: value for key, value in parameters.items() if value is not None}
-        return SlurmExecutor(folder / "jobs", own.pop("cluster"), slots, given, requeues=own.pop("requeues"))
+        return SlurmExecutor(folder / "jobs", own.pop("cluster"), self.slots, given, requeues=own.pop("requeues"))

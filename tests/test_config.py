@@ -38,6 +38,7 @@ FREE = {
     "save",
     "export",
     "log",
+    "alerts",
     "cache",
     "stage",
     "run",
@@ -301,7 +302,7 @@ def test_unknown_key_in_yaml_file_is_refused(group: str, tmp_path: Path):
         ("optimizer.rank", "method.rank?"),
         ("batch_size", "batch?"),
         ("modell", "model?"),
-        ("evaluation.zzz", "evaluation has only every, samples"),
+        ("evaluation.zzzzzzzzz", "evaluation has only every, samples"),
         ("nonsense", "--cfg job lists all"),
     ],
 )

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -218,9 +219,10 @@ class TwoTokenizers(SD15):
         return {"tokenizer": (counts, 2), "tokenizer_3": (counts, 4)}
 
 
-def test_each_tokenizer_has_its_limit():
+def test_each_tokenizer_has_its_limit(tmp_path: Path):
+    (tmp_path / "tokenizer").mkdir()
     samples = [noise_sample("word " * length, 32, 32).sample for length in (1, 3, 5)]
-    lines = describe_long_captions(run_of(TwoTokenizers(path="folder")), samples)
+    lines = describe_long_captions(run_of(TwoTokenizers(path=str(tmp_path))), samples)
     assert len(lines) == 2
     assert lines[0].startswith("2 captions are longer than the 2 tokens that the model reads (tokenizer),")
     assert lines[1].startswith("1 captions are longer than the 4 tokens that the model reads (tokenizer_3),")
