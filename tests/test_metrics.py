@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,16 @@ def test_clip_metrics_are_cosine_similarities(setup: Setup, pictures: Pictures):
     assert value("clip_subject", setup, pictures) == pytest.approx(expected, abs=1e-5)
 
 
+def test_similarity_to_the_history_is_that_to_the_images_of_each_user(setup: Setup, pictures: Pictures):
+    histories = [[pixels(100 + prompt), pixels(110 + prompt)] for prompt in pictures.prompts]
+    own = dataclasses.replace(pictures, histories=histories)
+    images = clip_output(setup.models, list(pictures.images), COLORS).image_embeds
+    liked = [clip_output(setup.models, history, COLORS).image_embeds for history in histories]
+    expected = np.mean([float((each @ image).mean()) for image, each in zip(images, liked, strict=True)])
+    assert value("clip_history", setup, own) == pytest.approx(expected, abs=1e-5)
+    assert "dataset=personalized" in str(all_metrics()["dino_history"].missing(setup, pictures))
+
+
 def test_dino_metrics_use_the_class_token(setup: Setup, pictures: Pictures):
     images = dino_embeddings(setup.models, list(pictures.images))
     assert pictures.targets is not None
@@ -199,7 +210,7 @@ def test_metrics_without_a_model_say_what_to_type(pictures: Pictures):
     bare = Setup(CPU, {"clip": None, "dino": None, "features": None}, None, [pixels(1), pixels(2)], ["a", "b"])
     reasons = {name: metric.missing(bare, pictures) for name, metric in all_metrics().items()}
     assert {name for name, reason in reasons.items() if reason is None} == {"psnr", "ssim", "nearest"}
-    assert all("type evaluation." in reason for reason in reasons.values() if reason)
+    assert all("type evaluation." in reason or "dataset=" in reason for reason in reasons.values() if reason)
     without_targets = Pictures("run", pictures.images, COLORS, range(6), None)
     assert all_metrics()["psnr"].missing(bare, without_targets) == "the prompts have no target images"
     one_each = all_metrics()["diversity"].missing(bare, without_targets)

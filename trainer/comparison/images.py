@@ -13,6 +13,7 @@ from trainer.comparison.subjects import Subject
 from trainer.core import files
 from trainer.core.bars import ProgressBar
 from trainer.core.version import __version__
+from trainer.dataset.source import Source
 from trainer.dataset.transform import TransformedSample
 from trainer.training.data import TrainingData
 from trainer.training.evaluator import Evaluator
@@ -112,6 +113,17 @@ def sample_images(samples: Sequence[TransformedSample], name: str = "image") -> 
         return lambda: sample.pixels(name)
 
     return LazyImages([reader(sample) for sample in samples])
+
+
+def history_images(sample: TransformedSample) -> LazyImages:
+    """Returns the images that the user of a sample liked, at the size of its target."""
+
+    def reader(source: Source) -> Callable[[], np.ndarray]:
+        from trainer.dataset.image import fit
+
+        return lambda: fit(source.open(), sample.width, sample.height, False)
+
+    return LazyImages([reader(source) for source in sample.sample.history])
 
 
 def training_images(data: TrainingData, count: int) -> list[TransformedSample]:

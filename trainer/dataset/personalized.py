@@ -190,7 +190,8 @@ class _RecordReader:
         if not record:
             collector.add_fault(f"{self.location}: is not a record with history_items_info and target_item_info")
             return
-        history = self._read_history()
+        items = self._read_history()
+        history = [caption for caption, _ in items]
         target_id = self._label("target_item_id", "target")
         target_caption, image = self._read_item(record.get("target_item_info"), target_id)
         user = self._first_label(USER_KEYS)
@@ -225,7 +226,9 @@ class _RecordReader:
         found = {name: text for name, text in texts.items() if text}
         if collector.register_id(id, self.location) and len(found) == len(texts):
             caption = found.pop("template")
-            collector.add(Sample(id, image, caption, split=split, texts=tuple(found.items())), self.location)
+            liked = tuple(image for _, image in items)
+            sample = Sample(id, image, caption, split=split, texts=tuple(found.items()), history=liked)
+            collector.add(sample, self.location)
 
     def _first_label(self, keys: tuple[str, ...]) -> str:
         """Returns the text of a label that has several names. Two different texts are a fault."""
@@ -238,8 +241,8 @@ class _RecordReader:
         """Returns the text of a label of the record. If it has another type, adds a fault and returns the default."""
         return self.collector.attempt(self.location, _read_label, self.record, key, default) or default
 
-    def _read_history(self) -> list[str]:
-        """Returns the captions of the items that the user liked; their images must exist too."""
+    def _read_history(self) -> list[tuple[str, FileSource]]:
+        """Returns the captions and images of the items that the user liked."""
         items = self.record.get("history_items_info")
         if not isinstance(items, list) or not items:
             self.collector.add_fault(f"{self.location}: its history_items_info is empty")
@@ -253,12 +256,14 @@ class _RecordReader:
         for id in expected:
             if id not in ids:
                 self.collector.add_fault(f"{self.location}: history item {id!r:.40} is missing from history_items_info")
-        captions = [self._read_item(item, f"history item {number}")[0] for number, item in enumerate(items)]
+        found = [self._read_item(item, f"history item {number}") for number, item in enumerate(items)]
         dropped = items[: -self.settings.history_items] if self.settings.history_items else []
         if dropped:
             names = [str(item.get("item_id", number)) for number, item in enumerate(dropped) if isinstance(item, dict)]
             self.shared.left_out.append((self.location, names))
-        return [caption for caption in captions[len(dropped) :] if caption is not None]
+        return [
+            (caption, image) for caption, image in found[len(dropped) :] if caption is not None and image is not None
+        ]
 
     def _read_item(self, item: Any, name: str) -> tuple[str | None, FileSource | None]:
         """Returns the caption and the image of an item. Each is None if it has a fault."""

@@ -19,7 +19,8 @@ class Sample:
     `split` is "train", "validation" or "test" if the layout defines it, else None. `mask` is an edit mask over the
     image: white where the loss has its full weight, black where it is weighted by `dataset.mask_floor`. `weight`
     multiplies the loss in training. An epoch visits the sample `repeats` times. `texts` are further texts, each with
-    its name; see `Dataset.text_fields`.
+    its name; see `Dataset.text_fields`. `history` are images that the user liked, with which generated images are
+    compared.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Sample:
     weight: float = 1.0
     repeats: int = 1
     texts: tuple[tuple[str, str], ...] = ()
+    history: tuple[Source, ...] = ()
 
 
 def control_names(count: int) -> tuple[str, ...]:

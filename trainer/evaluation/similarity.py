@@ -43,3 +43,26 @@ class SubjectSimilarity(PictureMetric):
         images = normalize(setup.embed(self.setting, pictures.name, pictures.images))
         # The mean of the products is the product with the mean.
         return (images @ normalize(setup.embed_training(self.setting)).mean(0)).tolist()
+
+
+class HistorySimilarity(PictureMetric):
+    """Mean cosine similarity of an image and those that its user liked, by the model of the setting `setting`."""
+
+    better: ClassVar[Literal["higher", "lower"] | None] = "higher"
+    setting: ClassVar[str]
+
+    def missing(self, setup: Setup, pictures: Pictures) -> str | None:
+        if not pictures.histories:
+            return "the dataset has no images that a user liked; dataset=personalized does"
+        return needs_model(setup, self.setting)
+
+    def model(self, setup: Setup) -> str | None:
+        return self.setting
+
+    def values(self, setup: Setup, pictures: Pictures) -> Sequence[float]:
+        images = normalize(setup.embed(self.setting, pictures.name, pictures.images))
+        values = []
+        for prompt, image, history in zip(pictures.prompts, images, pictures.histories, strict=True):
+            liked = normalize(setup.embed(self.setting, f"history of prompt {prompt}", history))
+            values.append(float((liked @ image).mean()))
+        return values

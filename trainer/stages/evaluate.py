@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.comparison.images import (
     generate_missing,
+    history_images,
     image_paths,
     numbered,
     read_images,
@@ -127,11 +128,12 @@ def _compare(
     )
     targets = sample_images(generated) if comparable else None
     captions = [sample.caption for sample in generated]
+    histories = [history_images(sample) for sample in generated] if comparable and generated[0].sample.history else []
     measurements, left_out = measure(
         metrics,
         setup,
         [
-            Pictures(subject.name, read_images(files), captions, prompts, targets)
+            Pictures(subject.name, read_images(files), captions, prompts, targets, histories)
             for (subject, _), files in zip(networks, paths, strict=True)
         ],
     )

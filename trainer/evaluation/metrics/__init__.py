@@ -32,6 +32,8 @@ class Pictures:
     """Number of the prompt of each picture. Pictures of one prompt differ in their seed."""
     targets: Images | None
     """Target of each picture; None if they have none."""
+    histories: Sequence[Images] = ()
+    """For each picture the images that its user liked; empty if the dataset has none."""
 
 
 @dataclass(slots=True)
