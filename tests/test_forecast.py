@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import peak_memory
 import pytest
@@ -34,7 +35,13 @@ LARGE = {
         "attention_head_dim": 64,
         "axes_dims_rope": [16, 24, 24],
     },
-    "sd3": {"num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 64, "pos_embed_max_size": 48},
+    "sd3": {
+        "num_layers": 6,
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 512,
+        "pos_embed_max_size": 48,
+    },
     "sdxl": {"block_out_channels": [64, 192], "layers_per_block": 2, "attention_head_dim": 32},
 }
 """Family -> changes to the config of the denoiser of its tiny checkpoint: some 40 million parameters."""
@@ -167,9 +174,35 @@ def test_run_that_does_not_fit_is_refused_with_changes_that_make_it_fit(
         "tracking=none",
         f"out={tmp_path}",
     ]
-    assert main([*settings, f"stage={stage}"]) == 64
+    assert main([*settings, "precision=fp32", f"stage={stage}"]) == 64
     message = capfd.readouterr().err
     assert "does not fit into 0.2 GiB" in message
     assert re.search(r"precision=fp8 \([\d.]+ GiB\)", message)
     assert main([*settings, "precision=fp8", "stage=check"]) == 0
     assert "fits into" in capfd.readouterr().out
+
+
+def test_run_that_cannot_be_forecast_is_checked_and_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """A prediction that depends on the value of a tensor does not run on tensors without values."""
+    from trainer.stages import train
+
+    kind: Any = type(to_run(compose_config(["model=mini_kontext"])).model)
+    predict = kind.predict
+
+    def predict_by_value(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = predict(self, *args, **kwargs)
+        return outputs * 1 if outputs.mean().item() > 0 else outputs
+
+    monkeypatch.setattr(kind, "predict", predict_by_value)
+    monkeypatch.setattr(train, "SMALL_NETWORK", 0)
+    settings = ["model=mini_kontext", "dataset=demo", "dataset.pairs=2", "dataset.held_out=1", "tracking=none"]
+    settings += ["steps=1", "batch=1", "evaluation.images=0", f"out={tmp_path}"]
+    for stage in ("check", "train"):
+        assert main([*settings, f"stage={stage}"]) == 0
+        output = "".join(capfd.readouterr())
+        assert "The memory of this run cannot be forecast: DataDependentOutputException" in output
+        assert "Traceback" not in output
+    journal = next(tmp_path.glob("*/journal.jsonl")).read_text()
+    assert re.search(r'"kind": "warning".*cannot be forecast', journal)

@@ -14,7 +14,7 @@ from trainer.core.errors import UsageError
 from trainer.dataset import size_name
 from trainer.dataset.transform import build_transform
 from trainer.forecast import GIB, Forecast
-from trainer.forecast.predict import forecast
+from trainer.forecast.predict import try_forecast
 from trainer.forecast.table import verdict
 from trainer.method.adapter import Adapter
 from trainer.precision import Storage
@@ -22,6 +22,8 @@ from trainer.training.data import TrainingData
 
 PRECISIONS = {Storage.fp32: ("bf16", "fp8", "nf4"), Storage.bf16: ("fp8", "nf4"), Storage.fp16: ("fp8", "nf4")}
 """Options of `precision` with smaller weights, by present storage; None of them for others but nf4."""
+MAX_FORECASTS = 3
+"""Largest number of changes that are tried alone."""
 ONLY_CACHING = "stage=cache hardware=cpu first, in a command of its own"
 """Encodes where there is memory; the cache is the same on every device."""
 
@@ -40,16 +42,25 @@ def check_fits(run: Run, data: TrainingData, found: Forecast) -> None:
 def fitting_changes(run: Run, data: TrainingData, found: Forecast) -> list[tuple[str, Forecast]]:
     """Returns the changes that make a run fit, each with its forecast, those that cost least first.
 
-    If none is enough alone, it is the first combination that is, adding one after another.
+    At most `MAX_FORECASTS` changes are tried alone, because each forecast takes seconds. If none of them is enough, the
+    result is a combination: all changes up to the first that makes the run fit, found by bisection.
     """
     candidates = list(changes(run, found))
-    fitting = []
-    for text, change, parts in candidates:
-        changed = _changed(run, change)
-        if changed and _may_fit(found, parts) and (alone := _forecast(changed, data)).fits:
-            fitting.append((text, alone))
-    if fitting:
-        return fitting
+    possible = [
+        (text, changed)
+        for text, change, parts in candidates
+        if _may_fit(found, parts) and (changed := _changed(run, change))
+    ]
+    tried = [(text, _forecast(changed, data)) for text, changed in possible[:MAX_FORECASTS]]
+    fitting = [(text, alone) for text, alone in tried if alone and alone.fits]
+    return fitting or _fitting_combination(run, data, found, candidates)
+
+
+def _fitting_combination(
+    run: Run, data: TrainingData, found: Forecast, candidates: list[tuple[str, dict[str, Any], set[str]]]
+) -> list[tuple[str, Forecast]]:
+    """Returns the shortest combination that fits of the first candidates, with its forecast; [] if there is none."""
+    combinations: list[tuple[str, Run]] = []
     together: dict[str, Any] = {}
     texts: dict[str, str] = {}
     smaller: set[str] = set()
@@ -59,9 +70,20 @@ def fitting_changes(run: Run, data: TrainingData, found: Forecast) -> list[tuple
             continue
         together, smaller = together | change, smaller | parts
         texts[text.partition("=")[0]] = text
-        if _may_fit(found, smaller) and (result := _forecast(changed, data)).fits:
-            return [(" ".join(texts.values()), result)]
-    return []
+        if _may_fit(found, smaller):
+            combinations.append((" ".join(texts.values()), changed))
+    best: list[tuple[str, Forecast]] = []
+    low, high = 0, len(combinations) - 1
+    middle = high  # first whether all changes together are enough
+    while low <= high:
+        text, changed = combinations[middle]
+        result = _forecast(changed, data)
+        if result and result.fits:
+            best, high = [(text, result)], middle - 1
+        else:
+            low = middle + 1
+        middle = (low + high) // 2
+    return best
 
 
 def _may_fit(found: Forecast, parts: set[str]) -> bool:
@@ -121,5 +143,7 @@ def _changed(run: Run, change: dict[str, Any]) -> Run | None:
     return run
 
 
-def _forecast(run: Run, data: TrainingData) -> Forecast:
-    return forecast(run, replace(data, transform=build_transform(run.dataset, run.model.size_multiple)))
+def _forecast(run: Run, data: TrainingData) -> Forecast | None:
+    data = replace(data, transform=build_transform(run.dataset, run.model.size_multiple))
+    # A change that cannot be forecast is not proposed.
+    return try_forecast(run, data, lambda text: None)

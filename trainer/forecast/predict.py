@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import psutil
 from trainer.cache.store import Entry
 from trainer.config.schema import Run
 from trainer.config.sections import Format
-from trainer.core.errors import UsageError
+from trainer.core.errors import TrainerError, UsageError
 from trainer.evaluation.held_out_loss import QUANTILES
 from trainer.forecast import GIB, Disk, Forecast, Memory, Time
 from trainer.forecast.phases import Phases, Trace, autoencoder, optimizer_bytes, parameter_bytes
@@ -36,6 +37,18 @@ if TYPE_CHECKING:
 CUDA_CONTEXT = GIB // 2
 """Memory that CUDA and its libraries take in a process, about 0.5 GiB."""
 WHOLE_CHECKPOINTS = (Format.pipeline, Format.single_file)
+
+
+def try_forecast(run: Run, data: TrainingData, warn: Callable[[str], None]) -> Forecast | None:
+    """Returns the forecast of a run; None, after a warning, if its code does not run on tensors without values."""
+    try:
+        return forecast(run, data)
+    except TrainerError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        warn(f"The memory of this run cannot be forecast: {type(error).__name__}: {reason}")
+        return None
 
 
 def forecast(run: Run, data: TrainingData) -> Forecast:
@@ -111,9 +124,7 @@ def is_cuda(run: Run) -> bool:
 
 def training_peak(static: Memory, trace: Trace, temporary: int) -> Memory:
     """Returns the peak of training: in the backward pass, or in the optimizer's step with all gradients."""
-    backward = replace(
-        static, gradients=trace.gradients, activations=trace.activations, work_space=trace.work_space
-    )
+    backward = replace(static, gradients=trace.gradients, activations=trace.activations, work_space=trace.work_space)
     update = replace(static, gradients=static.trained, work_space=temporary)
     return max(backward, update, key=lambda memory: memory.total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from contextlib import ExitStack
@@ -34,6 +35,8 @@ from trainer.training.run_folder import RunFolder, RunSummary, acquire_run_folde
 from trainer.training.run_log import log_to_folder
 from trainer.training.session import Session
 from trainer.training.tracked_run import open_tracker, send_missing_records
+
+log = logging.getLogger(__name__)
 
 LOCK_POLL_SECONDS = 0.5
 """Seconds between two attempts of a member of a sweep to lock its run folder."""
@@ -121,14 +124,16 @@ def _forecast(run: Run, data: TrainingData, journal: Journal, world_size: int) -
     Small networks are left out: they fit, and the forecast would take longer than some of their steps.
     """
     from trainer.forecast.advice import check_fits
-    from trainer.forecast.predict import forecast
+    from trainer.forecast.predict import try_forecast
     from trainer.forecast.table import summary
 
     if sum(parameter.numel() for parameter in run.model.meta_model().parameters()) <= SMALL_NETWORK:
         return
     assert run.batch is not None
     run = replace(run, batch=-(-run.batch // world_size))
-    found = forecast(run, data)
+    found = try_forecast(run, data, log.warning)
+    if found is None:
+        return
     journal.log_event("forecast", text=summary(found))
     print_line(f"forecast: {summary(found)}")
     check_fits(run, data, found)
