@@ -32,12 +32,15 @@ class Measurement:
     notes: dict[str, list[str]] = field(default_factory=dict)
     """Name of a network -> a text about each of its pictures."""
 
-    def verdict(self, first: str, other: str) -> str:
+    def verdict(self, first: str, other: str, prompts: int) -> str:
         """Returns in words whether the first network differs from another one by more than chance."""
         difference = self.differences[other]
         unit = f" {self.unit}" if self.unit else ""
-        if difference.low is None or difference.high is None:
-            return f"{first} and {other} cannot be told apart by one prompt; type evaluation.images=32"
+        if difference.low is None or difference.high is None or prompts < FEW_PROMPTS:
+            return (
+                f"{first} - {other} = {difference.value:.4g}{unit}; {prompts} prompt(s) are too few to tell this from "
+                f"chance, {FEW_PROMPTS} are needed"
+            )
         interval = f"95 % interval {difference.low:.4g} to {difference.high:.4g}"
         if not difference.excludes_zero:
             return (
@@ -94,19 +97,23 @@ class Comparison:
         """Returns a sentence for each metric and each network that the first one is compared with."""
         first, *others = (network.name for network in self.networks)
         return [
-            f"{measurement.title}: {measurement.verdict(first, other)}"
+            f"{measurement.title}: {measurement.verdict(first, other, self.prompts)}"
             for measurement in self.measurements
             for other in others
         ]
 
+    @property
+    def prompts(self) -> int:
+        """Number of different prompts or samples."""
+        return len({picture.prompt for picture in self.pictures})
+
     def warnings(self) -> list[str]:
         """Returns why its intervals should not be trusted."""
-        count = len({picture.prompt for picture in self.pictures})
-        if count >= FEW_PROMPTS:
+        if self.prompts >= FEW_PROMPTS:
             return []
         return [
-            f"intervals over {count} prompts are too narrow; evaluation.images={max(32, FEW_PROMPTS)} or more samples "
-            "make them reliable"
+            f"intervals over {self.prompts} prompts are too narrow; type evaluation.images=32, or another number of "
+            f"held-out samples from {FEW_PROMPTS} on"
         ]
 
     def write(self, folder: Path, extra: dict[str, Any]) -> None:

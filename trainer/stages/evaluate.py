@@ -88,7 +88,7 @@ def _generate(subject: Subject, data: TrainingData) -> tuple[list[Path], dict[st
     """Generates the images of a network that do not exist, and returns their files and its other measurements."""
     run, folder = subject.run, subject.evaluation_folder
     trained = load_trained_run(replace(run, run=str(subject.folder)))
-    evaluator = trained.evaluator(data) if subject.step else replace(trained, weights=None).evaluator(data)
+    evaluator = trained.evaluator(data, before_training=subject.step == 0)
     samples = [sample for sample, _ in samples_to_generate(run, data)]
     encode_missing(run, data, held_out_samples(data, run.evaluation.samples) + samples)
     encode_missing(run, data, unconditional_samples(run, samples))

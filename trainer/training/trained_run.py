@@ -32,9 +32,10 @@ class TrainedRun:
     weights: dict[str, torch.Tensor]
     """Trained parameters by name, on the device."""
 
-    def evaluator(self, data: TrainingData) -> Evaluator:
-        """Returns an evaluator of the best weights."""
-        return Evaluator(self.run, data, Predictor(self.run, self.network, self.device), self.weights)
+    def evaluator(self, data: TrainingData, before_training: bool = False) -> Evaluator:
+        """Returns an evaluator of the best weights, or of the network before training."""
+        weights = None if before_training else self.weights
+        return Evaluator(self.run, data, Predictor(self.run, self.network, self.device), weights)
 
 
 def load_trained_run(run: Run) -> TrainedRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.evaluation.distances import SetDistance
 
@@ -22,7 +22,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
     a, b = ((z - z.mean(0)) / np.sqrt(max(len(z) - 1, 1)) for z in (x, y))
     # The triangular factor has the same covariance, and at most d rows.
-    small = [np.linalg.qr(z, mode="r") if len(z) > z.shape[1] else z for z in (a, b)]
+    small: list[Any] = [np.linalg.qr(z, mode="r") if len(z) > z.shape[1] else z for z in (a, b)]
     root = np.linalg.svd(small[0] @ small[1].T, compute_uv=False).sum()
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root)
 
