@@ -107,7 +107,7 @@ class QuantizedLinear(torch.nn.Linear):
         device_type = x.device.type
         x = x.to(torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        arguments = (x, bias, self.dequantize, self.multiply, *self.quantized_tensors())
+        arguments: tuple[Any, ...] = (x, bias, self.dequantize, self.multiply, *self.quantized_tensors())
         if x.requires_grad and torch.is_grad_enabled():
             return QuantizedProduct.apply(*arguments)
         # torch.compile cannot trace the autograd function if there is no gradient.
