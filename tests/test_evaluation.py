@@ -246,6 +246,12 @@ def test_a_wrong_request_is_refused_before_anything_is_written(
     assert sorted(runs.rglob("*")) == before
 
 
+@pytest.mark.parametrize("typed", ["run=[a,b,c]", "run=a,b,c"])
+def test_several_runs_are_typed_as_those_to_compare_with(typed: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["stage=evaluate", typed]) == 64
+    assert "type stage=evaluate run=a 'evaluation.against=[b,c]'" in capsys.readouterr().err
+
+
 def test_what_does_not_exist_is_named(runs: Path, ids: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     untrained = tmp_path / "untrained"
     shutil.copytree(runs / ids[0], untrained, ignore=shutil.ignore_patterns("checkpoints"))

@@ -123,6 +123,12 @@ def check_override(text: str, sweep: bool) -> str:
     text, override = _parse_override(text, key, value)
     if is_group(key) and has_folder(key):
         _check_option_names(text, key, override.value())
+    if key == "run" and (isinstance(override.value(), list) or (override.is_sweep_override() and not sweep)):
+        first, *others = (name.strip(" '\"") for name in value.strip("[]").split(","))
+        raise UsageError(
+            f"{text}: run names one run; to compare it with others, type stage=evaluate run={first} "
+            f"'evaluation.against=[{','.join(others) or 'base'}]'"
+        )
     if override.is_sweep_override() and not sweep:
         raise UsageError(
             f"{text}: several values are a sweep; type --multirun as well (on the command line only), or "
