@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from trainer.training.data import TrainingData
 
 PRECISIONS = {Storage.fp32: ("bf16", "fp8", "nf4"), Storage.bf16: ("fp8", "nf4"), Storage.fp16: ("fp8", "nf4")}
 """Options of `precision` with smaller weights, by present storage; None of them for others but nf4."""
+MAX_SECONDS = 60.0
+"""CPU time after which no further change is tried."""
 MAX_FORECASTS = 3
 """Largest number of changes that are tried alone."""
 ONLY_CACHING = "stage=cache hardware=cpu first, in a command of its own"
@@ -35,7 +38,10 @@ def check_fits(run: Run, data: TrainingData, found: Forecast) -> None:
     remedies = [f"{text} ({fits.peak / GIB:.1f} GiB)" for text, fits in fitting_changes(run, data, found)]
     if found.fits_after_caching:
         remedies.insert(0, ONLY_CACHING)
-    remedy = "; or ".join(remedies) or "a hardware profile with more memory: no change of these settings is enough"
+    several = ", ".join(text for text, _, _ in changes(run, found))
+    remedy = "; or ".join(remedies) or (
+        f"a hardware profile with more memory, or several of {several}: no change that was tried is enough"
+    )
     raise UsageError(f"This run does not fit: {verdict(found)}. Type {remedy}.")
 
 
@@ -43,23 +49,30 @@ def fitting_changes(run: Run, data: TrainingData, found: Forecast) -> list[tuple
     """Returns the changes that make a run fit, each with its forecast, those that cost least first.
 
     At most `MAX_FORECASTS` changes are tried alone, because each forecast takes seconds. If none of them is enough, the
-    result is a combination: all changes up to the first that makes the run fit, found by bisection.
+    result is a combination: all changes up to the first that makes the run fit, found by bisection. After
+    `MAX_SECONDS` it is what has been found so far.
     """
+    end = time.process_time() + MAX_SECONDS
     candidates = list(changes(run, found))
     possible = [
         (text, changed)
         for text, change, parts in candidates
         if _may_fit(found, parts) and (changed := _changed(run, change))
     ]
-    tried = [(text, _forecast(changed, data)) for text, changed in possible[:MAX_FORECASTS]]
-    fitting = [(text, alone) for text, alone in tried if alone and alone.fits]
-    return fitting or _fitting_combination(run, data, found, candidates)
+    fitting = []
+    for text, changed in possible[:MAX_FORECASTS]:
+        if time.process_time() < end and (alone := _forecast(changed, data)) and alone.fits:
+            fitting.append((text, alone))
+    return fitting or _fitting_combination(run, data, found, candidates, end)
 
 
 def _fitting_combination(
-    run: Run, data: TrainingData, found: Forecast, candidates: list[tuple[str, dict[str, Any], set[str]]]
+    run: Run, data: TrainingData, found: Forecast, candidates: list[tuple[str, dict[str, Any], set[str]]], end: float
 ) -> list[tuple[str, Forecast]]:
-    """Returns the shortest combination that fits of the first candidates, with its forecast; [] if there is none."""
+    """Returns the shortest combination that fits of the first candidates, with its forecast; [] if there is none.
+
+    `end` is the CPU time of this process after which no further combination is tried.
+    """
     combinations: list[tuple[str, Run]] = []
     together: dict[str, Any] = {}
     texts: dict[str, str] = {}
@@ -75,7 +88,7 @@ def _fitting_combination(
     best: list[tuple[str, Forecast]] = []
     low, high = 0, len(combinations) - 1
     middle = high  # first whether all changes together are enough
-    while low <= high:
+    while low <= high and time.process_time() < end:
         text, changed = combinations[middle]
         result = _forecast(changed, data)
         if result and result.fits:
