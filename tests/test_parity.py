@@ -119,7 +119,9 @@ def test_pipeline_with_an_export_generates_the_pictures_of_the_trained_network(
     case, request, family = lora.case, lora.request, lora.family
     need_format(family, format)
     if format is Format.comfyui and Format.diffusers.name in family.unsupported_formats:
-        pytest.skip("diffusers reads no LoRA of this model; test_comfyui_finds_every_layer_and_its_alpha merges the file")
+        pytest.skip(
+            "diffusers reads no LoRA of this model; test_comfyui_finds_every_layer_and_its_alpha merges the file"
+        )
     path = lora.export(format, tmp_path)
     if format is Format.pipeline:
         family = dataclasses.replace(family, path=str(path))
