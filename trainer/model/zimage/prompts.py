@@ -13,4 +13,4 @@ def cut_padding(prompts: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]
     """
     if isinstance(mask, FakeTensor):
         return list(prompts)
-    return [prompt[:length] for prompt, length in zip(prompts, mask.sum(1).tolist(), strict=True)]
+    return [prompt[:length] for prompt, length in zip(prompts, mask.bool().sum(1).tolist(), strict=True)]
