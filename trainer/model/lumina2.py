@@ -6,22 +6,20 @@ Follows diffusers' Lumina2Pipeline: the same tensors reach the transformer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.core.errors import UsageError
-from trainer.core.settings import added
-from trainer.model import Family, Recipe
-from trainer.model.checkpoint_files import recipe_digest
+from trainer.model import Family
 from trainer.model.configs import ConfigRules
 from trainer.model.flux.scheduler import SCHEDULER_RULES, check_terminal
-from trainer.model.flux.tokens import PATCH, latent_shapes
+from trainer.model.flux.tokens import PATCH
 from trainer.model.lumina.prompt import prompt_text
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.single_file import Layout
+from trainer.model.single_stream.family import SingleStreamFamily
 from trainer.model.weights import on_meta_device
-from trainer.objective import Flow
 
 if TYPE_CHECKING:
     import torch
@@ -31,21 +29,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Lumina2(Family):
-    transformer: str | None = added(None, path=True)
-    """Replaces the checkpoint's transformer: a safetensors file, a diffusers folder or a hub id."""
+class Lumina2(SingleStreamFamily):
     text_length: int = 256
-    """Most tokens of a prompt, with the system prompt; further ones are cut off."""
     cfg_normalization: bool = True
     """Whether guided predictions have the norm of those with the caption, in each row of the latents."""
     cfg_truncation: float = 1.0
     """Share of the sampling steps that are guided; the first ones are."""
-    objective: Flow = field(default_factory=Flow)
 
-    classifier_free_guidance = True
-    components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
-    # As in diffusers' train_dreambooth_lora_lumina2.
-    target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     unquantized_modules = ("x_embedder", "time_caption_embed", "norm_out")
     unsupported_formats: ClassVar[Mapping[str, str]] = {
         "comfyui": "ComfyUI has the layers of queries, keys and values of Lumina Image 2.0 joined in one"
@@ -53,45 +43,12 @@ class Lumina2(Family):
     unused_file_keys = ("norm_final.",)
 
     def __post_init__(self) -> None:
-        Family.__post_init__(self)
-        if self.text_length < 1:
-            raise UsageError(f"model.text_length={self.text_length} leaves no token for the prompt; type 256")
+        SingleStreamFamily.__post_init__(self)
         if not 0 <= self.cfg_truncation <= 1:
             raise UsageError(
                 f"model.cfg_truncation={self.cfg_truncation:g} is out of range; type a share of the steps from 0 to 1, "
                 "where 1 guides all steps"
             )
-
-    @property
-    def size_multiple(self) -> int:
-        return PATCH * self._vae_scale_factor()
-
-    def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
-        dtypes = {name: self.encoder_dtype_of(name).value for name in ("vae", "text_encoder")}
-        language_model = (digests["text_encoder"], digests["tokenizer"], dtypes["text_encoder"])
-        prompt = Recipe(("caption",), recipe_digest(*language_model, self.text_length))
-        return {
-            "latents": Recipe(("image",), recipe_digest(digests["vae"], dtypes["vae"])),
-            "prompt": prompt,
-            # False where the prompt of a batch is padding.
-            "prompt_mask": prompt,
-        }
-
-    def shapes(
-        self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
-    ) -> dict[str, tuple[int, ...]]:
-        transformer = self.component_config("transformer")
-        largest = min(transformer["axes_lens"][1:]) * self.size_multiple
-        if max(height, width) > largest:
-            raise UsageError(
-                f"An image of {width}x{height} px is too large: the transformer has positions for up to {largest} px; "
-                f"type dataset.resolution={largest} or less"
-            )
-        return {
-            **latent_shapes(transformer["in_channels"], self._vae_scale_factor(), (height, width), control_sizes),
-            "prompt": (self.text_length, transformer["cap_feat_dim"]),
-            "prompt_mask": (self.text_length,),
-        }
 
     def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
         from transformers import GemmaTokenizer
@@ -191,7 +148,3 @@ class Lumina2(Family):
             f"model.text_length={tiny.TEXT_LENGTH}",
             "dataset.resolution=32",
         ]
-
-    def _vae_scale_factor(self) -> int:
-        """Pixels per latent pixel, along one side."""
-        return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)

@@ -6,21 +6,20 @@ Follows diffusers' ZImagePipeline: the same tensors reach the transformer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.core.errors import UsageError
-from trainer.core.settings import added
-from trainer.model import Family, Recipe
-from trainer.model.checkpoint_files import CHAT_TEMPLATE, SUFFIXES, recipe_digest
+from trainer.model import Family
+from trainer.model.checkpoint_files import CHAT_TEMPLATE, SUFFIXES
 from trainer.model.configs import ConfigRules
 from trainer.model.flux.scheduler import SCHEDULER_RULES, check_terminal
-from trainer.model.flux.tokens import PATCH, latent_shapes, resolution_shift
+from trainer.model.flux.tokens import PATCH, resolution_shift
 from trainer.model.pretrained import quiet_libraries
 from trainer.model.single_file import Layout
+from trainer.model.single_stream.family import SingleStreamFamily
 from trainer.model.weights import on_meta_device
-from trainer.objective import Flow
 
 if TYPE_CHECKING:
     import torch
@@ -33,30 +32,19 @@ TEXT_MULTIPLE = 32
 
 
 @dataclass(slots=True)
-class ZImage(Family):
+class ZImage(SingleStreamFamily):
     """Z-Image and its distilled variant Z-Image-Turbo."""
 
-    transformer: str | None = added(None, path=True)
-    """Replaces the checkpoint's transformer: a safetensors file, a diffusers folder or a hub id."""
-    text_length: int = 512
-    """Most tokens of a prompt, with the template; further ones are cut off."""
     cfg_normalization: float = 0.0
     """Largest norm of a guided prediction, relative to that of the prediction with the caption; 0 for no limit."""
     cfg_truncation: float = 1.0
     """There is no guidance at times t with 1 - t above this; 1 guides all steps."""
-    objective: Flow = field(default_factory=Flow)
 
-    classifier_free_guidance = True
-    components = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     suffixes = (*SUFFIXES, CHAT_TEMPLATE)
-    # As in diffusers' train_dreambooth_lora_z_image.
-    target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     unquantized_modules = ("all_x_embedder", "t_embedder", "cap_embedder", "all_final_layer")
 
     def __post_init__(self) -> None:
-        Family.__post_init__(self)
-        if self.text_length < 1:
-            raise UsageError(f"model.text_length={self.text_length} leaves no token for the prompt; type 512")
+        SingleStreamFamily.__post_init__(self)
         if self.cfg_normalization < 0:
             raise UsageError(
                 f"model.cfg_normalization={self.cfg_normalization:g} cannot be negative; type 1 for guided predictions "
@@ -67,37 +55,6 @@ class ZImage(Family):
                 f"model.cfg_truncation={self.cfg_truncation:g} is out of range; type a number from 0 to 1, where 1 "
                 "guides all steps"
             )
-
-    @property
-    def size_multiple(self) -> int:
-        return PATCH * self._vae_scale_factor()
-
-    def recipes(self, digests: dict[str, str], controls: int) -> dict[str, Recipe]:
-        dtypes = {name: self.encoder_dtype_of(name).value for name in ("vae", "text_encoder")}
-        language_model = (digests["text_encoder"], digests["tokenizer"], dtypes["text_encoder"])
-        prompt = Recipe(("caption",), recipe_digest(*language_model, self.text_length))
-        return {
-            "latents": Recipe(("image",), recipe_digest(digests["vae"], dtypes["vae"])),
-            "prompt": prompt,
-            # False where the prompt of a batch is padding.
-            "prompt_mask": prompt,
-        }
-
-    def shapes(
-        self, height: int, width: int, control_sizes: Sequence[tuple[int, int]] = ()
-    ) -> dict[str, tuple[int, ...]]:
-        transformer = self.component_config("transformer")
-        largest = min(transformer["axes_lens"][1:]) * self.size_multiple
-        if max(height, width) > largest:
-            raise UsageError(
-                f"An image of {width}x{height} px is too large: the transformer has positions for up to {largest} px; "
-                f"type dataset.resolution={largest} or less"
-            )
-        return {
-            **latent_shapes(transformer["in_channels"], self._vae_scale_factor(), (height, width), control_sizes),
-            "prompt": (self.text_length, transformer["cap_feat_dim"]),
-            "prompt_mask": (self.text_length,),
-        }
 
     def count_caption_tokens(self, captions: Sequence[str]) -> dict[str, tuple[list[int], int]]:
         from transformers import Qwen2Tokenizer
@@ -210,7 +167,3 @@ class ZImage(Family):
             f"model.text_length={tiny.TEXT_LENGTH}",
             "dataset.resolution=32",
         ]
-
-    def _vae_scale_factor(self) -> int:
-        """Pixels per latent pixel, along one side."""
-        return 2 ** (len(self.component_config("vae")["block_out_channels"]) - 1)

@@ -1,0 +1,1 @@
+"""What flow transformers share whose sequence holds image and text, and whose text one language model reads."""
