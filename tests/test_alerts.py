@@ -20,7 +20,7 @@ def run_of(*overrides: str) -> Run:
     return to_run(compose_config([*overrides]))
 
 
-def watch(run: Run, steps: int = 100, every: int = 25, records: list[dict] = [], **course: Any) -> dict[str, str]:  # noqa: B006
+def watch(run: Run, steps: int = 100, every: int = 25, records: tuple[dict, ...] = (), **course: Any) -> dict[str, str]:
     """Returns the alerts of a run whose values are functions of the step, by kind."""
     usual = {
         "loss": lambda step: 0.5 + 0.1 * uniform("loss", step),
@@ -72,8 +72,8 @@ def test_one_step_out_of_line_gives_no_alert():
 
 
 def test_a_resumed_run_repeats_no_alert_and_remembers_the_loss_before_training():
-    given = [{"kind": "warning", "alert": "grad_norm", "text": ""}]
-    before = [{"kind": "metrics", "step": 0, "values": {"val/loss": 9.0}}]
+    given = ({"kind": "warning", "alert": "grad_norm", "text": ""},)
+    before = ({"kind": "metrics", "step": 0, "values": {"val/loss": 9.0}},)
     course = {"grad_norm": lambda step: 30.0, "held_out": lambda step: 0.55}
     assert set(watch(run_of(), records=given, **course)) == {"standstill"}
     assert set(watch(run_of(), records=given + before, **course)) == set()
